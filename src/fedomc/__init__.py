@@ -1,0 +1,31 @@
+"""Online Model Compression: parameters stay bit-packed in memory, on the wire and on disk while a model trains."""
+
+from fedomc import ops as _ops  # noqa: F401  (registers the functions that CompressedTensor runs itself)
+from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
+from fedomc.formats import FloatFormat
+from fedomc.model import ParameterBytes, compress_, decompress_, parameter_bytes
+from fedomc.optim import StepInBackward, step_in_backward
+from fedomc.policy import CompressionPolicy, Selection
+from fedomc.tensor import CompressedTensor
+from fedomc.transform import Encoding
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressedTensor",
+    "CompressionPolicy",
+    "Encoding",
+    "FloatFormat",
+    "FormatError",
+    "NonFiniteError",
+    "OMCError",
+    "ParameterBytes",
+    "PayloadError",
+    "PolicyError",
+    "Selection",
+    "StepInBackward",
+    "compress_",
+    "decompress_",
+    "parameter_bytes",
+    "step_in_backward",
+]

@@ -1,0 +1,104 @@
+"""A model with compressed variables: compress, decompress, and what it holds."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fedomc.errors import PolicyError
+from fedomc.tensor import CompressedTensor, compress
+from fedomc.transform import Encoding
+
+
+def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
+    """Replace the selected parameters by compressed ones, one after the other, freeing each dense one.
+
+    Args:
+        model: changed in place.
+        selection: encodings by qualified name, as from ``CompressionPolicy.select``.
+
+    Returns:
+        The model.
+
+    Raises:
+        PolicyError: a name that the model does not have, or a variable that is compressed already.
+        NonFiniteError: a value is NaN or infinite; the variables before it are compressed, none is lost.
+    """
+    parameters = dict(model.named_parameters())
+    for name in selection:
+        if name not in parameters:
+            raise PolicyError(f"the model has no parameter {name!r}: select from this model")
+        if isinstance(parameters[name], CompressedTensor):
+            raise PolicyError(f"{name} is compressed already: decompress_ the model first")
+    for name, encoding in selection.items():
+        dense = parameters.pop(name)
+        set_parameter(model, name, compress(dense, encoding, name), dense.requires_grad)
+    return model
+
+
+def decompress_(model: nn.Module) -> nn.Module:
+    """Replace all compressed parameters by dense FP32 ones; returns the model."""
+    for name, parameter in list(model.named_parameters()):
+        if isinstance(parameter, CompressedTensor):
+            set_parameter(model, name, parameter.dequantize(), parameter.requires_grad)
+    return model
+
+
+def set_parameter(model: nn.Module, name: str, values: Tensor, requires_grad: bool) -> None:
+    """Put a new parameter wherever the one of this name stands, under other names too (tied weights)."""
+    owner, _, leaf = name.rpartition(".")
+    old = getattr(model.get_submodule(owner), leaf)
+    parameter = nn.Parameter(values, requires_grad=requires_grad)
+    parameter.grad = old.grad
+    places = [
+        (module, key)
+        for module in model.modules()
+        for key, present in module._parameters.items()
+        if present is old
+    ]
+    for module, key in places:
+        setattr(module, key, parameter)
+
+
+@dataclass(frozen=True)
+class ParameterBytes(Mapping[str, int]):
+    """Bytes that the parameters of a model hold, by variable.
+
+    Attributes:
+        held: bytes by qualified name; tied parameters count once.
+        fp32: what they would be in FP32.
+    """
+
+    held: Mapping[str, int]
+    fp32: int
+
+    @property
+    def total(self) -> int:
+        """Bytes held by all."""
+        return sum(self.held.values())
+
+    @property
+    def ratio(self) -> float:
+        """Held bytes / FP32 bytes."""
+        return self.total / self.fp32 if self.fp32 else 1.0
+
+    def __getitem__(self, name: str) -> int:
+        """Return the bytes of a variable."""
+        return self.held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        """Count the variables."""
+        return len(self.held)
+
+
+def parameter_bytes(model: nn.Module) -> ParameterBytes:
+    """Measure the bytes that a model's parameters hold: packed codes and their transformation, or dense values."""
+    parameters = dict(model.named_parameters())
+    return ParameterBytes(
+        {name: parameter.nbytes for name, parameter in parameters.items()},
+        sum(4 * parameter.numel() for parameter in parameters.values()),
+    )

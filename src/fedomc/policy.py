@@ -1,0 +1,170 @@
+"""Which variables of a model are compressed, for which client, in which round, and how."""
+
+import fnmatch
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fedomc.errors import PolicyError
+from fedomc.formats import FloatFormat
+from fedomc.transform import Encoding
+
+
+class Selection(Mapping[str, Encoding]):
+    """The variables to compress, by qualified name, with the encoding of each."""
+
+    def __init__(self, encodings: Mapping[str, Encoding]) -> None:
+        """Keep a copy of the mapping."""
+        self._encodings = dict(encodings)
+
+    def __getitem__(self, name: str) -> Encoding:
+        """Return the encoding of a variable."""
+        return self._encodings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._encodings)
+
+    def __len__(self) -> int:
+        """Count the variables."""
+        return len(self._encodings)
+
+    def __repr__(self) -> str:
+        """List the names."""
+        return f"Selection({', '.join(self)})"
+
+
+@dataclass(frozen=True)
+class CompressionPolicy:
+    """How the models of a federation are compressed.
+
+    Attributes:
+        format: of a variable, or of its base, such as ``S1E3M7``.
+        update_format: keeps the local steps in a part of their own, in this format; None keeps one part.
+        transform: ``none``, ``affine`` or ``scaled-affine``.
+        weight_matrices_only: leave normalization, biases and scalars in FP32: everything without two or more
+            dimensions larger than 1.
+        fraction: of the compressible parameters that is compressed; the rest, whole variables drawn at random for each
+            client and round, stays FP32 (paper, partial parameter quantization).
+        rounding: ``nearest`` or ``stochastic``: of variables in one part, or of the update part.
+        seed: of the random choices.
+        include: name patterns (``fnmatch``) of the variables that may be compressed; empty means all.
+        exclude: name patterns of those that may not.
+
+    Raises:
+        FormatError: no such format.
+        PolicyError: a fraction outside 0..1, an unknown transformation or rounding.
+    """
+
+    format: str | FloatFormat
+    update_format: str | FloatFormat | None = None
+    transform: str = "scaled-affine"
+    weight_matrices_only: bool = True
+    fraction: float = 1.0
+    rounding: str = "nearest"
+    seed: int = 0
+    include: Sequence[str] = field(default=())
+    exclude: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", FloatFormat.parse(self.format))
+        if self.update_format is not None:
+            object.__setattr__(self, "update_format", FloatFormat.parse(self.update_format))
+        if not 0 <= self.fraction <= 1:  # also false for NaN
+            raise PolicyError(f"fraction={self.fraction} is impossible: it must lie in 0..1")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise PolicyError(f"{name}={getattr(self, name)!r} must be a list of patterns, not a string")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.encoding()
+
+    def encoding(self, *, round: int = 0, client: str | int = "") -> Encoding:
+        """Return the encoding of a client's variables; its stochastic rounding is the round's and the client's own."""
+        assert isinstance(self.format, FloatFormat)
+        assert self.update_format is None or isinstance(self.update_format, FloatFormat)
+        seed = _hash(self.seed, "rounding", round, client)
+        return Encoding(self.format, self.update_format, self.transform, self.rounding, seed)
+
+    def compressible(self, variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Return the names and sizes of all variables that the policy may compress, in the model's order.
+
+        Args:
+            variables: a model, or the shapes of its variables by name.
+
+        Raises:
+            PolicyError: there is none.
+        """
+        shapes = shapes_of(variables)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items() if self._may_compress(name, shape)}
+        if not sizes:
+            raise PolicyError(
+                f"no variable to compress among {len(shapes)}: include={list(self.include)}, "
+                f"exclude={list(self.exclude)}, weight_matrices_only={self.weight_matrices_only}. Loosen the patterns"
+            )
+        return sizes
+
+    def select(
+        self, variables: nn.Module | Mapping[str, Sequence[int]], *, round: int = 0, client: str | int = ""
+    ) -> Selection:
+        """Select the variables that one client compresses in one round.
+
+        A random set of whole variables stays FP32: in an order that depends on seed, round and client alone (the same
+        on every machine), each is taken that still fits into ``1 - fraction`` of the compressible parameters; then one
+        more if that comes closer. A variable larger than that share is therefore always compressed.
+
+        Raises:
+            PolicyError: no variable is left to compress.
+        """
+        sizes = self.compressible(variables)
+        kept = self._left_in_full_precision(sizes, round, client)
+        chosen = [name for name in sizes if name not in kept]
+        if not chosen:
+            raise PolicyError(f"fraction={self.fraction} leaves no variable to compress: raise it")
+        return Selection(dict.fromkeys(chosen, self.encoding(round=round, client=client)))
+
+    def _may_compress(self, name: str, shape: Sequence[int]) -> bool:
+        if self.weight_matrices_only and sum(size > 1 for size in shape) < 2:
+            return False
+        if math.prod(shape) == 0 or (self.include and not _matches(name, self.include)):
+            return False
+        return not _matches(name, self.exclude)
+
+    def _left_in_full_precision(self, sizes: Mapping[str, int], round: int, client: str | int) -> set[str]:
+        target = (1 - self.fraction) * sum(sizes.values())
+        order = sorted(sizes, key=lambda name: _hash(self.seed, "partial", round, client, name))
+        kept: set[str] = set()
+        total = 0
+        for name in order:
+            if total + sizes[name] <= target:
+                kept.add(name)
+                total += sizes[name]
+        rest = [name for name in order if name not in kept]
+        if rest:
+            smallest = min(rest, key=lambda name: sizes[name])
+            if total + sizes[smallest] - target < target - total:
+                kept.add(smallest)
+        return kept
+
+
+def shapes_of(variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's parameters by qualified name; a mapping of shapes passes through."""
+    named: Mapping[str, Any] = (
+        {name: parameter.shape for name, parameter in variables.named_parameters()}
+        if isinstance(variables, nn.Module)
+        else variables
+    )
+    return {name: tuple(shape) for name, shape in named.items()}
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _hash(*key: object) -> int:
+    """Hash to 63 bits, the same on every machine and in every process."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
