@@ -1,6 +1,6 @@
 """A model with compressed variables: compress, decompress, and what it holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -30,34 +30,40 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
             raise PolicyError(f"the model has no parameter {name!r}: select from this model")
         if isinstance(parameters[name], CompressedTensor):
             raise PolicyError(f"{name} is compressed already: decompress_ the model first")
-    for name, encoding in selection.items():
-        dense = parameters.pop(name)
-        set_parameter(model, name, compress(dense, encoding, name), dense.requires_grad)
+    replace_parameters(
+        model, ((name, compress(parameters.pop(name), encoding, name)) for name, encoding in selection.items())
+    )
     return model
 
 
 def decompress_(model: nn.Module) -> nn.Module:
     """Replace all compressed parameters by dense FP32 ones; returns the model."""
-    for name, parameter in list(model.named_parameters()):
-        if isinstance(parameter, CompressedTensor):
-            set_parameter(model, name, parameter.dequantize(), parameter.requires_grad)
+    compressed = {name: p for name, p in model.named_parameters() if isinstance(p, CompressedTensor)}
+    replace_parameters(model, ((name, compressed.pop(name).dequantize()) for name in list(compressed)))
     return model
 
 
-def set_parameter(model: nn.Module, name: str, values: Tensor, requires_grad: bool) -> None:
-    """Put a new parameter wherever the one of this name stands, under other names too (tied weights)."""
-    owner, _, leaf = name.rpartition(".")
-    old = getattr(model.get_submodule(owner), leaf)
-    parameter = nn.Parameter(values, requires_grad=requires_grad)
-    parameter.grad = old.grad
-    places = [
-        (module, key)
-        for module in model.modules()
-        for key, present in module._parameters.items()
-        if present is old
-    ]
-    for module, key in places:
-        setattr(module, key, parameter)
+def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Put new values in the place of parameters, one after the other.
+
+    Args:
+        model: changed in place, wherever the parameter stands, under other names too (tied weights).
+        values: by qualified name; each is drawn when the one before has taken its place.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(names[id(parameter)], []).append((module, key))
+    for name, value in values:
+        owner, key = places[name][0]
+        old = owner._parameters[key]
+        assert old is not None
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        new.grad = old.grad
+        for module, key in places[name]:
+            setattr(module, key, new)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,6 @@
+"""Flower: compressed variables in messages, and a strategy that sends every client a payload of its own."""
+
+from fedomc.flower.arrays import collect, install
+from fedomc.flower.strategy import OMCStrategy, Traffic
+
+__all__ = ["OMCStrategy", "Traffic", "collect", "install"]

@@ -1,0 +1,196 @@
+"""Between models and Flower's records: a compressed variable travels as an ``Array`` whose data is a frame."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor, nn
+
+from fedomc import frame
+from fedomc.errors import OMCError, PayloadError
+from fedomc.formats import FloatFormat
+from fedomc.model import replace_parameters
+from fedomc.tensor import CompressedTensor
+from fedomc.transform import Encoding, Packed
+
+STYPE = "fedomc.frame"
+"""The serialization type of an ``Array`` that holds a compressed variable."""
+
+CONFIG = "fedomc"
+"""The name of the ``ConfigRecord`` that tells a client how to encode its updates."""
+
+
+def packed_array(packed: Packed, shape: tuple[int, ...], kind: int = frame.VARIABLE) -> Array:
+    """Put packed codes into an ``Array``."""
+    return Array("float32", tuple(shape), STYPE, frame.to_bytes(packed, shape, kind))
+
+
+def read_packed(array: Array, name: str, *, copy: bool) -> frame.Frame:
+    """Take packed codes from an ``Array``.
+
+    Raises:
+        PayloadError: the data is not a frame of the array's shape.
+    """
+    parsed = frame.from_bytes(array.data, name, copy=copy)
+    if parsed.shape != tuple(array.shape):
+        raise PayloadError(f"{name}: the frame has shape {parsed.shape}, its array says {tuple(array.shape)}")
+    return parsed
+
+
+def read_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
+    """Take plain finite values from an ``Array``.
+
+    Raises:
+        PayloadError: the data is not a numpy array of the array's shape, or a value is NaN or infinite.
+    """
+    if array.stype != "numpy.ndarray":
+        raise PayloadError(f"{name}: serialization type {array.stype!r} is unknown")
+    # The header of numpy's own format is a few hundred bytes: more claimed values than bytes are refused unread.
+    if math.prod(array.shape) > len(array.data):
+        raise PayloadError(f"{name}: {len(array.data)} bytes cannot hold shape {tuple(array.shape)}")
+    try:
+        values = array.numpy()
+    except Exception as error:
+        raise PayloadError(f"{name}: not a numpy array: {error}") from error
+    if values.shape != tuple(array.shape):
+        raise PayloadError(f"{name}: the data has shape {values.shape}, its array says {tuple(array.shape)}")
+    if values.dtype.kind not in "fiub":
+        raise PayloadError(f"{name}: dtype {values.dtype} is not numeric")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise PayloadError(f"{name} has a value that is NaN or infinite")
+    return values
+
+
+def to_config(encoding: Encoding) -> ConfigRecord:
+    """Write an encoding for a client."""
+    return ConfigRecord(
+        {
+            "format": str(encoding.format),
+            "update-format": str(encoding.update_format or ""),
+            "transform": encoding.transform,
+            "rounding": encoding.rounding,
+            "seed": encoding.seed,
+        }
+    )
+
+
+def from_config(config: Mapping[str, Any]) -> Encoding:
+    """Read an encoding.
+
+    Raises:
+        PayloadError: a field is missing or wrong.
+    """
+    try:
+        update = config["update-format"]
+        return Encoding(
+            FloatFormat.parse(config["format"]),
+            FloatFormat.parse(update) if update else None,
+            str(config["transform"]),
+            str(config["rounding"]),
+            int(config["seed"]),
+        )
+    except KeyError as error:
+        raise PayloadError(f"the message's {CONFIG!r} record has no {error}") from None
+    except (OMCError, TypeError, ValueError) as error:
+        raise PayloadError(f"the message's {CONFIG!r} record is wrong: {error}") from None
+
+
+def install(model: nn.Module, message: Message | RecordDict) -> nn.Module:
+    """Fill a model from a message; its compressed variables stay packed, and no FP32 copy of them is made.
+
+    Args:
+        model: may lie on the meta device; its parameters and persistent buffers are replaced. Buffers that are not
+            part of the state_dict must be real already: no message carries them.
+        message: with one ``ArrayRecord`` of all parameters and persistent buffers, and the ``fedomc`` config record
+            if variables are compressed.
+
+    Returns:
+        The model.
+
+    Raises:
+        PayloadError: something is missing, unknown, damaged or of another shape; the model is as it was.
+    """
+    content = message.content if isinstance(message, Message) else message
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise PayloadError(f"the message has {len(records)} array records, one expected")
+    config = content.config_records.get(CONFIG)
+    encoding = None if config is None else from_config(config)
+    state, aliases = _state(model)
+    _check_names(state, aliases, records[0])
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for name, old in state.items():
+        value = _read(records[0][name], name, old, encoding)
+        (parameters if isinstance(old, nn.Parameter) else buffers)[name] = value
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in buffers:
+            raise PayloadError(f"buffer {name} lies on the meta device and is not part of any message: compute it first")
+    replace_parameters(model, ((name, parameters.pop(name)) for name in list(parameters)))
+    for name, value in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = value
+    return model
+
+
+def collect(model: nn.Module) -> ArrayRecord:
+    """Give a model's parameters and persistent buffers as arrays, packed as they are.
+
+    Of a variable in two parts only the update travels; the base is what the receiver sent.
+    """
+    record = ArrayRecord()
+    for name, tensor in _state(model)[0].items():
+        if isinstance(tensor, CompressedTensor):
+            kind = frame.VARIABLE if tensor.update is None else frame.UPDATE
+            record[name] = packed_array(tensor.parts[-1], tuple(tensor.shape), kind)
+        else:
+            record[name] = Array(tensor.detach().cpu().numpy())
+    return record
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
+    """Return parameters and persistent buffers by name, and the further names of tied ones."""
+    state: dict[str, Tensor] = {}
+    aliases, seen = set(), set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            aliases.add(name)
+        else:
+            seen.add(id(tensor))
+            state[name] = tensor
+    return state, aliases
+
+
+def _check_names(state: Mapping[str, Tensor], aliases: set[str], record: ArrayRecord) -> None:
+    missing = [name for name in state if name not in record]
+    unknown = [name for name in record if name not in state and name not in aliases]
+    if missing or unknown:
+        raise PayloadError(
+            f"the message is of another model: {_some(missing)} missing, {_some(unknown)} unknown"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 3 else ", ".join(names) or "none"
+
+
+def _read(array: Array, name: str, old: Tensor, encoding: Encoding | None) -> Tensor:
+    if tuple(array.shape) != tuple(old.shape):
+        raise PayloadError(f"{name}: shape {tuple(array.shape)}, but the model's is {tuple(old.shape)}")
+    if array.stype != STYPE:
+        values = torch.from_numpy(np.ascontiguousarray(read_dense(array, name)))
+        if values.dtype != old.dtype:
+            raise PayloadError(f"{name}: dtype {values.dtype}, but the model's is {old.dtype}")
+        return values
+    if encoding is None:
+        raise PayloadError(f"{name} is compressed, but the message has no {CONFIG!r} config record")
+    # A base is never rewritten and may lie in the message; a variable in one part needs memory of its own.
+    parsed = read_packed(array, name, copy=encoding.update_format is None)
+    if parsed.kind != frame.VARIABLE:
+        raise PayloadError(f"{name} is only an update: a model cannot be filled from it")
+    if parsed.packed.format != encoding.format:
+        raise PayloadError(f"{name} is {parsed.packed.format}, but its config record says {encoding.format}")
+    return CompressedTensor.from_packed(parsed.packed, encoding, parsed.shape, name)
