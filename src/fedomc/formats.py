@@ -82,7 +82,7 @@ class FloatFormat:
         return float(2.0 ** (1 - self.bias - self.mantissa_bits))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parse(text: str) -> FloatFormat:
     match = _NAME.fullmatch(text) if isinstance(text, str) else None
     if match is None:

@@ -29,7 +29,7 @@ class _Decode(torch.autograd.Function):
         return weight.dequantize()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -62,7 +62,7 @@ def with_decoded_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     def decode(x: Any) -> Any:
         if not isinstance(x, CompressedTensor):
             return x
-        values = _Decode.apply(x)
+        values: Tensor = _Decode.apply(x)  # type: ignore[no-untyped-call]
         weights[values.untyped_storage().data_ptr()] = x
         return values
 
@@ -88,11 +88,11 @@ def _setitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     target, index, value = args
     if not isinstance(target, CompressedTensor):
         dense = value.dequantize() if isinstance(value, CompressedTensor) else value
-        return func(target, index, dense)
+        func(target, index, dense)
+        return
     values = target.dequantize()
     values[index] = value.dequantize() if isinstance(value, CompressedTensor) else value
     target.copy_(values)
-    return None
 
 
 FUNCTIONS.update(

@@ -61,5 +61,5 @@ def step_in_backward(
             finally:
                 parameter.grad = None
 
-        hooks.append(parameter.register_post_accumulate_grad_hook(step))
+        hooks.append(parameter.register_post_accumulate_grad_hook(step))  # type: ignore[no-untyped-call]
     return StepInBackward(optimizers, hooks)

@@ -8,11 +8,11 @@ dense tensor; if it writes in place, the result is encoded again. Slower, never 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fedomc.formats import FloatFormat
 from fedomc.transform import Encoding, Packed, encode
@@ -105,7 +105,7 @@ class CompressedTensor(Tensor):
         return (self.base,) if self.update is None else (self.base, self.update)
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes held: codes and transformation of all parts."""
         return sum(part.nbytes for part in self.parts)
 
@@ -133,6 +133,11 @@ class CompressedTensor(Tensor):
         how = self.encoding
         self.parts[-1].rewrite(target, how.transform, how.rounding, how.seed, self.variable)
 
+    def rewrite_from(self, values: Tensor) -> None:
+        """Encode new values of the same shape in place."""
+        flat = values.reshape(-1)
+        self.rewrite(lambda start, stop: flat[start:stop])
+
     def _decode(self, start: int, stop: int) -> Tensor:
         values = torch.empty(stop - start, device=self.base.codes.device)  # [n]
         self.base.decode(values, start)
@@ -146,12 +151,23 @@ class CompressedTensor(Tensor):
         base, *update = parts
         return CompressedTensor(base, update[0] if update else None, self.encoding, self.shape, self.variable)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Name shape, format and bytes; the values would need a dense copy."""
         return (
             f"CompressedTensor(shape={tuple(self.shape)}, format={self.encoding}, "
             f"transform={self.encoding.transform}, nbytes={self.nbytes}, requires_grad={self.requires_grad})"
         )
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Decode to a numpy array."""
+        return self.dequantize().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """Decode to nested lists."""
+        return self.dequantize().tolist()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dequantize().__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Name the inner tensors; see ``torch.utils._python_dispatch``."""
@@ -187,7 +203,7 @@ class CompressedTensor(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator on the packed form where that is known, on decoded copies elsewhere."""
@@ -283,7 +299,7 @@ def _rewrite_elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return x[start:stop] if isinstance(x, Tensor) and x.dim() else x
 
     def produce(start: int, stop: int) -> Tensor:
-        values = target._decode(start, stop)
+        values: Tensor = target._decode(start, stop)
         func(values, *(chunk(x, start, stop) for x in flat), **kwargs)
         return values
 
@@ -295,40 +311,103 @@ def _scale(target: CompressedTensor, factor: Any) -> bool:
     """Multiply by a finite number: the transformation changes, the codes do not."""
     if isinstance(factor, Tensor) and factor.dim():
         return False
-    affine = target.base.affine * factor
-    reach = affine[0].abs().double() * target.format.max_value + affine[1].abs()
+    affine: Tensor = target.base.affine * factor
+    scale, offset = (abs(value) for value in affine.tolist())
     # A factor near zero would leave the range of normal floats; the general way rounds that rightly.
-    if not 2.0**-120 < affine[0].abs() or not reach <= torch.finfo(torch.float32).max:
+    if not (2.0**-120 < scale and scale * target.format.max_value + offset <= torch.finfo(torch.float32).max):
         return False
     target.base.affine.copy_(affine)
     return True
 
 
-def _packed(x: Any) -> bool:
+def _packed(x: Any) -> TypeGuard[CompressedTensor]:
     return isinstance(x, CompressedTensor)
 
 
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on decoded copies; encode again what it wrote."""
+    """Run an operator on decoded copies; encode again what it wrote; views of a copy write through."""
     decoded: dict[int, tuple[CompressedTensor, Tensor]] = {}
 
     def dense(x: Any) -> Any:
-        if not _packed(x):
-            return x
-        return decoded.setdefault(id(x), (x, x.dequantize()))[1]
+        return decoded.setdefault(id(x), (x, x.dequantize()))[1] if _packed(x) else x
 
     result = func(*tree_map(dense, args), **tree_map(dense, kwargs))
-    written = {}
-    named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-    for argument in func._schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            for x in (named.get(argument.name),) if _packed(named.get(argument.name)) else named.get(argument.name) or ():
-                if _packed(x):
-                    written[id(decoded[id(x)][1])] = x
-    for x in written.values():
-        flat = decoded[id(x)][1].reshape(-1)
-        x.rewrite(lambda start, stop, flat=flat: flat[start:stop])
+    written: dict[int, CompressedTensor] = {}
+    for x in _written(func, args, kwargs):
+        if _packed(x):
+            values = decoded[id(x)][1]
+            x.rewrite_from(values)
+            written[id(values)] = x
+    if _returns_view(func):
+        owner, values = next(iter(decoded.values()))
+        return tree_map(lambda x: DecodedView(x, owner, values) if _is_plain(x) else x, result)
     return tree_map(lambda x: written.get(id(x), x), result)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return what an operator writes to, by its schema."""
+    arguments = func._schema.arguments
+    named = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+    mutable = (a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return [x for name in mutable for x in tree_leaves(named.get(name))]
+
+
+class DecodedView(Tensor):
+    """A view of a compressed tensor's decoded values; what is written into it is encoded again."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _owner: CompressedTensor
+    _decoded: Tensor
+    _plain: Tensor
+
+    @staticmethod
+    def __new__(cls, view: Tensor, owner: CompressedTensor, values: Tensor) -> "DecodedView":
+        """Wrap a view of ``values``, the decoded values of ``owner``."""
+        self: DecodedView = view.as_subclass(cls)
+        self._owner, self._decoded, self._plain = owner, values, view
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        """Do nothing: ``__new__`` made the tensor."""
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the values as a numpy array."""
+        return self._plain.numpy(force=force)
+
+    def tolist(self) -> Any:
+        """Return the values as nested lists."""
+        return self._plain.tolist()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._plain.__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator on the plain tensor, then encode what it wrote."""
+        kwargs = kwargs or {}
+        views = {id(x._plain): x for x in tree_leaves((args, kwargs)) if isinstance(x, DecodedView)}
+
+        def plain(x: Any) -> Any:
+            return x._plain if isinstance(x, DecodedView) else x
+
+        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        for x in _written(func, args, kwargs):
+            if isinstance(x, DecodedView):
+                x._owner.rewrite_from(x._decoded)
+        if _returns_view(func):
+            view = next(iter(views.values()))
+            return tree_map(lambda x: DecodedView(x, view._owner, view._decoded) if _is_plain(x) else x, result)
+        return tree_map(lambda x: views.get(id(x), x), result)
+
+
+def _returns_view(func: Any) -> bool:
+    return any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns)
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) is Tensor
 
 
 # A state_dict of compressed tensors can be loaded with weights_only=True.

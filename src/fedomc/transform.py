@@ -146,9 +146,7 @@ class Packed:
             values = produce(start, min(start + codec.CHUNK, self.numel))
             words = codes[at : at + codec.words_of(values.numel(), self.format.bits)]
             at += words.numel()
-            part, part_largest = codec.encode(
-                values, self.format, exponent, words, start=start, seed=seed, sums=sums
-            )
+            part, part_largest = codec.encode(values, self.format, exponent, words, start=start, seed=seed, sums=sums)
             found.append(part)
             largest = max(largest, part_largest)
             if largest >= codec.INFINITY_BITS:

@@ -27,8 +27,9 @@ INFINITY_BITS = 0x7F800000
 def magnitude_bits(values: Tensor) -> int:
     """Return the largest magnitude as its float32 bits, ``INFINITY_BITS`` or more if a value is not finite."""
     largest = 0
-    for part in values.detach().reshape(-1).split(CHUNK):
-        largest = max(largest, int((part.view(torch.int32) & 0x7FFFFFFF).max()))
+    flat = values.detach().reshape(-1)
+    for at in range(0, flat.numel(), CHUNK):
+        largest = max(largest, int((flat[at : at + CHUNK].view(torch.int32) & 0x7FFFFFFF).max()))
     return largest
 
 
@@ -61,9 +62,7 @@ def encode_chunk(
     return _block_sums(difference, represented, blocks), largest
 
 
-def decode_chunk(
-    words: Tensor, format: FloatFormat, scale: float, offset: float, out: Tensor
-) -> Tensor:
+def decode_chunk(words: Tensor, format: FloatFormat, scale: float, offset: float, out: Tensor) -> Tensor:
     """Decode ``scale * Q + offset`` into ``out`` (float32 ``[n]``, n <= CHUNK); -0 and every bit stay for (1, 0)."""
     n = out.numel()
     codes = _unpack(words, -(-n // BLOCK), format.bits).view(-1)[:n]
@@ -74,9 +73,7 @@ def _pad(flat: Tensor, size: int) -> Tensor:
     return flat if flat.numel() == size else torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
-def _round(
-    values: Tensor, format: FloatFormat, exponent: int, seed: int | None, start: int
-) -> tuple[Tensor, int]:
+def _round(values: Tensor, format: FloatFormat, exponent: int, seed: int | None, start: int) -> tuple[Tensor, int]:
     bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     largest = int(magnitude.max())

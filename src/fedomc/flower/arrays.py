@@ -128,7 +128,9 @@ def install(model: nn.Module, message: Message | RecordDict) -> nn.Module:
         (parameters if isinstance(old, nn.Parameter) else buffers)[name] = value
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in buffers:
-            raise PayloadError(f"buffer {name} lies on the meta device and is not part of any message: compute it first")
+            raise PayloadError(
+                f"buffer {name} lies on the meta device and is not part of any message: compute it first"
+            )
     replace_parameters(model, ((name, parameters.pop(name)) for name in list(parameters)))
     for name, value in buffers.items():
         owner, _, leaf = name.rpartition(".")
@@ -168,9 +170,7 @@ def _check_names(state: Mapping[str, Tensor], aliases: set[str], record: ArrayRe
     missing = [name for name in state if name not in record]
     unknown = [name for name in record if name not in state and name not in aliases]
     if missing or unknown:
-        raise PayloadError(
-            f"the message is of another model: {_some(missing)} missing, {_some(unknown)} unknown"
-        )
+        raise PayloadError(f"the message is of another model: {_some(missing)} missing, {_some(unknown)} unknown")
 
 
 def _some(names: list[str]) -> str:

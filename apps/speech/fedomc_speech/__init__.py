@@ -1,0 +1,1 @@
+"""Federated speech recognition with compressed parameters: a Flower app."""

@@ -1,0 +1,175 @@
+"""The command line: ``python -m fedomc_speech``."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+import fedomc
+from fedomc_speech import corpus, federation, model, report, training
+from fedomc_speech.progress import RunProgress
+from fedomc_speech.run_folder import RunFolder
+from fedomc_speech.settings import Settings
+from fedomc_speech.simulation import simulate
+from fedomc_speech.tokens import tokenizer_for
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+DEFAULTS: Final = Settings()
+
+
+@app.callback()
+def main() -> None:
+    """Federated speech recognition with compressed parameters."""
+
+
+@app.command()
+def compare(
+    formats: Annotated[list[str] | None, typer.Option("--format", "-f", help="A format; repeat it.")] = None,
+    name: Annotated[str, typer.Option(help="The run's folder is OUTPUT/NAME.")] = "speech",
+    output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option(help="Go on from the last finished round.")] = False,
+    corpus_name: Annotated[str, typer.Option("--corpus", help="digits, an4 or librispeech.")] = DEFAULTS.corpus,
+    corpus_path: Annotated[str, typer.Option(help="Folder of an4 or librispeech.")] = DEFAULTS.corpus_path,
+    split: Annotated[str, typer.Option(help="speaker (a client is a speaker) or iid.")] = DEFAULTS.split,
+    clients: Annotated[int, typer.Option(help="Number of clients; 0: one a speaker.")] = DEFAULTS.clients,
+    model_size: Annotated[str, typer.Option("--model", help="tiny or large.")] = DEFAULTS.model,
+    rounds: Annotated[int, typer.Option(help="Rounds of each format.")] = DEFAULTS.rounds,
+    cohort: Annotated[int, typer.Option(help="Clients a round.")] = DEFAULTS.cohort,
+    local_steps: Annotated[int, typer.Option(help="Steps of each client in a round.")] = DEFAULTS.local_steps,
+    batch: Annotated[int, typer.Option(help="Utterances a step.")] = DEFAULTS.batch,
+    client_rate: Annotated[float, typer.Option(help="Learning rate of the clients' SGD.")] = DEFAULTS.client_rate,
+    clip_norm: Annotated[float, typer.Option(help="Of each variable's gradient.")] = DEFAULTS.clip_norm,
+    server_rate: Annotated[float, typer.Option(help="Highest rate of the server's Adam.")] = DEFAULTS.server_rate,
+    warmup: Annotated[int, typer.Option(help="Rounds in which it rises.")] = DEFAULTS.warmup,
+    evaluate_every: Annotated[int, typer.Option(help="Rounds between measurements.")] = DEFAULTS.evaluate_every,
+    transform: Annotated[str, typer.Option(help="none, affine or scaled-affine.")] = DEFAULTS.transform,
+    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = DEFAULTS.rounding,
+    update_rounding: Annotated[str, typer.Option(help="The same for update parts.")] = DEFAULTS.update_rounding,
+    aggregate: Annotated[str, typer.Option(help="difference or value.")] = DEFAULTS.aggregate,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
+) -> None:
+    """Train the same model with several formats in Flower's simulation and compare them.
+
+    A format is FP32, one part such as S1E3M7, or base and update such as S1E2M3+S1E2M1; @0.9 behind it compresses a
+    random 90 per cent, different for each client and round.
+    """
+    console = Console()
+    with _clear_errors(console):
+        settings = Settings(
+            formats=tuple(formats) if formats else DEFAULTS.formats,
+            corpus=corpus_name,
+            corpus_path=corpus_path,
+            split=split,
+            clients=clients,
+            model=model_size,
+            rounds=rounds,
+            cohort=cohort,
+            local_steps=local_steps,
+            batch=batch,
+            client_rate=client_rate,
+            clip_norm=clip_norm,
+            server_rate=server_rate,
+            warmup=warmup,
+            evaluate_every=evaluate_every,
+            transform=transform,
+            rounding=rounding,
+            update_rounding=update_rounding,
+            aggregate=aggregate,
+            seed=seed,
+        )
+        _compare(settings, output / name, resume, console)
+
+
+def _compare(settings: Settings, path: Path, resume: bool, console: Console) -> None:
+    loaded = _load_corpus(settings, console)
+    parts = corpus.split(loaded.train, settings.split, settings.clients or None, settings.seed)
+    federation.check_cohort(settings, len(parts))
+    _say_cost(settings, loaded, parts, console)
+    folder = RunFolder(path, settings, resume=resume)
+    with _stop_on_interrupt(console) as stop:
+        with RunProgress(settings, console, stop) as progress:
+            done: list[bool] = []
+            simulate(
+                lambda grid: done.append(federation.run(settings, grid, folder, progress)),
+                len(parts),
+                path / "flower.log",
+            )
+    console.print(report.table(folder.runs))
+    console.print(f"{path / 'results.json'}, {report.write_report(path, settings, folder.runs)}")
+    if not done[0]:
+        console.print("Stopped. The same command with --resume goes on from the last finished round.")
+        raise typer.Exit(130)
+
+
+def _load_corpus(settings: Settings, console: Console) -> corpus.Corpus:
+    where = Path(settings.corpus_path) if settings.corpus_path else None
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(f"corpus {settings.corpus}", total=None)
+        return corpus.load(
+            settings.corpus, where, progress=lambda done, total: bars.update(task, completed=done, total=total)
+        )
+
+
+def _say_cost(
+    settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Utterance, ...]], console: Console
+) -> None:
+    """Say what the run will send and take: bytes exactly, time from one local step of each format."""
+    tokenizer = tokenizer_for(loaded)
+    visits = settings.rounds * settings.cohort
+    seconds, sent = 0.0, 0.0
+    for variant in settings.variants:
+        network = model.build(settings.model, tokenizer.vocab_size, seed=settings.seed)
+        policy = variant.policy(settings)
+        if policy is not None:
+            fedomc.compress_(network, policy.select(network, round=1, client=0))
+        for _ in range(2):  # the first is slower than the others will be
+            began = time.perf_counter()
+            training.train_locally(
+                network, parts[0], tokenizer, steps=1, batch=settings.batch, rate=1e-3, clip_norm=1.0, seed=0
+            )
+            took = time.perf_counter() - began
+        seconds += took * settings.local_steps * visits
+        sent += federation.bytes_of_a_visit(network) * visits
+    console.print(
+        f"{len(settings.formats)} formats x {settings.rounds} rounds x {settings.cohort} of {len(parts)} clients; "
+        f"{len(loaded.train)} utterances to train, {len(loaded.test)} to test. "
+        f"About {report.megabytes(sent)} will be sent in all; local training takes about {seconds / 60:.0f} minutes of "
+        "one core, the whole perhaps as long on two."
+    )
+
+
+@contextmanager
+def _clear_errors(console: Console) -> Iterator[None]:
+    """Show what the user can mend as one line, with exit code 2."""
+    try:
+        yield
+    except fedomc.OMCError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _stop_on_interrupt(console: Console) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a stop after the round; a second one ends at once."""
+    stop = threading.Event()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        console.print("Stopping after this round. Ctrl-C again ends at once.")
+
+    previous: Any = signal.signal(signal.SIGINT, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)

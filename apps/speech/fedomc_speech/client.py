@@ -1,0 +1,84 @@
+"""The ClientApp: fill the model from the message, train it packed, send it back packed."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedomc.flower import collect, install
+from fedomc_speech import corpus, model, training
+from fedomc_speech.corpus.base import Utterance
+from fedomc_speech.settings import Settings
+from fedomc_speech.tokens import Tokenizer, tokenizer_for
+
+app = ClientApp()
+
+
+@app.query()
+def identify(message: Message, context: Context) -> Message:
+    """Tell the server which part of the data this node holds."""
+    partition = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
+    return Message(RecordDict({"identity": partition}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on this node's utterances for one round."""
+    torch.set_num_threads(1)  # a simulation runs a client on each core
+    partition = int(context.node_config["partition-id"])
+    return Message(train_partition(message, partition), reply_to=message)
+
+
+def train_partition(message: Message | RecordDict, partition: int) -> RecordDict:
+    """Do a round of local training on one part of the data."""
+    content = message.content if isinstance(message, Message) else message
+    config: Any = content["config"]
+    settings = read_settings(config)
+    clients, tokenizer = client_data(
+        settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
+    )
+    network = _model(settings.model, tokenizer.vocab_size)
+    install(network, content)
+    seed = settings.seed * 1_000_003 + int(config["server-round"]) * 1009 + partition
+    result = training.train_locally(
+        network,
+        clients[partition],
+        tokenizer,
+        steps=settings.local_steps,
+        batch=settings.batch,
+        rate=settings.client_rate,
+        clip_norm=settings.clip_norm,
+        seed=seed,
+    )
+    metrics = MetricRecord(
+        {"num-examples": result.examples, "loss": result.loss, "parameter-bytes": result.parameter_bytes}
+    )
+    return RecordDict({"arrays": collect(network), "metrics": metrics})
+
+
+def write_settings(settings: Settings) -> ConfigRecord:
+    """Write settings for the clients."""
+    return ConfigRecord(settings.to_dict())
+
+
+def read_settings(config: ConfigRecord) -> Settings:
+    """Read settings that the server wrote; ``server-round`` is Flower's."""
+    return Settings.from_mapping({key: value for key, value in config.items() if key != "server-round"})
+
+
+@functools.lru_cache(maxsize=2)
+def client_data(
+    name: str, path: str, split: str, clients: int, seed: int
+) -> tuple[list[tuple[Utterance, ...]], Tokenizer]:
+    """Load a corpus once a process: the utterances by client, and the tokenizer."""
+    loaded = corpus.load(name, Path(path) if path else None)
+    return corpus.split(loaded.train, split, clients or None, seed), tokenizer_for(loaded)
+
+
+@functools.lru_cache(maxsize=1)
+def _model(size: str, vocabulary: int) -> model.SpeechModel:
+    """Build the model once a process, on the meta device; each message fills it anew."""
+    return model.build(size, vocabulary)

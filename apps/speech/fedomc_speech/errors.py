@@ -1,0 +1,11 @@
+"""The errors of the speech application."""
+
+from fedomc import OMCError
+
+
+class CorpusError(OMCError):
+    """A corpus that is missing, damaged or empty, or does not fit; the message names it and the way out."""
+
+
+class SettingsError(OMCError):
+    """Settings of a run that are unknown, impossible or do not fit; the message names them and the way out."""

@@ -1,0 +1,270 @@
+"""The rounds of a run: for each format, train the same model on the same clients and measure it."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdam
+
+import fedomc
+from fedomc.flower import OMCStrategy, collect, install
+from fedomc_speech import corpus, model, training
+from fedomc_speech.client import write_settings
+from fedomc_speech.errors import SettingsError
+from fedomc_speech.run_folder import Checkpoint, RunFolder
+from fedomc_speech.settings import Settings, Variant
+from fedomc_speech.tokens import tokenizer_for
+
+BETA_1, BETA_2 = 0.9, 0.99
+TAU = 1e-7  # Flower's default of 1e-3 is larger than the updates and would stop the training
+ROUND_TIMEOUT = 3600.0  # seconds
+
+
+class Observer(Protocol):
+    """Who watches a run."""
+
+    def started(self, variant: Variant, first_round: int) -> None:
+        """A variant begins, or goes on, with this round."""
+
+    def round_done(self, variant: Variant, row: dict[str, Any]) -> None:
+        """A round is finished; the row is what the history keeps of it."""
+
+    def stop_requested(self) -> bool:
+        """Tell whether to stop before the next round."""
+        return False
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The nodes of a federation, in the order of the parts of the data that they hold."""
+
+    nodes: tuple[int, ...]
+
+    @classmethod
+    def identify(cls, grid: Grid, expected: int) -> "Clients":
+        """Ask all nodes which part they hold, so that a seed means the same clients in every run.
+
+        Raises:
+            SettingsError: they do not hold the parts 0 to ``expected - 1``, each once.
+        """
+        deadline = time.monotonic() + 60
+        while len(nodes := list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
+            time.sleep(0.2)
+        messages = [Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
+        parts: dict[int, int] = {}
+        for reply in grid.send_and_receive(messages, timeout=ROUND_TIMEOUT):
+            if reply.has_error():
+                raise SettingsError(f"node {reply.metadata.src_node_id} does not answer: {reply.error.reason}")
+            parts[int(cast(Any, reply.content["identity"])["partition-id"])] = reply.metadata.src_node_id
+        if not set(range(expected)) <= set(parts):
+            raise SettingsError(
+                f"{len(nodes)} nodes hold {len(parts)} parts of the data, but there are {expected} clients: "
+                f"start the federation with {expected} nodes"
+            )
+        return cls(tuple(parts[i] for i in range(expected)))
+
+    def name_of(self, node: int) -> int:
+        """Return which part a node holds."""
+        return self.nodes.index(node)
+
+
+class _Cohort:
+    """A view of a grid that shows the nodes of one round's cohort."""
+
+    def __init__(self, nodes: list[int]) -> None:
+        self._nodes = nodes
+
+    def get_node_ids(self) -> list[int]:
+        return self._nodes
+
+
+def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer) -> bool:
+    """Run all variants, going on from the folder's checkpoint if it has one; False if it was stopped."""
+    loaded = corpus.load(settings.corpus, Path(settings.corpus_path) if settings.corpus_path else None)
+    parts = corpus.split(loaded.train, settings.split, settings.clients or None, settings.seed)
+    check_cohort(settings, len(parts))
+    clients = Clients.identify(grid, len(parts))
+    tokenizer = tokenizer_for(loaded)
+
+    def measure(network: model.SpeechModel) -> float:
+        return training.word_error_rate(network, loaded.test, tokenizer)
+
+    for variant in settings.variants:
+        if not folder.finished(str(variant)):
+            rounds = _Rounds(settings, variant, clients, tokenizer.vocab_size, measure)
+            if not rounds.run(grid, folder, observer):
+                return False
+    return True
+
+
+def check_cohort(settings: Settings, clients: int) -> None:
+    """Check that there are enough clients.
+
+    Raises:
+        SettingsError: there are not.
+    """
+    if settings.cohort > clients:
+        raise SettingsError(f"cohort={settings.cohort}, but there are only {clients} clients: make it smaller")
+
+
+def bytes_of_a_visit(network: model.SpeechModel) -> int:
+    """Count the bytes of the arrays that go to a client with this model and come back."""
+    up = sum(len(array.data) for array in collect(network).values())
+    update_bytes = sum(p.nbytes - p.base.nbytes for p in network.parameters() if isinstance(p, fedomc.CompressedTensor))
+    return up + (fedomc.parameter_bytes(network).total - update_bytes if update_bytes else up)
+
+
+class _Rounds:
+    """The rounds of one variant."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        variant: Variant,
+        clients: Clients,
+        vocabulary: int,
+        measure: Callable[[model.SpeechModel], float],
+    ) -> None:
+        self.settings = settings
+        self.variant = variant
+        self.clients = clients
+        self.measure = measure
+        self.inner = FedAdam(
+            fraction_evaluate=0.0, eta=settings.server_rate, beta_1=BETA_1, beta_2=BETA_2, tau=TAU, min_train_nodes=1
+        )
+        self.inner.min_available_nodes = 1
+        self.strategy = OMCStrategy(
+            self.inner,
+            variant.policy(settings),
+            aggregate=settings.aggregate,
+            client_name=clients.name_of,
+        )
+        self.network = model.build(settings.model, vocabulary, seed=settings.seed)
+        self.arrays = collect(self.network)
+        self.fp32_bytes = sum(len(array.data) for array in self.arrays.values())
+        self.fp32_parameter_bytes = fedomc.parameter_bytes(self.network).fp32
+        self.history: list[dict[str, Any]] = []
+        self.totals = {"seconds": 0.0, "messages": 0, "replies": 0, "down": 0, "up": 0, "held": 0.0, "rounds": 0}
+
+    def run(self, grid: Grid, folder: RunFolder, observer: Observer) -> bool:
+        """Run the rounds that are missing; False if the observer stopped them."""
+        first = self._resume(folder.load())
+        observer.started(self.variant, first)
+        for number in range(first, self.settings.rounds + 1):
+            if observer.stop_requested():
+                folder.add(self._result(finished=False))
+                return False
+            row = self._round(number, grid)
+            self.history.append(row)
+            folder.save(self._checkpoint(number))
+            observer.round_done(self.variant, row)
+        folder.add(self._result(finished=True))
+        return True
+
+    def _round(self, number: int, grid: Grid) -> dict[str, Any]:
+        settings = self.settings
+        began = time.monotonic()
+        self.inner.eta = settings.server_rate_in(number)
+        draw = random.Random(f"{settings.seed} cohort {number}")  # noqa: S311
+        cohort = _Cohort([self.clients.nodes[i] for i in draw.sample(range(len(self.clients.nodes)), settings.cohort)])
+        messages = self.strategy.configure_train(number, self.arrays, write_settings(settings), cast(Grid, cohort))
+        replies = list(grid.send_and_receive(messages, timeout=ROUND_TIMEOUT))
+        arrays, metrics = self.strategy.aggregate_train(number, replies)
+        if arrays is None or metrics is None:
+            reasons = {reply.error.reason for reply in replies if reply.has_error()}
+            raise SettingsError(
+                f"round {number}: no client returned a model: {'; '.join(sorted(reasons)) or 'see the log'}"
+            )
+        self.arrays = arrays
+        traffic = self.strategy.traffic[-1]
+        for key, value in (
+            ("messages", traffic.sent),
+            ("replies", traffic.received),
+            ("down", traffic.down_bytes),
+            ("up", traffic.up_bytes),
+            ("held", float(cast(float, metrics["parameter-bytes"]))),
+            ("rounds", 1),
+            ("seconds", time.monotonic() - began),
+        ):
+            self.totals[key] += value
+        wer = None
+        if number % settings.evaluate_every == 0 or number == settings.rounds:
+            wer = self.measure(self._server_model())
+        return {
+            "round": number,
+            "loss": float(cast(float, metrics["loss"])),
+            "clients": traffic.received,
+            "down_bytes": self.totals["down"],
+            "up_bytes": self.totals["up"],
+            "seconds": self.totals["seconds"],
+            "wer": wer,
+        }
+
+    def _server_model(self) -> model.SpeechModel:
+        install(self.network, RecordDict({"arrays": self.arrays}))
+        return self.network
+
+    def _result(self, *, finished: bool) -> dict[str, Any]:
+        network = self._server_model()
+        wer = self.measure(network)
+        wer_compressed = wer
+        policy = self.variant.policy(self.settings)
+        if policy is not None:
+            whole = replace(policy, fraction=1.0, update_format=None, rounding="nearest")
+            wer_compressed = self.measure(cast(Any, fedomc.compress_(network, whole.select(network))))
+            fedomc.decompress_(network)
+        totals = self.totals
+        held = totals["held"] / max(1, totals["rounds"])
+        down = totals["down"] / max(1, totals["messages"])
+        up = totals["up"] / max(1, totals["replies"])
+        return {
+            "variant": str(self.variant),
+            "format": self.variant.format,
+            "fraction": self.variant.fraction,
+            "finished": finished,
+            "rounds": len(self.history),
+            "wer": wer,
+            "wer_compressed": wer_compressed,
+            "parameter_bytes": round(held),
+            "parameter_ratio": held / self.fp32_parameter_bytes,
+            "down_bytes": round(down),
+            "up_bytes": round(up),
+            "down_ratio": down / self.fp32_bytes,
+            "up_ratio": up / self.fp32_bytes,
+            "rounds_per_minute": 60 * len(self.history) / totals["seconds"] if totals["seconds"] else 0.0,
+            "history": self.history,
+        }
+
+    def _checkpoint(self, number: int) -> Checkpoint:
+        progress = {
+            "variant": str(self.variant),
+            "round": number,
+            "history": self.history,
+            "totals": self.totals,
+        }
+        arrays = {
+            "model": {name: array.numpy() for name, array in self.arrays.items()},
+            "m": dict(self.inner.m_t or {}),
+            "v": dict(self.inner.v_t or {}),
+        }
+        return Checkpoint(progress, arrays)
+
+    def _resume(self, checkpoint: Checkpoint | None) -> int:
+        """Take up a checkpoint of this variant; returns the first round to run."""
+        if checkpoint is None or checkpoint.progress["variant"] != str(self.variant):
+            return 1
+        record = ArrayRecord()
+        for name in self.arrays:
+            record[name] = Array(np.ascontiguousarray(checkpoint.arrays["model"][name]))
+        self.arrays = record
+        self.inner.m_t = dict(checkpoint.arrays.get("m", {})) or None
+        self.inner.v_t = dict(checkpoint.arrays.get("v", {})) or None
+        self.history = list(checkpoint.progress["history"])
+        self.totals = dict(checkpoint.progress["totals"])
+        return int(checkpoint.progress["round"]) + 1

@@ -1,0 +1,110 @@
+"""What a run found: the table on the terminal, and one HTML file that opens without a network."""
+
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedomc_speech.run_folder import write_atomically
+from fedomc_speech.settings import Settings
+
+REPORT = "report.html"
+
+_COLUMNS = (
+    "format",
+    "WER",
+    "WER, compressed copy",
+    "client parameters",
+    "down a client and round",
+    "up a client and round",
+    "rounds / min",
+)
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #8886; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1.5rem 0; background: #fff; border-radius: .5rem; }
+svg { width: 100%; height: auto; }
+.note { opacity: .75; }
+"""
+
+
+def table(runs: Sequence[dict[str, Any]]) -> Table:
+    """Make the table of a run's results for the terminal."""
+    made = Table(title="Federated speech recognition, unseen speakers")
+    for i, column in enumerate(_COLUMNS):
+        made.add_column(column, justify="right" if i else "left")
+    for run in runs:
+        made.add_row(*_cells(run))
+    return made
+
+
+def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]]) -> Path:
+    """Write ``report.html`` with the table and the curves of word error rate; returns its path."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(run)) + "</tr>" for run in runs)
+    chosen = ", ".join(
+        f"{key} {value}" for key, value in settings.to_dict().items() if key != "formats" and value != ""
+    )
+    text = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>fedomc: federated speech recognition</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
+<body><h1>Federated speech recognition with compressed parameters</h1>
+<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>
+<p class="note">WER: word error rate in percent on speakers that no client has, of the server's model and of its copy
+compressed in the run's format. Client parameters: bytes held by a client's parameters during training. Down and up:
+bytes of the arrays in a message. Percentages: of FP32.</p>
+<figure>{_figure(runs)}</figure>
+<p class="note">{html.escape(chosen)}</p></body></html>
+"""
+    path = folder / REPORT
+    write_atomically(path, text)
+    return path
+
+
+def megabytes(size: float) -> str:
+    """Write a number of bytes."""
+    return f"{size / 1e6:.2f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+
+
+def _cells(run: dict[str, Any]) -> list[str]:
+    name = run["variant"] if run["finished"] else f"{run['variant']} (stopped after round {run['rounds']})"
+    return [
+        name,
+        f"{run['wer']:.1f}%",
+        f"{run['wer_compressed']:.1f}%",
+        *(
+            f"{megabytes(run[f'{what}_bytes'])} ({100 * run[f'{what}_ratio']:.1f}%)"
+            for what in ("parameter", "down", "up")
+        ),
+        f"{run['rounds_per_minute']:.0f}",
+    ]
+
+
+def _figure(runs: Sequence[dict[str, Any]]) -> str:
+    """Draw word error rate by round and by bytes sent, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    for run in runs:
+        rows = [row for row in run["history"] if row["wer"] is not None]
+        rates = [row["wer"] for row in rows]
+        by_round.plot([row["round"] for row in rows], rates, marker=".", label=run["variant"])
+        by_bytes.plot([(row["down_bytes"] + row["up_bytes"]) / 1e9 for row in rows], rates, marker=".")
+    by_round.set(xlabel="round", ylabel="word error rate, %", ylim=(0, 105))
+    by_bytes.set(xlabel="GB sent, down and up, all clients")
+    for axes in (by_round, by_bytes):
+        axes.grid(alpha=0.3)
+    if runs:
+        by_round.legend()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

@@ -1,0 +1,124 @@
+"""The folder of a run: settings, results and the state to resume from; each file is replaced whole."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedomc_speech.errors import SettingsError
+from fedomc_speech.settings import Settings
+
+RESULTS = "results.json"
+CHECKPOINT = "checkpoint.safetensors"
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Checkpoint:
+    """The state after a finished round.
+
+    Attributes:
+        progress: what the run knows of itself: variant, round, history, seconds and bytes so far.
+        arrays: model and optimizer state, by kind (``model``, ``m``, ``v``) and name.
+    """
+
+    progress: dict[str, Any]
+    arrays: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+class RunFolder:
+    """A folder ``runs/<name>``.
+
+    Args:
+        path: of the folder; made if it is missing.
+        settings: of the run.
+        resume: whether to go on with what is there; otherwise it is replaced.
+
+    Raises:
+        SettingsError: there is nothing to resume, or it was made with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Settings, *, resume: bool) -> None:
+        self.path = path
+        self.settings = settings
+        if resume:
+            self.runs = self._read_runs()
+        else:
+            self.runs = []
+            path.mkdir(parents=True, exist_ok=True)
+            (path / CHECKPOINT).unlink(missing_ok=True)
+            self._write_results()
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Add or replace the result of a variant."""
+        self.runs = [old for old in self.runs if old["variant"] != run["variant"]] + [run]
+        self._write_results()
+
+    def finished(self, variant: str) -> bool:
+        """Tell whether a variant has all its rounds."""
+        return any(run["variant"] == variant and run["finished"] for run in self.runs)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write the state after a round."""
+        flat = {f"{kind}/{name}": array for kind, arrays in checkpoint.arrays.items() for name, array in arrays.items()}
+        temporary = self.path / (CHECKPOINT + ".new")
+        save_file(flat, temporary, metadata={"progress": json.dumps(checkpoint.progress)})
+        os.replace(temporary, self.path / CHECKPOINT)
+
+    def load(self) -> Checkpoint | None:
+        """Read the state after the last finished round, if there is one.
+
+        Raises:
+            SettingsError: the file is damaged.
+        """
+        from safetensors import safe_open
+
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                progress = json.loads((file.metadata() or {})["progress"])
+            arrays: dict[str, dict[str, np.ndarray]] = {}
+            for key, array in load_file(path).items():
+                kind, _, name = key.partition("/")
+                arrays.setdefault(kind, {})[name] = array
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise SettingsError(f"{path} is damaged ({error}): start again without --resume") from error
+        return Checkpoint(progress, arrays)
+
+    def _read_runs(self) -> list[dict[str, Any]]:
+        path = self.path / RESULTS
+        try:
+            stored = json.loads(path.read_text())
+            settings = Settings.from_mapping(stored["settings"])
+            runs: list[dict[str, Any]] = list(stored["runs"])
+        except FileNotFoundError:
+            raise SettingsError(f"there is nothing to resume in {self.path}: start without --resume") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SettingsError(f"{path} is damaged ({error}): start again without --resume") from error
+        if settings != self.settings:
+            changed = [key for key, value in settings.to_dict().items() if value != self.settings.to_dict()[key]]
+            raise SettingsError(
+                f"{self.path} was made with other settings ({', '.join(changed)}): "
+                "resume with the same ones, or start without --resume"
+            )
+        return runs
+
+    def _write_results(self) -> None:
+        text = json.dumps({"settings": self.settings.to_dict(), "runs": self.runs}, indent=2)
+        write_atomically(self.path / RESULTS, text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file whole."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,177 @@
+"""What a run is: corpus, model, recipe, and the formats that it compares."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fedomc
+from fedomc_speech.errors import SettingsError
+
+FP32 = "FP32"
+
+_VARIANT = re.compile(r"(?P<base>S1E\d+M\d+)(\+(?P<update>S1E\d+M\d+))?(@(?P<fraction>[0-9.]+))?")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the formats that a run compares.
+
+    Attributes:
+        format: ``FP32``, ``S1E3M7`` (one part) or ``S1E2M3+S1E2M1`` (base and update).
+        fraction: of the compressible parameters that is compressed.
+    """
+
+    format: str
+    fraction: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        """Read ``FP32``, or a format with an optional fraction, as in ``S1E3M7@0.9`` and ``S1E2M3+S1E2M1``.
+
+        Raises:
+            SettingsError: it is neither.
+            FormatError: no such format.
+            PolicyError: a fraction outside 0..1.
+        """
+        if text == FP32:
+            return cls(FP32)
+        match = _VARIANT.fullmatch(text)
+        if match is None:
+            raise SettingsError(
+                f"{text!r} is not a format: write FP32, S1E3M7, S1E3M7@0.9 (with a fraction) or S1E2M3+S1E2M1"
+            )
+        fraction = match["fraction"] or "1"
+        try:
+            variant = cls(text.partition("@")[0], float(fraction))
+        except ValueError:
+            raise SettingsError(f"{text!r}: {fraction!r} is not a number") from None
+        variant.policy(Settings(formats=()))
+        return variant
+
+    def __str__(self) -> str:
+        return self.format if self.fraction == 1.0 else f"{self.format}@{self.fraction:g}"
+
+    def policy(self, settings: "Settings") -> fedomc.CompressionPolicy | None:
+        """Return how this variant compresses; None for FP32."""
+        if self.format == FP32:
+            return None
+        base, _, update = self.format.partition("+")
+        return fedomc.CompressionPolicy(
+            format=base,
+            update_format=update or None,
+            transform=settings.transform,
+            fraction=self.fraction,
+            rounding=settings.update_rounding if update else settings.rounding,
+            seed=settings.seed,
+            exclude=("*.bias_u", "*.bias_v"),  # the attention's biases, which happen to have two dimensions
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run, with the demo's values.
+
+    Attributes:
+        formats: what to compare, as ``Variant.parse`` reads it.
+        corpus: ``digits``, ``an4`` or ``librispeech``.
+        corpus_path: folder of the corpus; empty for ``digits``, which is made on the machine.
+        split: ``speaker`` (a client is a speaker) or ``iid``.
+        clients: number of clients; 0 means one a speaker.
+        model: ``tiny`` or ``large``.
+        rounds: how many.
+        cohort: clients a round.
+        local_steps: of each client in a round.
+        batch: utterances a local step.
+        client_rate: learning rate of the clients' SGD.
+        clip_norm: of the gradient of each variable.
+        server_rate: highest learning rate of the server's Adam.
+        warmup: rounds in which it rises; then it falls along a cosine.
+        evaluate_every: rounds between two measurements of the word error rate.
+        transform: the per-variable transformation.
+        rounding: of variables in one part.
+        update_rounding: of the update part of variables in two.
+        aggregate: ``difference`` or ``value``.
+        seed: of everything random.
+    """
+
+    formats: tuple[str, ...] = (FP32, "S1E3M7@0.9", "S1E2M3+S1E2M1")
+    corpus: str = "digits"
+    corpus_path: str = ""
+    split: str = "speaker"
+    clients: int = 0
+    model: str = "tiny"
+    rounds: int = 300
+    cohort: int = 8
+    local_steps: int = 1
+    batch: int = 8
+    client_rate: float = 0.1
+    clip_norm: float = 1.0
+    server_rate: float = 1.5e-3
+    warmup: int = 20
+    evaluate_every: int = 25
+    transform: str = "scaled-affine"
+    rounding: str = "nearest"
+    update_rounding: str = "stochastic"
+    aggregate: str = "difference"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "cohort", "local_steps", "batch", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}={getattr(self, name)}: it must be 1 or more")
+        for name in ("clients", "warmup"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name}={getattr(self, name)}: it must not be negative")
+        for name in ("client_rate", "clip_norm", "server_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise SettingsError(f"{name}={value}: it must be a positive number")
+        if self.aggregate not in ("difference", "value"):
+            raise SettingsError(f"aggregate={self.aggregate!r} is unknown: use difference or value")
+        doubled = [text for text in self.formats if self.formats.count(text) > 1]
+        if doubled:
+            raise SettingsError(f"format {doubled[0]} is given twice")
+        for text in self.formats:
+            Variant.parse(text)
+
+    @property
+    def variants(self) -> list[Variant]:
+        """The formats, parsed."""
+        return [Variant.parse(text) for text in self.formats]
+
+    def server_rate_in(self, server_round: int) -> float:
+        """Return the server's learning rate in a round (the first is 1): linear warm-up, then half a cosine."""
+        if server_round <= self.warmup:
+            return self.server_rate * server_round / self.warmup
+        done = (server_round - self.warmup) / max(1, self.rounds + 1 - self.warmup)
+        return self.server_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {**dataclasses.asdict(self), "formats": list(self.formats)}
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Settings":
+        """Read settings from a mapping, as from a run config: dashes or underscores, formats separated by spaces.
+
+        Raises:
+            SettingsError: an unknown name or a value of the wrong kind.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        read: dict[str, Any] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if name not in fields:
+                raise SettingsError(f"setting {key!r} is unknown: there are {', '.join(fields)}")
+            if name == "formats":
+                read[name] = tuple(value.split()) if isinstance(value, str) else tuple(value)
+                continue
+            kind = type(fields[name].default)
+            try:
+                read[name] = kind(value)
+            except (TypeError, ValueError):
+                raise SettingsError(f"{key}={value!r}: a value of type {kind.__name__} is expected") from None
+        return cls(**read)

@@ -1,0 +1,61 @@
+"""Flower's simulation in this process: every client a virtual node, one client at a time on each core."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+def simulate(main: Callable[[Grid], None], clients: int, log_file: Path) -> None:
+    """Run a function on the server's side of a simulated federation.
+
+    Args:
+        main: gets the grid; what it raises is raised here.
+        clients: number of virtual nodes.
+        log_file: where Flower's log goes.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from flwr.simulation import run_simulation  # reads the environment when it is imported
+
+    from fedomc_speech.client import app as client_app
+
+    _log_to(log_file)
+    failures: list[BaseException] = []
+    server_app = ServerApp()
+
+    @server_app.main()
+    def run_main(grid: Grid, context: Context) -> None:
+        try:
+            main(grid)
+        except BaseException as error:
+            failures.append(error)
+
+    backend = {
+        "init_args": {"num_cpus": os.cpu_count() or 1, "log_to_driver": False, "logging_level": logging.ERROR},
+        "client_resources": {"num_cpus": 1, "num_gpus": 0},
+    }
+    run_simulation(server_app, client_app, clients, backend_config=backend)
+    if failures:
+        raise failures[0]
+
+
+def _log_to(path: Path) -> None:
+    logger = logging.getLogger("flwr")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False

@@ -1,0 +1,104 @@
+"""What a client does with a model, and how well a model does."""
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jiwer
+import torch
+from torch import Tensor
+
+import fedomc
+from fedomc_speech import features
+from fedomc_speech.corpus.base import Utterance
+from fedomc_speech.model import SpeechModel
+from fedomc_speech.tokens import Tokenizer, ctc_collapse
+
+EVALUATION_BATCH = 16
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a client reports of its local training.
+
+    Attributes:
+        loss: CTC loss, averaged over the local steps.
+        examples: utterances seen.
+        parameter_bytes: held by the model's parameters.
+    """
+
+    loss: float
+    examples: int
+    parameter_bytes: int
+
+
+def train_locally(
+    model: SpeechModel,
+    utterances: Sequence[Utterance],
+    tokenizer: Tokenizer,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    clip_norm: float,
+    seed: int,
+) -> LocalResult:
+    """Train a model in place by SGD, stepping in the backward pass.
+
+    Args:
+        model: plain or compressed.
+        utterances: of the client.
+        tokenizer: of the corpus.
+        steps: how many.
+        batch: utterances a step, drawn without replacement while there are enough.
+        rate: learning rate.
+        clip_norm: of the gradient of each variable.
+        seed: of the batches and of dropout.
+    """
+    order = list(utterances)
+    random.Random(seed).shuffle(order)  # noqa: S311
+    torch.manual_seed(seed)
+    stepping = fedomc.step_in_backward(model, torch.optim.SGD, lr=rate, clip_norm=clip_norm)
+    model.train()
+    losses, seen = [], 0
+    try:
+        for step in range(steps):
+            chosen = [order[(step * batch + i) % len(order)] for i in range(min(batch, len(order)))]
+            ready = features.pad([_features(u, model.mels) for u in chosen], [u.text for u in chosen])
+            targets = [tokenizer.encode(text) for text in ready.texts]
+            loss = model.ctc_loss(ready.features, ready.frames, targets)
+            loss.backward()
+            losses.append(float(loss.detach()))
+            seen += len(chosen)
+    finally:
+        stepping.remove()
+    return LocalResult(sum(losses) / len(losses), seen, fedomc.parameter_bytes(model).total)
+
+
+def word_error_rate(model: SpeechModel, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> float:
+    """Measure the word error rate of greedy decoding, in percent."""
+    references, hypotheses = [], []
+    for at in range(0, len(utterances), EVALUATION_BATCH):
+        part = utterances[at : at + EVALUATION_BATCH]
+        references += [utterance.text for utterance in part]
+        hypotheses += recognize(model, [_features(utterance, model.mels) for utterance in part], tokenizer)
+    return 100.0 * float(jiwer.wer(references, hypotheses))
+
+
+def recognize(model: SpeechModel, inputs: Sequence[Tensor], tokenizer: Tokenizer) -> list[str]:
+    """Decode features ``[T_i, mels]`` greedily."""
+    ready = features.pad(inputs, [""] * len(inputs))
+    model.eval()
+    with torch.no_grad():
+        log_probabilities, lengths = model(ready.features, ready.frames)
+    best = log_probabilities.argmax(-1)  # [B, T]
+    return [
+        tokenizer.decode(ctc_collapse(ids[:length].tolist()))
+        for ids, length in zip(best, lengths.tolist(), strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _features(utterance: Utterance, mels: int) -> Tensor:
+    return features.log_mel(utterance.audio(), mels)
