@@ -1,5 +1,6 @@
 """Between models and Flower's records: a compressed variable travels as an ``Array`` whose data is a frame."""
 
+import io
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -48,17 +49,18 @@ def read_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
     """
     if array.stype != "numpy.ndarray":
         raise PayloadError(f"{name}: serialization type {array.stype!r} is unknown")
-    # The header of numpy's own format is a few hundred bytes: more claimed values than bytes are refused unread.
-    if math.prod(array.shape) > len(array.data):
-        raise PayloadError(f"{name}: {len(array.data)} bytes cannot hold shape {tuple(array.shape)}")
+    file = io.BytesIO(array.data)
     try:
-        values = array.numpy()
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("version 1.0 expected")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except Exception as error:
         raise PayloadError(f"{name}: not a numpy array: {error}") from error
-    if values.shape != tuple(array.shape):
-        raise PayloadError(f"{name}: the data has shape {values.shape}, its array says {tuple(array.shape)}")
-    if values.dtype.kind not in "fiub":
-        raise PayloadError(f"{name}: dtype {values.dtype} is not numeric")
+    if shape != tuple(array.shape) or dtype.kind not in "fiub" or not dtype.isnative:
+        raise PayloadError(f"{name}: the data claims {dtype} {shape}, its array says {array.dtype} {array.shape}")
+    if math.prod(shape) * dtype.itemsize != len(array.data) - file.tell():
+        raise PayloadError(f"{name}: {len(array.data)} bytes do not hold {dtype} {shape}")
+    values = array.numpy()
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise PayloadError(f"{name} has a value that is NaN or infinite")
     return values
@@ -181,7 +183,7 @@ def _read(array: Array, name: str, old: Tensor, encoding: Encoding | None) -> Te
     if tuple(array.shape) != tuple(old.shape):
         raise PayloadError(f"{name}: shape {tuple(array.shape)}, but the model's is {tuple(old.shape)}")
     if array.stype != STYPE:
-        values = torch.from_numpy(np.ascontiguousarray(read_dense(array, name)))
+        values = torch.from_numpy(read_dense(array, name).copy(order="C"))
         if values.dtype != old.dtype:
             raise PayloadError(f"{name}: dtype {values.dtype}, but the model's is {old.dtype}")
         return values

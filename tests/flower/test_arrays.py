@@ -1,0 +1,176 @@
+"""Messages: a model is filled from packed arrays and given back packed; what is wrong changes nothing."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from torch import nn
+
+import fedomc
+from fedomc.flower import collect, install
+from fedomc.flower.arrays import CONFIG, STYPE, to_config
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(40, 64), nn.BatchNorm1d(64), nn.Linear(64, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+POLICIES = {
+    "fp32": None,
+    "one part": fedomc.CompressionPolicy("S1E3M7", fraction=0.5),
+    "two parts": fedomc.CompressionPolicy("S1E2M3", update_format="S1E2M1", rounding="stochastic"),
+}
+
+
+def payload(policy: fedomc.CompressionPolicy | None) -> tuple[Model, RecordDict]:
+    """Make a model and the message that carries it."""
+    torch.manual_seed(0)
+    model = Model()
+    if policy is None:
+        return model, RecordDict({"arrays": collect(model)})
+    base = fedomc.CompressionPolicy(policy.format, fraction=policy.fraction)
+    fedomc.compress_(model, base.select(model, round=1, client="a"))
+    return model, RecordDict({"arrays": collect(model), CONFIG: to_config(policy.encoding(round=1, client="a"))})
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_install_gives_the_model_that_was_collected(name: str) -> None:
+    sent, message = payload(POLICIES[name])
+    with torch.device("meta"):
+        model = Model()
+    assert install(model, message) is model
+    for key, value in sent.state_dict().items():
+        got = model.state_dict()[key]
+        assert torch.equal(
+            got.dequantize() if isinstance(got, fedomc.CompressedTensor) else got,
+            value.dequantize() if isinstance(value, fedomc.CompressedTensor) else value,
+        ), key
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_a_base_lies_in_the_message_and_one_part_does_not() -> None:
+    for name, shared in (("two parts", True), ("one part", False)):
+        _, message = payload(POLICIES[name])
+        model = install(Model(), message)
+        compressed = {n: p for n, p in model.named_parameters() if isinstance(p, fedomc.CompressedTensor)}
+        assert compressed
+        for key, parameter in compressed.items():
+            memory = np.frombuffer(message["arrays"][key].data, dtype=np.uint8)
+            start = memory.__array_interface__["data"][0]
+            inside = start <= parameter.base.codes.data_ptr() < start + len(memory)
+            assert inside is shared
+
+
+def test_training_after_install_changes_only_the_update_and_collect_gives_it() -> None:
+    _, message = payload(POLICIES["two parts"])
+    before = {key: array.data for key, array in message["arrays"].items()}
+    model = install(Model(), message)
+    fedomc.step_in_backward(model, torch.optim.SGD, lr=0.1)
+    model(torch.randn(8, 40)).square().mean().backward()
+    assert {key: array.data for key, array in message["arrays"].items()} == before
+    reply = collect(model)
+    key = "inner.0.weight"
+    assert reply[key].stype == STYPE
+    # 4 bits a value, 8 bytes of transformation and a header, against 6 bits down
+    assert len(reply[key].data) < 40 * 64 * 4 / 8 + 64 < len(before[key])
+
+
+def test_an_fp32_copy_is_never_made() -> None:
+    """No float tensor of a compressed variable's size is made by installing it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            for x in torch.utils._pytree.tree_leaves(result):
+                if type(x) is torch.Tensor and x.is_floating_point() and not x.is_meta:
+                    made.append(x.numel())
+            return result
+
+    _, message = payload(POLICIES["two parts"])
+    with torch.device("meta"):
+        model = Model()
+    with Watch():
+        install(model, message)
+    assert max(made) < 10 * 64
+
+
+def replaced(message: RecordDict, key: str, array: Array | None) -> RecordDict:
+    record = ArrayRecord()
+    for name, old in message["arrays"].items():
+        if name != key:
+            record[name] = old
+        elif array is not None:
+            record[name] = array
+    if key not in message["arrays"] and array is not None:
+        record[key] = array
+    return RecordDict({**dict(message.items()), "arrays": record})
+
+
+W = "inner.0.weight"
+
+
+def claiming(shape: tuple[int, ...]) -> bytes:
+    """Write the header of a numpy file that claims a shape and holds nothing."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: replaced(m, W, None), f"{W} missing"),
+        (lambda m: replaced(m, "other", m["arrays"][W]), "other unknown"),
+        (lambda m: replaced(m, W, Array(np.zeros((64, 41), np.float32))), "shape"),
+        (lambda m: replaced(m, W, Array(np.zeros((64, 40), np.float64))), "dtype"),
+        (lambda m: replaced(m, W, Array(np.full((64, 40), np.nan, np.float32))), "NaN"),
+        (lambda m: replaced(m, W, Array("float32", (64, 40), STYPE, m["arrays"][W].data[:-1])), W),
+        (lambda m: replaced(m, W, Array("float32", (64, 40), "pickle", b"\x80\x04N.")), "unknown"),
+        (lambda m: replaced(m, W, Array("float32", (64, 40), "numpy.ndarray", b"\x80\x04N." * 999)), "not a numpy"),
+        (lambda m: replaced(m, W, Array("float32", (2**40, 2**20), "numpy.ndarray", b"")), "shape"),
+        (lambda m: replaced(m, W, Array("float32", (64, 40), "numpy.ndarray", claiming((64, 2**50)))), "claims"),
+        (lambda m: RecordDict({"arrays": m["arrays"]}), "no 'fedomc'"),
+        (lambda m: RecordDict({}), "0 array records"),
+        (lambda m: RecordDict({**m, CONFIG: to_config(fedomc.CompressionPolicy("S1E4M3").encoding())}), "S1E4M3"),
+    ],
+)  # fmt: skip
+def test_a_wrong_message_is_refused_and_the_model_stays(change, says: str) -> None:  # type: ignore[no-untyped-def]
+    _, message = payload(POLICIES["two parts"])
+    model = Model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    wrong = change(message)
+    with pytest.raises(fedomc.PayloadError, match=says):
+        install(model, wrong if isinstance(wrong, RecordDict) else RecordDict(dict(wrong)))
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+def test_a_buffer_that_no_message_carries_must_be_real() -> None:
+    model = Model()
+    model.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+    with pytest.raises(fedomc.PayloadError, match="table"):
+        install(model, payload(None)[1])
+
+
+def test_tied_weights_travel_once() -> None:
+    def tied() -> nn.Module:
+        model = nn.ModuleDict({"a": nn.Embedding(50, 16), "b": nn.Linear(16, 50, bias=False)})
+        model["b"].weight = model["a"].weight
+        return model
+
+    sent = tied()
+    record = collect(sent)
+    assert list(record) == ["a.weight"]
+    for arrays in (record, ArrayRecord(sent.state_dict())):
+        model = install(tied(), RecordDict({"arrays": arrays}))
+        assert model["a"].weight is model["b"].weight
+        assert torch.equal(model["b"].weight, sent["a"].weight)

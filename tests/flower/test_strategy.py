@@ -1,0 +1,259 @@
+"""The strategy: own payloads, one encoding a round, aggregation by value and by difference, bad replies left out."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
+from flwr.supercore.task_identity import TaskIdentity
+from torch import nn
+
+import fedomc
+from fedomc.flower import OMCStrategy, collect, install, strategy
+from fedomc.flower.arrays import STYPE
+
+NODES = (11, 22, 33, 44)
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages can only be made by a process that Flower gave an identity."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class Nodes:
+    """As much of a grid as choosing nodes takes."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        return NODES
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(3)
+    layers = [nn.Linear(48, 48) for _ in range(8)]
+    return nn.Sequential(*layers, nn.LayerNorm(48))
+
+
+def policy(**kwargs: object) -> fedomc.CompressionPolicy:
+    return fedomc.CompressionPolicy(**{"format": "S1E3M7", "fraction": 0.75, **kwargs})  # type: ignore[arg-type]
+
+
+def configure(wrapped: OMCStrategy, arrays: ArrayRecord, server_round: int = 1) -> dict[int, Message]:
+    grid: Grid = Nodes()  # type: ignore[assignment]
+    messages = wrapped.configure_train(server_round, arrays, ConfigRecord({"rate": 0.1}), grid)
+    return {message.metadata.dst_node_id: message for message in messages}
+
+
+def answer(message: Message, arrays: ArrayRecord, examples: int = 1) -> Message:
+    metrics = MetricRecord({"num-examples": examples, "loss": 1.0})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def values(record: ArrayRecord) -> dict[str, np.ndarray]:
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def trained(message: Message) -> Message:
+    """Do one step of training on a client, the same everywhere."""
+    with torch.device("meta"):
+        model = build()
+    install(model, message)
+    fedomc.step_in_backward(model, torch.optim.SGD, lr=0.05)
+    torch.manual_seed(message.metadata.dst_node_id)
+    model(torch.randn(16, 48)).square().mean().backward()
+    return answer(message, collect(model))
+
+
+def test_every_client_gets_its_own_payload_and_each_variable_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    real = strategy.encode
+
+    def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
+        encoded.append(args[5])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(strategy, "encode", counted)
+    arrays = collect(build())
+    messages = configure(OMCStrategy(FedAvg(), policy()), arrays)
+    packed = {
+        node: frozenset(name for name, array in message.content["arrays"].items() if array.stype == STYPE)
+        for node, message in messages.items()
+    }
+    assert len(set(packed.values())) == len(NODES)
+    assert len(encoded) == len(set(encoded)) == len(frozenset().union(*packed.values()))
+    assert all(set(message.content["arrays"]) == set(arrays) for message in messages.values())
+    # One and the same object in all payloads, so that Flower stores it once.
+    shared = [message.content["arrays"][encoded[0]] for message in messages.values()]
+    assert len({id(array) for array in shared if array.stype == STYPE}) == 1
+
+
+def test_payloads_depend_on_seed_round_and_client_alone() -> None:
+    arrays = collect(build())
+
+    def payloads(server_round: int, **kwargs: object) -> dict[int, dict[str, bytes]]:
+        made = configure(OMCStrategy(FedAvg(), policy(**kwargs)), arrays, server_round)
+        return {node: {n: a.data for n, a in m.content["arrays"].items()} for node, m in made.items()}
+
+    assert payloads(1) == payloads(1)
+    assert payloads(1) != payloads(2)
+    assert payloads(1) != payloads(1, seed=1)
+
+
+@pytest.mark.parametrize("aggregate", ["difference", "value"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"format": "S1E3M7"},
+        {"format": "S1E2M3", "update_format": "S1E2M3", "fraction": 1.0},
+        {"format": "S1E2M3", "update_format": "S1E3M4", "rounding": "stochastic"},
+    ],
+)
+def test_aggregation_is_the_weighted_mean_of_what_the_notes_say(aggregate: str, how: dict[str, object]) -> None:
+    """Against an average in numpy over the dequantized models of the clients."""
+    wrapped = OMCStrategy(FedAvg(), policy(**how), aggregate=aggregate)
+    server = build()
+    arrays = collect(server)
+    messages = configure(wrapped, arrays)
+    replies, expected, total = [], {n: np.zeros(a.shape) for n, a in arrays.items()}, 0
+    for weight, message in enumerate(messages.values(), start=1):
+        reply = trained(message)
+        reply.content["metrics"]["num-examples"] = weight
+        replies.append(reply)
+        before, after = install(build(), message), install(build(), message)
+        fedomc.step_in_backward(after, torch.optim.SGD, lr=0.05)
+        torch.manual_seed(message.metadata.dst_node_id)
+        after(torch.randn(16, 48)).square().mean().backward()
+        for name in expected:
+            sent, got = (_dense(dict(model.named_parameters())[name]) for model in (before, after))
+            base = _dense(dict(server.named_parameters())[name]) if aggregate == "difference" else sent
+            expected[name] += weight * (base + (got - sent))
+        total += weight
+    result, metrics = wrapped.aggregate_train(1, reversed(replies))
+    assert result is not None and metrics is not None
+    for name, array in result.items():
+        assert array.dtype == "float32"
+        np.testing.assert_allclose(array.numpy(), expected[name] / total, atol=2e-6, err_msg=name)
+
+
+def _dense(parameter: torch.Tensor) -> np.ndarray:
+    tensor = parameter.dequantize() if isinstance(parameter, fedomc.CompressedTensor) else parameter.detach()
+    return tensor.numpy().astype(np.float64)
+
+
+def test_difference_keeps_the_server_model_when_nobody_trains_and_value_does_not() -> None:
+    kept = {}
+    for aggregate in ("difference", "value"):
+        wrapped = OMCStrategy(FedAvg(), policy(format="S1E2M3", fraction=1.0), aggregate=aggregate)
+        arrays = collect(build())
+        replies = [answer(m, collect(install(build(), m))) for m in configure(wrapped, arrays).values()]
+        result, _ = wrapped.aggregate_train(1, replies)
+        assert result is not None
+        kept[aggregate] = max(np.abs(result[n].numpy() - a.numpy()).max() for n, a in arrays.items())
+    assert kept["difference"] < 1e-6
+    assert kept["value"] > 1e-3
+
+
+def test_order_of_replies_does_not_matter() -> None:
+    arrays = collect(build())
+    results = []
+    for order in (1, -1):
+        wrapped = OMCStrategy(FedAvg(), policy())
+        replies = [trained(message) for message in configure(wrapped, arrays).values()]
+        result, _ = wrapped.aggregate_train(1, replies[::order])
+        assert result is not None
+        results.append({name: array.data for name, array in result.items()})
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("inner", [FedAvg, lambda: FedAdam(tau=1e-7)])
+def test_dtypes_stay_and_traffic_is_counted(inner) -> None:  # type: ignore[no-untyped-def]
+    for chosen in (None, policy()):
+        wrapped = OMCStrategy(inner(), chosen)
+        arrays = collect(build())
+        for server_round in (1, 2):
+            messages = configure(wrapped, arrays, server_round)
+            replies = [trained(message) for message in messages.values()]
+            down = sum(len(a.data) for m in messages.values() for a in m.content["arrays"].values())
+            up = sum(len(a.data) for m in replies for a in m.content["arrays"].values())
+            new, _ = wrapped.aggregate_train(server_round, replies)
+            assert new is not None
+            arrays = new
+            assert {array.dtype for array in arrays.values()} == {"float32"}
+            traffic = wrapped.traffic[-1]
+            assert (traffic.round, traffic.sent, traffic.received) == (server_round, 4, 4)
+            assert (traffic.down_bytes, traffic.up_bytes) == (down, up)
+
+
+def damaged(record: ArrayRecord, name: str, array: Array) -> ArrayRecord:
+    result = ArrayRecord()
+    for key, old in record.items():
+        result[key] = array if key == name else old
+    return result
+
+
+def test_bad_replies_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", logger="flwr")
+    import logging
+
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    wrapped = OMCStrategy(FedAvg(), policy(fraction=1.0))
+    alone = OMCStrategy(FedAvg(), policy(fraction=1.0))
+    arrays = collect(build())
+    messages = list(configure(wrapped, arrays).values())
+    good = trained(messages[0])
+    name = "0.weight"
+    bad_bytes = bytearray(good.content["arrays"][name].data)
+    bad_bytes[-1] ^= 1
+    wrong = [
+        Array("float32", (48, 48), STYPE, bytes(bad_bytes)),
+        Array(np.full((48, 48), np.inf, np.float32)),
+        Array(np.zeros((48, 47), np.float32)),
+    ]
+    replies = [good] + [
+        answer(message, damaged(trained(message).content["arrays"], name, array))
+        for message, array in zip(messages[1:], wrong, strict=True)
+    ]
+    result, _ = wrapped.aggregate_train(1, replies)
+    first = next(m for m in configure(alone, arrays).values() if m.metadata.dst_node_id == good.metadata.src_node_id)
+    expected, _ = alone.aggregate_train(1, [trained(first)])
+    logging.getLogger("flwr").removeHandler(caplog.handler)
+    assert result is not None and expected is not None
+    assert {n: a.data for n, a in result.items()} == {n: a.data for n, a in expected.items()}
+    assert wrapped.traffic[-1].received == 1
+    for message in messages[1:]:
+        assert f"left out node {message.metadata.dst_node_id}: {name}" in caplog.text
+
+
+def test_error_replies_reach_the_inner_strategy() -> None:
+    wrapped = OMCStrategy(FedAvg(), policy())
+    messages = list(configure(wrapped, collect(build())).values())
+    replies = [trained(messages[0]), Message(Error(code=1, reason="gone"), reply_to=messages[1])]
+    result, _ = wrapped.aggregate_train(1, replies)
+    assert result is not None
+    assert wrapped.traffic[-1].received == 1
+
+
+def test_evaluation_messages_are_compressed_too() -> None:
+    wrapped = OMCStrategy(FedAvg(), policy(fraction=1.0))
+    grid: Grid = Nodes()  # type: ignore[assignment]
+    for message in wrapped.configure_evaluate(1, collect(build()), ConfigRecord({}), grid):
+        assert message.content["arrays"]["0.weight"].stype == STYPE
+        install(build(), message)
+
+
+def test_a_non_finite_server_weight_is_named() -> None:
+    model = build()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(fedomc.NonFiniteError, match=r"2\.weight"):
+        configure(OMCStrategy(FedAvg(), policy(fraction=1.0)), collect(model))
+
+
+def test_it_is_a_strategy_and_refuses_nonsense() -> None:
+    assert isinstance(OMCStrategy(FedAvg(), None), Strategy)
+    with pytest.raises(fedomc.PolicyError, match="median"):
+        OMCStrategy(FedAvg(), None, aggregate="median")
