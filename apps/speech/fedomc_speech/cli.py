@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.markup import escape
 
 import fedomc
 from fedomc_speech import corpus, federation, model, report, training
@@ -63,7 +63,7 @@ def compare(
     random 90 per cent, different for each client and round.
     """
     console = Console()
-    with _clear_errors(console):
+    with _clear_errors():
         settings = Settings(
             formats=tuple(formats) if formats else DEFAULTS.formats,
             corpus=corpus_name,
@@ -90,11 +90,13 @@ def compare(
 
 
 def _compare(settings: Settings, path: Path, resume: bool, console: Console) -> None:
-    loaded = _load_corpus(settings, console)
+    model.check_size(settings.model)
+    loaded = _load_corpus(settings)
     parts = corpus.split(loaded.train, settings.split, settings.clients or None, settings.seed)
     federation.check_cohort(settings, len(parts))
-    _say_cost(settings, loaded, parts, console)
+    cost = _cost(settings, loaded, parts)
     folder = RunFolder(path, settings, resume=resume)
+    console.print(cost)
     with _stop_on_interrupt(console) as stop:
         with RunProgress(settings, console, stop) as progress:
             done: list[bool] = []
@@ -110,18 +112,13 @@ def _compare(settings: Settings, path: Path, resume: bool, console: Console) -> 
         raise typer.Exit(130)
 
 
-def _load_corpus(settings: Settings, console: Console) -> corpus.Corpus:
-    where = Path(settings.corpus_path) if settings.corpus_path else None
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(f"corpus {settings.corpus}", total=None)
-        return corpus.load(
-            settings.corpus, where, progress=lambda done, total: bars.update(task, completed=done, total=total)
-        )
+def _load_corpus(settings: Settings) -> corpus.Corpus:
+    with corpus.progress_bar() as progress:
+        where = Path(settings.corpus_path) if settings.corpus_path else None
+        return corpus.load(settings.corpus, where, progress=progress)
 
 
-def _say_cost(
-    settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Utterance, ...]], console: Console
-) -> None:
+def _cost(settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Utterance, ...]]) -> str:
     """Say what the run will send and take: bytes exactly, time from one local step of each format."""
     tokenizer = tokenizer_for(loaded)
     visits = settings.rounds * settings.cohort
@@ -139,7 +136,7 @@ def _say_cost(
             took = time.perf_counter() - began
         seconds += took * settings.local_steps * visits
         sent += federation.bytes_of_a_visit(network) * visits
-    console.print(
+    return (
         f"{len(settings.formats)} formats x {settings.rounds} rounds x {settings.cohort} of {len(parts)} clients; "
         f"{len(loaded.train)} utterances to train, {len(loaded.test)} to test. "
         f"About {report.megabytes(sent)} will be sent in all; local training takes about {seconds / 60:.0f} minutes of "
@@ -148,12 +145,12 @@ def _say_cost(
 
 
 @contextmanager
-def _clear_errors(console: Console) -> Iterator[None]:
+def _clear_errors() -> Iterator[None]:
     """Show what the user can mend as one line, with exit code 2."""
     try:
         yield
     except fedomc.OMCError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 

@@ -47,13 +47,18 @@ class Clients:
     nodes: tuple[int, ...]
 
     @classmethod
-    def identify(cls, grid: Grid, expected: int) -> "Clients":
+    def identify(cls, grid: Grid, expected: int, wait: float = 60.0) -> "Clients":
         """Ask all nodes which part they hold, so that a seed means the same clients in every run.
+
+        Args:
+            grid: where they are.
+            expected: how many parts there are.
+            wait: seconds to wait for that many nodes.
 
         Raises:
             SettingsError: they do not hold the parts 0 to ``expected - 1``, each once.
         """
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + wait
         while len(nodes := list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
             time.sleep(0.2)
         messages = [Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
@@ -177,7 +182,7 @@ class _Rounds:
         replies = list(grid.send_and_receive(messages, timeout=ROUND_TIMEOUT))
         arrays, metrics = self.strategy.aggregate_train(number, replies)
         if arrays is None or metrics is None:
-            reasons = {reply.error.reason for reply in replies if reply.has_error()}
+            reasons = {str(reply.error.reason) for reply in replies if reply.has_error()}
             raise SettingsError(
                 f"round {number}: no client returned a model: {'; '.join(sorted(reasons)) or 'see the log'}"
             )

@@ -62,7 +62,7 @@ class SpeechModel(nn.Module):
         self.mels = size.num_mel_bins
         self.encoder = ParakeetEncoder(config)
         for layer in self.encoder.layers:
-            layer.conv.norm = nn.GroupNorm(1, size.hidden_size)
+            layer.get_submodule("conv").norm = nn.GroupNorm(1, size.hidden_size)
         self.head = nn.Linear(size.hidden_size, vocabulary)
         positions = self.encoder.encode_positions
         with torch.device("cpu"):  # a buffer that no checkpoint and no message carries
@@ -106,8 +106,7 @@ def build(size: str, vocabulary: int, *, seed: int | None = None) -> SpeechModel
     Raises:
         SettingsError: no such size.
     """
-    if size not in SIZES:
-        raise SettingsError(f"model size {size!r} is unknown: use one of {', '.join(SIZES)}")
+    check_size(size)
     if seed is None:
         with torch.device("meta"):
             return SpeechModel(SIZES[size], vocabulary)
@@ -120,3 +119,13 @@ def build(size: str, vocabulary: int, *, seed: int | None = None) -> SpeechModel
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         return model
+
+
+def check_size(size: str) -> None:
+    """Check that a size exists.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    if size not in SIZES:
+        raise SettingsError(f"model size {size!r} is unknown: use one of {', '.join(SIZES)}")

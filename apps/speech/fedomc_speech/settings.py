@@ -33,8 +33,6 @@ class Variant:
 
         Raises:
             SettingsError: it is neither.
-            FormatError: no such format.
-            PolicyError: a fraction outside 0..1.
         """
         if text == FP32:
             return cls(FP32)
@@ -45,11 +43,9 @@ class Variant:
             )
         fraction = match["fraction"] or "1"
         try:
-            variant = cls(text.partition("@")[0], float(fraction))
+            return cls(text.partition("@")[0], float(fraction))
         except ValueError:
             raise SettingsError(f"{text!r}: {fraction!r} is not a number") from None
-        variant.policy(Settings(formats=()))
-        return variant
 
     def __str__(self) -> str:
         return self.format if self.fraction == 1.0 else f"{self.format}@{self.fraction:g}"
@@ -108,7 +104,7 @@ class Settings:
     local_steps: int = 1
     batch: int = 8
     client_rate: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: float = 0.3
     server_rate: float = 1.5e-3
     warmup: int = 20
     evaluate_every: int = 25
@@ -134,8 +130,8 @@ class Settings:
         doubled = [text for text in self.formats if self.formats.count(text) > 1]
         if doubled:
             raise SettingsError(f"format {doubled[0]} is given twice")
-        for text in self.formats:
-            Variant.parse(text)
+        for variant in self.variants:
+            variant.policy(self)  # raises what is wrong with a format, a fraction, a transformation or a rounding
 
     @property
     def variants(self) -> list[Variant]:
@@ -169,7 +165,7 @@ class Settings:
             if name == "formats":
                 read[name] = tuple(value.split()) if isinstance(value, str) else tuple(value)
                 continue
-            kind = type(fields[name].default)
+            kind: type[Any] = type(fields[name].default)
             try:
                 read[name] = kind(value)
             except (TypeError, ValueError):

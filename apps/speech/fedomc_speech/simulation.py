@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
+from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
 from flwr.serverapp import Grid, ServerApp
 
 QUIET = {
@@ -42,7 +43,7 @@ def simulate(main: Callable[[Grid], None], clients: int, log_file: Path) -> None
         except BaseException as error:
             failures.append(error)
 
-    backend = {
+    backend: BackendConfig = {
         "init_args": {"num_cpus": os.cpu_count() or 1, "log_to_driver": False, "logging_level": logging.ERROR},
         "client_resources": {"num_cpus": 1, "num_gpus": 0},
     }

@@ -68,7 +68,7 @@ def train_locally(
             ready = features.pad([_features(u, model.mels) for u in chosen], [u.text for u in chosen])
             targets = [tokenizer.encode(text) for text in ready.texts]
             loss = model.ctc_loss(ready.features, ready.frames, targets)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss.detach()))
             seen += len(chosen)
     finally:

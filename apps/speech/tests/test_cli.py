@@ -1,0 +1,99 @@
+"""The command line: bad input is one clear line and exit code 2; a real simulation runs, stops, and resumes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedomc_speech.cli import app
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--format", "S1E3"], "S1E3"),
+        (["--format", "S1E9M7"], "1 to 8 exponent bits"),
+        (["--format", "S1E3M7@1.5"], "0..1"),
+        (["--format", "S1E3M7@0"], "no variable"),
+        (["--corpus", "nothing"], "digits, an4, librispeech"),
+        (["--corpus", "an4"], "path"),
+        (["--corpus", "an4", "--corpus-path", "{empty}"], "{empty}"),
+        (["--corpus", "librispeech", "--corpus-path", "{empty}"], "{empty}"),
+        (["--corpus", "an4", "--corpus-path", "{tones}", "--cohort", "9"], "only 4 clients"),
+        (["--corpus", "an4", "--corpus-path", "{tones}", "--split", "random"], "random"),
+        (["--corpus", "an4", "--corpus-path", "{tones}", "--model", "huge"], "huge"),
+        (["--corpus", "an4", "--corpus-path", "{tones}", "--cohort", "2", "--resume"], "nothing to resume"),
+        (["--corpus", "an4", "--corpus-path", "{damaged}", "--cohort", "1"], "speaker0-0.wav"),
+        (["--rounds", "0"], "rounds=0"),
+        (["--server-rate", "nan"], "server_rate=nan"),
+        (["--rounding", "up"], "nearest, stochastic"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], says: str, tones: Path, write_tones: Callable[..., Path], tmp_path: Path
+) -> None:
+    places = {"empty": tmp_path / "empty", "tones": tones, "damaged": write_tones(tmp_path / "damaged", 1, 1)}
+    places["empty"].mkdir()
+    broken = places["damaged"] / "wav/an4_clstk/speaker0/speaker0-0.wav"
+    broken.write_bytes(broken.read_bytes()[:20])
+    command = ["compare", "--output", str(tmp_path / "runs"), *(text.format(**places) for text in arguments)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert says.format(**places) in result.output
+    assert result.output.count("\n") == 1
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+class _Links(HTMLParser):
+    """Collects what a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loaded += [
+            value or "" for key, value in attrs if key in ("src", "href") and not (value or "").startswith("#")
+        ]
+
+
+def test_a_simulation_stops_on_interrupt_and_resumes(tones: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "fedomc_speech", "compare", "--corpus", "an4", "--corpus-path", str(tones),
+        "--format", "S1E3M7@0.9", "--format", "S1E2M3+S1E2M1", "--rounds", "12", "--cohort", "2", "--batch", "2",
+        "--evaluate-every", "6", "--output", str(tmp_path), "--name", "run",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 180
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(stored["runs"]) == 1 and not stored["runs"][0]["finished"]
+    finished = stored["runs"][0]["rounds"]
+    assert 1 <= finished < 12
+
+    result = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)  # noqa: S603
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "WER" in result.stdout and "S1E2M3+S1E2M1" in result.stdout
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [run["finished"] for run in stored["runs"]] == [True, True]
+    assert all([row["round"] for row in run["history"]] == list(range(1, 13)) for run in stored["runs"])
+
+    page = (tmp_path / "run" / "report.html").read_text()
+    links = _Links()
+    links.feed(page)
+    assert links.loaded == []
+    assert page.count("<svg") == 1 and "S1E2M3+S1E2M1" in page

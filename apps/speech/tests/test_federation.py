@@ -1,0 +1,171 @@
+"""The rounds of a run, with the clients called one after the other in this process."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedomc_speech import client, federation
+from fedomc_speech.errors import SettingsError
+from fedomc_speech.run_folder import RESULTS, RunFolder
+from fedomc_speech.settings import Settings, Variant
+
+CONTRACT = {
+    "format", "wer", "wer_compressed", "parameter_bytes", "parameter_ratio", "down_bytes", "up_bytes", "down_ratio",
+    "up_ratio", "rounds_per_minute", "history",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class Nodes:
+    """A grid whose nodes work when they are asked; their numbers differ from run to run, as Flower's do."""
+
+    def __init__(self, clients: int, first: int = 100, broken: bool = False) -> None:
+        self.clients, self.first, self.broken = clients, first, broken
+
+    def get_node_ids(self) -> list[int]:
+        return list(range(self.first, self.first + self.clients))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return [self.answer(message) for message in messages][::-1]
+
+    def answer(self, message: Message) -> Message:
+        part = self.clients - 1 - (message.metadata.dst_node_id - self.first)
+        if message.metadata.message_type == "query":
+            return Message(RecordDict({"identity": MetricRecord({"partition-id": part})}), reply_to=message)
+        if self.broken:
+            return Message(Error(code=1, reason="no memory"), reply_to=message)
+        return Message(client.train_partition(message, part), reply_to=message)
+
+
+class Watcher:
+    """Keeps what it sees and stops after some rounds."""
+
+    def __init__(self, stop_after: int = 10**9) -> None:
+        self.rows: list[tuple[str, dict[str, Any]]] = []
+        self.stop_after = stop_after
+
+    def started(self, variant: Variant, first_round: int) -> None:
+        pass
+
+    def round_done(self, variant: Variant, row: dict[str, Any]) -> None:
+        self.rows.append((str(variant), row))
+
+    def stop_requested(self) -> bool:
+        return len(self.rows) >= self.stop_after
+
+
+def settings(tones: Path, **kwargs: Any) -> Settings:
+    values = {
+        "formats": ("FP32", "S1E3M7@0.9", "S1E2M3+S1E2M1"), "corpus": "an4", "corpus_path": str(tones), "rounds": 3,
+        "cohort": 2, "batch": 3, "warmup": 1, "evaluate_every": 2, **kwargs,
+    }  # fmt: skip
+    return Settings(**values)
+
+
+def run(chosen: Settings, path: Path, *, resume: bool = False, watcher: Watcher | None = None, first: int = 100) -> Any:
+    folder = RunFolder(path, chosen, resume=resume)
+    grid = cast(Grid, Nodes(4, first))
+    done = federation.run(chosen, grid, folder, watcher or Watcher())
+    return done, {run["variant"]: run for run in folder.runs}
+
+
+def without_times(runs: dict[str, Any]) -> dict[str, Any]:
+    cleaned = json.loads(json.dumps(runs))
+    for result in cleaned.values():
+        del result["rounds_per_minute"]
+        for row in result["history"]:
+            del row["seconds"]
+    return cleaned
+
+
+def test_a_run_gives_what_the_contract_names(tones: Path, tmp_path: Path) -> None:
+    chosen = settings(tones)
+    done, _ = run(chosen, tmp_path)
+    assert done
+    stored = json.loads((tmp_path / RESULTS).read_text())
+    assert [r["format"] for r in stored["runs"]] == ["FP32", "S1E3M7", "S1E2M3+S1E2M1"]
+    for result in stored["runs"]:
+        assert set(result) >= CONTRACT
+        assert [row["round"] for row in result["history"]] == [1, 2, 3]
+        assert [row["wer"] is None for row in result["history"]] == [True, False, False]
+        assert result["history"][-1]["down_bytes"] == pytest.approx(result["down_bytes"] * 2 * 3, abs=3)
+    fp32, one, two = stored["runs"]
+    assert fp32["parameter_ratio"] == fp32["down_ratio"] == fp32["up_ratio"] == 1
+    assert fp32["wer"] == fp32["wer_compressed"]
+    for key, limits in {
+        "parameter_ratio": (0.42, 0.33),
+        "down_ratio": (0.42, 0.205),
+        "up_ratio": (0.42, 0.145),
+    }.items():
+        assert one[key] < limits[0] and two[key] < limits[1]
+        assert one[key.replace("ratio", "bytes")] / fp32[key.replace("ratio", "bytes")] == pytest.approx(one[key], 1e-3)
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_nodes_are_called(tones: Path, tmp_path: Path) -> None:
+    chosen = settings(tones, formats=("S1E2M3+S1E2M1@0.9",), rounds=2)
+    runs = [without_times(run(chosen, tmp_path / str(first), first=first)[1]) for first in (100, 7000)]
+    assert runs[0] == runs[1]
+    other = run(settings(tones, formats=("S1E2M3+S1E2M1@0.9",), rounds=2, seed=1), tmp_path / "other")[1]
+    assert without_times(other) != runs[0]
+
+
+def test_a_stopped_run_keeps_what_it_has_and_resumes_to_the_same_end(tones: Path, tmp_path: Path) -> None:
+    chosen = settings(tones, formats=("FP32", "S1E3M7@0.9"))
+    _, whole = run(chosen, tmp_path / "whole")
+    done, stopped = run(chosen, tmp_path / "parts", watcher=Watcher(stop_after=5))
+    assert not done
+    assert stopped["FP32"]["finished"] and not stopped["S1E3M7@0.9"]["finished"]
+    assert stopped["S1E3M7@0.9"]["rounds"] == 2
+    watcher = Watcher()
+    done, resumed = run(chosen, tmp_path / "parts", resume=True, watcher=watcher)
+    assert done
+    assert [(name, row["round"]) for name, row in watcher.rows] == [("S1E3M7@0.9", 3)]
+    assert without_times(resumed) == without_times(whole)
+
+
+def test_resuming_needs_the_same_settings_and_whole_files(tones: Path, tmp_path: Path) -> None:
+    chosen = settings(tones, formats=("FP32",), rounds=2)
+    with pytest.raises(SettingsError, match="nothing to resume"):
+        RunFolder(tmp_path / "none", chosen, resume=True)
+    run(chosen, tmp_path, watcher=Watcher(stop_after=1))
+    with pytest.raises(SettingsError, match="rounds"):
+        RunFolder(tmp_path, settings(tones, formats=("FP32",), rounds=3), resume=True)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    data = checkpoint.read_bytes()
+    for damaged in (data[:100], data[:-1], b"", b"\xff" * 200):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(SettingsError, match="damaged"):
+            RunFolder(tmp_path, chosen, resume=True).load()
+    (tmp_path / RESULTS).write_text("{")
+    with pytest.raises(SettingsError, match="damaged"):
+        RunFolder(tmp_path, chosen, resume=True)
+
+
+def test_a_round_without_a_client_and_a_federation_without_nodes_are_named(tones: Path, tmp_path: Path) -> None:
+    chosen = settings(tones, formats=("FP32",))
+    with pytest.raises(SettingsError, match="no memory"):
+        federation.run(chosen, cast(Grid, Nodes(4, broken=True)), RunFolder(tmp_path, chosen, resume=False), Watcher())
+    with pytest.raises(SettingsError, match="4 parts"):
+        federation.Clients.identify(cast(Grid, Nodes(4)), 5, wait=0.1)
+
+
+def test_training_learns_the_tones(tones: Path, tmp_path: Path) -> None:
+    chosen = settings(
+        tones, formats=("FP32", "S1E2M3+S1E2M1"), rounds=40, cohort=4, batch=6, warmup=5, evaluate_every=40,
+        server_rate=3e-3,
+    )  # fmt: skip
+    _, runs = run(chosen, tmp_path)
+    for result in runs.values():
+        losses = [row["loss"] for row in result["history"]]
+        assert sum(losses[-5:]) < 0.5 * sum(losses[:5])

@@ -1,0 +1,79 @@
+import pytest
+
+import fedomc
+from fedomc_speech.errors import SettingsError
+from fedomc_speech.settings import Settings, Variant
+
+
+@pytest.mark.parametrize(
+    ("text", "format", "fraction"),
+    [
+        ("FP32", "FP32", 1.0),
+        ("S1E3M7", "S1E3M7", 1.0),
+        ("S1E3M7@0.9", "S1E3M7", 0.9),
+        ("S1E2M3+S1E2M1", "S1E2M3+S1E2M1", 1.0),
+        ("S1E2M3+S1E2M1@0.75", "S1E2M3+S1E2M1", 0.75),
+    ],
+)
+def test_a_variant_is_read_and_printed(text: str, format: str, fraction: float) -> None:
+    variant = Variant.parse(text)
+    assert (variant.format, variant.fraction, str(variant)) == (format, fraction, text)
+
+
+def test_the_policy_of_a_variant() -> None:
+    settings = Settings(seed=5, transform="affine", update_rounding="stochastic")
+    assert Variant.parse("FP32").policy(settings) is None
+    one, two = (Variant.parse(text).policy(settings) for text in ("S1E3M7@0.9", "S1E2M3+S1E2M1"))
+    assert one is not None and two is not None
+    assert (str(one.format), one.update_format, one.fraction, one.rounding) == ("S1E3M7", None, 0.9, "nearest")
+    assert (str(two.format), str(two.update_format), two.rounding) == ("S1E2M3", "S1E2M1", "stochastic")
+    assert one.seed == two.seed == 5
+    assert one.transform == "affine"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"formats": "S1E3"}, "S1E3"),
+        ({"formats": "S1E9M3"}, "S1E9M3"),
+        ({"formats": "S1E3M7@1.5"}, "1.5"),
+        ({"formats": "S1E3M7@0..9"}, "0..9"),
+        ({"formats": "FP32 FP32"}, "twice"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"client-rate": "fast"}, "client-rate"),
+        ({"client-rate": float("nan")}, "client_rate=nan"),
+        ({"server-rate": -1.0}, "server_rate"),
+        ({"aggregate": "median"}, "median"),
+        ({"transform": "log", "formats": "S1E3M7"}, "log"),
+        ({"round": 3}, "'round' is unknown"),
+    ],
+)
+def test_what_is_wrong_is_named(values: dict[str, object], says: str) -> None:
+    with pytest.raises(fedomc.OMCError, match=says.replace("+", r"\+")):
+        Settings.from_mapping(values)
+
+
+def test_settings_survive_a_round_trip() -> None:
+    settings = Settings(formats=("FP32", "S1E3M7@0.9"), rounds=7, client_rate=0.25, corpus_path="/somewhere")
+    assert Settings.from_mapping(settings.to_dict()) == settings
+    dashed = {key.replace("_", "-"): value for key, value in settings.to_dict().items()}
+    assert Settings.from_mapping({**dashed, "formats": " ".join(settings.formats)}) == settings
+
+
+def test_the_server_rate_rises_and_falls() -> None:
+    settings = Settings(rounds=100, warmup=10, server_rate=2.0)
+    rates = [settings.server_rate_in(number) for number in range(1, 101)]
+    assert rates[0] == 0.2
+    assert max(rates) == rates[9] == 2.0
+    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+
+
+def test_unknown_sizes_and_cohorts_are_refused() -> None:
+    from fedomc_speech import federation, model
+
+    with pytest.raises(SettingsError, match="huge"):
+        model.build("huge", 5)
+    with pytest.raises(SettingsError, match="only 3 clients"):
+        federation.check_cohort(Settings(cohort=4), 3)
