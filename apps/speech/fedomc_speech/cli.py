@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -120,6 +121,7 @@ def _load_corpus(settings: Settings) -> corpus.Corpus:
 
 def _cost(settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Utterance, ...]]) -> str:
     """Say what the run will send and take: bytes exactly, time from one local step of each format."""
+    torch.set_num_threads(1)  # as on the clients
     tokenizer = tokenizer_for(loaded)
     visits = settings.rounds * settings.cohort
     seconds, sent = 0.0, 0.0

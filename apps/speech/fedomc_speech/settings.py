@@ -99,7 +99,7 @@ class Settings:
     split: str = "speaker"
     clients: int = 0
     model: str = "tiny"
-    rounds: int = 300
+    rounds: int = 240
     cohort: int = 8
     local_steps: int = 1
     batch: int = 8
@@ -107,7 +107,7 @@ class Settings:
     clip_norm: float = 0.3
     server_rate: float = 1.5e-3
     warmup: int = 20
-    evaluate_every: int = 25
+    evaluate_every: int = 20
     transform: str = "scaled-affine"
     rounding: str = "nearest"
     update_rounding: str = "stochastic"

@@ -1,3 +1,6 @@
+import tomllib
+from pathlib import Path
+
 import pytest
 
 import fedomc
@@ -59,6 +62,15 @@ def test_settings_survive_a_round_trip() -> None:
     assert Settings.from_mapping(settings.to_dict()) == settings
     dashed = {key.replace("_", "-"): value for key, value in settings.to_dict().items()}
     assert Settings.from_mapping({**dashed, "formats": " ".join(settings.formats)}) == settings
+
+
+def test_the_flower_app_has_the_same_settings_and_defaults() -> None:
+    app = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    config = app["config"]
+    assert {"output", "resume"} <= set(config)
+    rest = {key: value for key, value in config.items() if key not in ("output", "resume")}
+    assert len(rest) == len(Settings().to_dict())
+    assert Settings.from_mapping(rest) == Settings()
 
 
 def test_the_server_rate_rises_and_falls() -> None:
