@@ -1,6 +1,6 @@
 """Online Model Compression: parameters stay bit-packed in memory, on the wire and on disk while a model trains."""
 
-from fedomc import ops as _ops  # noqa: F401  (registers the functions that CompressedTensor runs itself)
+from fedomc import fallback, inplace, ops  # noqa: F401  (they register what CompressedTensor does)
 from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
 from fedomc.formats import FloatFormat
 from fedomc.model import ParameterBytes, compress_, decompress_, parameter_bytes

@@ -9,7 +9,7 @@ from fedomc.errors import FormatError
 MIN_BITS, MAX_BITS = 2, 32
 MAX_EXPONENT_BITS, MAX_MANTISSA_BITS = 8, 23
 
-_NAME = re.compile(r"S1E([0-9]{1,2})M([0-9]{1,2})")
+_NAME = re.compile(r"S1E([0-9])M(0|[1-9][0-9]?)")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class FloatFormat:
 
     def __post_init__(self) -> None:
         e, m = self.exponent_bits, self.mantissa_bits
-        if not (1 <= e <= MAX_EXPONENT_BITS and 0 <= m <= MAX_MANTISSA_BITS):
+        whole = type(e) is int and type(m) is int
+        if not (whole and 1 <= e <= MAX_EXPONENT_BITS and 0 <= m <= MAX_MANTISSA_BITS):
             raise FormatError(
                 f"format S1E{e}M{m} does not exist: use 1 to {MAX_EXPONENT_BITS} exponent bits "
                 f"and 0 to {MAX_MANTISSA_BITS} mantissa bits, as in S1E3M7"

@@ -109,7 +109,7 @@ def from_bytes(data: bytes | bytearray | memoryview, name: str = "variable", *, 
         raise PayloadError(f"{name}: cut off within its {ndim} dimensions")
     shape = struct.unpack_from(f"<{ndim}Q", view, _HEADER.size)
     numel = math.prod(shape)
-    if numel > _MAX_NUMEL or max(shape, default=0) > _MAX_NUMEL:
+    if math.prod(max(size, 1) for size in shape) > _MAX_NUMEL:
         raise PayloadError(f"{name}: shape {shape} is too large")
     expected = begin + 4 * words_of(numel, fmt.bits)
     if len(view) != expected:

@@ -35,11 +35,10 @@ class _Decode(torch.autograd.Function):
 
 @dataclass
 class _Saved:
-    """A tensor that autograd saved: itself, or the compressed weight and the geometry of a view of its values."""
+    """A tensor that autograd saved, as it is, and its version then."""
 
     tensor: Tensor
     version: int
-    geometry: tuple[Any, ...] | None
 
     def load(self) -> Tensor:
         if self.tensor._version != self.version:
@@ -49,10 +48,30 @@ class _Saved:
                 f"(version {self.tensor._version}, expected {self.version}). With step_in_backward, run the backward "
                 "pass of one forward pass before the next forward pass, or step with an optimizer after all of them"
             )
-        if self.geometry is None:
-            return self.tensor
-        assert isinstance(self.tensor, CompressedTensor)
-        return self.tensor.dequantize().as_strided(*self.geometry)
+        return self.tensor
+
+
+@dataclass
+class _SavedWeight(_Saved):
+    """A view of a decoded weight that autograd saved, as the compressed weight and the view's geometry."""
+
+    geometry: tuple[Any, ...]
+
+    def load(self) -> Tensor:
+        weight = super().load()
+        assert isinstance(weight, CompressedTensor)
+        return weight.dequantize().as_strided(*self.geometry)
+
+
+@dataclass
+class _SavedElsewhere:
+    """A tensor that autograd saved under another hook, such as that of a checkpoint."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+    def load(self) -> Tensor:
+        return self.unpack(self.packed)
 
 
 def with_decoded_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,14 +85,22 @@ def with_decoded_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs
         weights[values.untyped_storage().data_ptr()] = x
         return values
 
-    def pack(saved: Tensor) -> _Saved:
+    def pack(saved: Tensor) -> _Saved | _SavedElsewhere:
         weight = weights.get(saved.untyped_storage().data_ptr()) if type(saved) is Tensor else None
-        if weight is None:
-            return _Saved(saved, saved._version, None)
-        return _Saved(weight, weight._version, (saved.size(), saved.stride(), saved.storage_offset()))
+        if weight is not None:
+            geometry = (saved.size(), saved.stride(), saved.storage_offset())
+            return _SavedWeight(weight, weight._version, geometry)
+        if outer is not None:
+            return _SavedElsewhere(outer[0](saved), outer[1])
+        return _Saved(saved, saved._version)
+
+    def unpack(saved: _Saved | _SavedElsewhere) -> Tensor:
+        return saved.load()
+
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     args, kwargs = tree_map(decode, (args, kwargs))
-    with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.load):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return func(*args, **kwargs)
 
 
@@ -82,17 +109,6 @@ def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if max_norm is not None:  # writes to the weight, which the dispatcher encodes again
         return func(*args, **kwargs)
     return with_decoded_weights(func, args, kwargs)
-
-
-def _setitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    target, index, value = args
-    if not isinstance(target, CompressedTensor):
-        dense = value.dequantize() if isinstance(value, CompressedTensor) else value
-        func(target, index, dense)
-        return
-    values = target.dequantize()
-    values[index] = value.dequantize() if isinstance(value, CompressedTensor) else value
-    target.copy_(values)
 
 
 FUNCTIONS.update(
@@ -113,6 +129,14 @@ FUNCTIONS.update(
             torch.addmm,
             torch.baddbmm,
             torch.einsum,
+            torch.lstm,
+            torch.gru,
+            torch.rnn_tanh,
+            torch.rnn_relu,
+            torch.lstm_cell,
+            torch.gru_cell,
+            torch.rnn_tanh_cell,
+            torch.rnn_relu_cell,
             Tensor.matmul,
             Tensor.__matmul__,
             Tensor.__rmatmul__,
@@ -121,4 +145,3 @@ FUNCTIONS.update(
     )
 )
 FUNCTIONS[F.embedding] = _embedding
-FUNCTIONS[Tensor.__setitem__] = _setitem

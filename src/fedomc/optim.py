@@ -1,11 +1,13 @@
 """Stepping in the backward pass: a variable is updated and its gradient dropped as soon as the gradient is complete."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import CheckpointFunction
 
 
 class StepInBackward:
@@ -45,6 +47,8 @@ def step_in_backward(
 
     Returns:
         The optimizers and a way to stop.
+
+    A backward pass inside a reentrant checkpoint raises RuntimeError: it cannot know whether a gradient is complete.
     """
     optimizers: dict[str, Optimizer] = {}
     hooks = []
@@ -53,7 +57,12 @@ def step_in_backward(
             continue
         optimizer = optimizers[name] = optimizer_class([parameter], **kwargs)
 
-        def step(parameter: Tensor, optimizer: Optimizer = optimizer) -> None:
+        def step(parameter: Tensor, optimizer: Optimizer = optimizer, name: str = name) -> None:
+            if _in_reentrant_checkpoint():
+                raise RuntimeError(
+                    f"{name} would be stepped inside a reentrant checkpoint, before other uses of it were "
+                    "differentiated: pass use_reentrant=False to torch.utils.checkpoint"
+                )
             if clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_([parameter], clip_norm)
             try:
@@ -63,3 +72,16 @@ def step_in_backward(
 
         hooks.append(parameter.register_post_accumulate_grad_hook(step))  # type: ignore[no-untyped-call]
     return StepInBackward(optimizers, hooks)
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Tell whether this backward pass was started by the backward pass of a reentrant checkpoint."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CHECKPOINT_BACKWARD:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__

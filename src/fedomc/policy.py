@@ -3,9 +3,10 @@
 import fnmatch
 import hashlib
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -164,7 +165,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _hash(*key: object) -> int:
+def _hash(*key: str | SupportsIndex) -> int:
     """Hash to 63 bits, the same on every machine and in every process."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
+    text = "\x1f".join(f"s{part}" if isinstance(part, str) else f"i{operator.index(part)}" for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

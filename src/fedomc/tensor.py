@@ -1,23 +1,23 @@
 """``CompressedTensor``: a float32 tensor to the outside, held as packed codes.
 
-[Note: what runs without a dense copy]
-A few operations know the packed form: detach, clone and moves share or copy the codes; in-place element-wise
-operations decode, change and encode a chunk at a time, so that the optimizers of ``torch.optim`` work as they are.
-The functions in ``ops`` decode the whole weight for the moment of one operation. Everything else decodes to a fresh
-dense tensor; if it writes in place, the result is encoded again. Slower, never wrong.
+[Note: who runs an operation]
+The class knows how to decode and rewrite itself; what torch does with it is in three modules that register their
+handlers here. ``ops``: functions such as linear decode the whole weight for one moment and save only its codes.
+``inplace``: element-wise in-place operations decode, change and encode a chunk at a time, so that the optimizers of
+``torch.optim`` work as they are. ``fallback``: everything else runs on a fresh decoded copy; what it writes is encoded
+again, and its views write through. Slower, never wrong.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fedomc import codec
 from fedomc.formats import FloatFormat
 from fedomc.transform import Encoding, Packed, encode
-
-_aten = torch.ops.aten
 
 
 class CompressedTensor(Tensor):
@@ -112,7 +112,7 @@ class CompressedTensor(Tensor):
     def dequantize(self) -> Tensor:
         """Decode to a fresh dense float32 tensor, outside of autograd."""
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            return self._decode(0, self.base.numel).view(self.shape)
+            return self.decode_range(0, self.base.numel).view(self.shape)
 
     def rewrite(self, produce: Callable[[int, int], Tensor]) -> None:
         """Encode new values in place, chunk by chunk; two parts rewrite the update alone.
@@ -127,27 +127,45 @@ class CompressedTensor(Tensor):
         if self.update is not None:
 
             def target(start: int, stop: int) -> Tensor:
-                base = torch.empty(stop - start, device=self.base.codes.device)
-                return produce(start, stop) - self.base.decode(base, start)
+                return produce(start, stop) - self.base.decode(self.empty(start, stop), start)
 
+        self.rewrite_part(target)
+
+    def rewrite_part(self, produce: Callable[[int, int], Tensor]) -> None:
+        """Encode new values of the part that in-place operations change."""
         how = self.encoding
-        self.parts[-1].rewrite(target, how.transform, how.rounding, how.seed, self.variable)
+        self.parts[-1].rewrite(produce, how.transform, how.rounding, how.seed, self.variable)
+
+    def empty(self, start: int, stop: int) -> Tensor:
+        """Make room for ``stop - start`` values."""
+        return torch.empty(stop - start, device=self.base.codes.device)
 
     def rewrite_from(self, values: Tensor) -> None:
-        """Encode new values of the same shape in place."""
+        """Encode new values in place.
+
+        Raises:
+            RuntimeError: they have another shape.
+            NonFiniteError: a new value is NaN or infinite; nothing was changed.
+        """
+        if values.shape != self.shape:
+            raise RuntimeError(
+                f"{self.variable} of shape {tuple(self.shape)} cannot become {tuple(values.shape)}: "
+                "decompress_ the model, or replace the parameter"
+            )
         flat = values.reshape(-1)
         self.rewrite(lambda start, stop: flat[start:stop])
 
-    def _decode(self, start: int, stop: int) -> Tensor:
-        values = torch.empty(stop - start, device=self.base.codes.device)  # [n]
-        self.base.decode(values, start)
-        if self.update is not None:
-            for at in range(start, stop, _CHUNK):
-                part = values[at - start : at - start + _CHUNK]
+    def decode_range(self, start: int, stop: int) -> Tensor:
+        """Decode the values ``[start, stop)`` of the flat variable; start is a multiple of the block."""
+        values = self.base.decode(self.empty(start, stop), start)  # [n]
+        if self.update is not None and self.update.rewrites:  # before the first step it is zero
+            for at in range(start, stop, codec.CHUNK):
+                part = values[at - start : at - start + codec.CHUNK]
                 part += self.update.decode(torch.empty_like(part), at)
         return values
 
-    def _like(self, parts: Sequence[Packed]) -> "CompressedTensor":
+    def like(self, parts: Sequence[Packed]) -> "CompressedTensor":
+        """Make a tensor of the same kind from other parts."""
         base, *update = parts
         return CompressedTensor(base, update[0] if update else None, self.encoding, self.shape, self.variable)
 
@@ -206,54 +224,25 @@ class CompressedTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operator on the packed form where that is known, on decoded copies elsewhere."""
+        """Run an operator on the packed form where a handler can, on decoded copies elsewhere."""
         kwargs = kwargs or {}
-        if func in _SHARING:
-            return args[0]._like(args[0].parts)
-        if func in _LIKE:
-            return func(torch.empty(args[0].shape, device=args[0].device), *args[1:], **kwargs)
-        if func is _aten.clone.default:
-            return args[0]._like([_copy(part, part.codes.device) for part in args[0].parts])
-        if func is _aten._to_copy.default and kwargs.get("dtype") in (None, torch.float32):
-            device = kwargs.get("device") or args[0].device
-            return args[0]._like([_copy(part, device) for part in args[0].parts])
-        if func is _aten.copy_.default and _copy_codes(args[0], args[1]):
-            return args[0]
-        if func in _ELEMENTWISE and _rewrite_elementwise(func, args, kwargs):
-            return args[0]
-        return _on_dense(func, args, kwargs)
+        # What is made here may outlive an inference mode, and must then train like any other tensor.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
+            handler = OPERATORS.get(func)
+            result = NotImplemented if handler is None else handler(func, args, kwargs)
+            return OTHERWISE[0](func, args, kwargs) if result is NotImplemented else result
 
 
-FUNCTIONS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {}
-"""Functions of ``torch`` that ``ops`` runs itself, by the function."""
+Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
-_CHUNK = 64 * 1024
+FUNCTIONS: dict[Any, Handler] = {}
+"""Functions of ``torch`` that are run by a handler, above autograd."""
 
-_SHARING = {_aten.detach.default, _aten.alias.default}
-_LIKE = {
-    getattr(_aten, name).default
-    for name in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
-}
-_ELEMENTWISE = {
-    _aten.add_.Tensor,
-    _aten.add_.Scalar,
-    _aten.sub_.Tensor,
-    _aten.sub_.Scalar,
-    _aten.mul_.Tensor,
-    _aten.mul_.Scalar,
-    _aten.div_.Tensor,
-    _aten.div_.Scalar,
-    _aten.addcmul_.default,
-    _aten.addcdiv_.default,
-    _aten.lerp_.Scalar,
-    _aten.lerp_.Tensor,
-    _aten.neg_.default,
-    _aten.clamp_.default,
-    _aten.copy_.default,
-    _aten.fill_.Scalar,
-    _aten.zero_.default,
-}
-"""In-place operators that change each value by itself, so that they can run chunk by chunk."""
+OPERATORS: dict[Any, Handler] = {}
+"""Operators that are run by a handler, below autograd; it returns NotImplemented for arguments that it leaves."""
+
+OTHERWISE: list[Handler] = []
+"""What runs every other operator."""
 
 
 def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> CompressedTensor:
@@ -267,147 +256,9 @@ def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> Comp
     return CompressedTensor.from_packed(base, encoding, values.shape, name)
 
 
-def _copy(part: Packed, device: torch.device) -> Packed:
-    codes, affine = (tensor.to(device, copy=True) for tensor in (part.codes, part.affine))
-    return Packed(codes, affine, part.format, part.numel, part.rewrites)
-
-
-def _copy_codes(target: Any, source: Any) -> bool:
-    """Copy between tensors of one encoding as the codes are; False if they are not of one encoding."""
-    if not (_packed(target) and _packed(source)):
-        return False
-    if target.encoding != source.encoding or target.shape != source.shape:
-        return False
-    for mine, its in zip(target.parts, source.parts, strict=True):
-        mine.codes.copy_(its.codes)
-        mine.affine.copy_(its.affine)
-    return True
-
-
-def _rewrite_elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Run an in-place operator chunk by chunk; False if an operand would have to be broadcast."""
-    target, *operands = args
-    if any(isinstance(x, Tensor) and x.dim() and x.shape != target.shape for x in operands):
-        return False
-    if func in (_aten.mul_.Tensor, _aten.mul_.Scalar) and target.update is None and _scale(target, operands[0]):
-        return True
-    flat = [x.reshape(-1) if isinstance(x, Tensor) and x.dim() and not _packed(x) else x for x in operands]
-
-    def chunk(x: Any, start: int, stop: int) -> Any:
-        if _packed(x):
-            return x._decode(start, stop)
-        return x[start:stop] if isinstance(x, Tensor) and x.dim() else x
-
-    def produce(start: int, stop: int) -> Tensor:
-        values: Tensor = target._decode(start, stop)
-        func(values, *(chunk(x, start, stop) for x in flat), **kwargs)
-        return values
-
-    target.rewrite(produce)
-    return True
-
-
-def _scale(target: CompressedTensor, factor: Any) -> bool:
-    """Multiply by a finite number: the transformation changes, the codes do not."""
-    if isinstance(factor, Tensor) and factor.dim():
-        return False
-    affine: Tensor = target.base.affine * factor
-    scale, offset = (abs(value) for value in affine.tolist())
-    # A factor near zero would leave the range of normal floats; the general way rounds that rightly.
-    if not (2.0**-120 < scale and scale * target.format.max_value + offset <= torch.finfo(torch.float32).max):
-        return False
-    target.base.affine.copy_(affine)
-    return True
-
-
-def _packed(x: Any) -> TypeGuard[CompressedTensor]:
+def is_compressed(x: Any) -> TypeGuard[CompressedTensor]:
+    """Tell whether something is a compressed tensor."""
     return isinstance(x, CompressedTensor)
-
-
-def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on decoded copies; encode again what it wrote; views of a copy write through."""
-    decoded: dict[int, tuple[CompressedTensor, Tensor]] = {}
-
-    def dense(x: Any) -> Any:
-        return decoded.setdefault(id(x), (x, x.dequantize()))[1] if _packed(x) else x
-
-    result = func(*tree_map(dense, args), **tree_map(dense, kwargs))
-    written: dict[int, CompressedTensor] = {}
-    for x in _written(func, args, kwargs):
-        if _packed(x):
-            values = decoded[id(x)][1]
-            x.rewrite_from(values)
-            written[id(values)] = x
-    if _returns_view(func):
-        owner, values = next(iter(decoded.values()))
-        return tree_map(lambda x: DecodedView(x, owner, values) if _is_plain(x) else x, result)
-    return tree_map(lambda x: written.get(id(x), x), result)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return what an operator writes to, by its schema."""
-    arguments = func._schema.arguments
-    named = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
-    mutable = (a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
-    return [x for name in mutable for x in tree_leaves(named.get(name))]
-
-
-class DecodedView(Tensor):
-    """A view of a compressed tensor's decoded values; what is written into it is encoded again."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    _owner: CompressedTensor
-    _decoded: Tensor
-    _plain: Tensor
-
-    @staticmethod
-    def __new__(cls, view: Tensor, owner: CompressedTensor, values: Tensor) -> "DecodedView":
-        """Wrap a view of ``values``, the decoded values of ``owner``."""
-        self: DecodedView = view.as_subclass(cls)
-        self._owner, self._decoded, self._plain = owner, values, view
-        return self
-
-    def __init__(self, *args: Any) -> None:
-        """Do nothing: ``__new__`` made the tensor."""
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """Return the values as a numpy array."""
-        return self._plain.numpy(force=force)
-
-    def tolist(self) -> Any:
-        """Return the values as nested lists."""
-        return self._plain.tolist()
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._plain.__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operator on the plain tensor, then encode what it wrote."""
-        kwargs = kwargs or {}
-        views = {id(x._plain): x for x in tree_leaves((args, kwargs)) if isinstance(x, DecodedView)}
-
-        def plain(x: Any) -> Any:
-            return x._plain if isinstance(x, DecodedView) else x
-
-        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-        for x in _written(func, args, kwargs):
-            if isinstance(x, DecodedView):
-                x._owner.rewrite_from(x._decoded)
-        if _returns_view(func):
-            view = next(iter(views.values()))
-            return tree_map(lambda x: DecodedView(x, view._owner, view._decoded) if _is_plain(x) else x, result)
-        return tree_map(lambda x: views.get(id(x), x), result)
-
-
-def _returns_view(func: Any) -> bool:
-    return any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns)
-
-
-def _is_plain(x: Any) -> bool:
-    return type(x) is Tensor
 
 
 # A state_dict of compressed tensors can be loaded with weights_only=True.

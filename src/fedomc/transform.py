@@ -65,7 +65,7 @@ class Packed:
         affine: float32 ``[2]``: the factor ``s * 2**-k`` and the offset ``b``.
         format: what a code means.
         numel: how many values.
-        rewrites: how often it was written in place: the next draw of stochastic rounding.
+        rewrites: how often it was changed in place; also chooses the draw of stochastic rounding.
     """
 
     codes: Tensor
@@ -118,7 +118,7 @@ class Packed:
         if not scaled:
             exponent = 0
         elif exponent is None:
-            exponent = self._present_exponent()
+            exponent = self._present_exponent() if self.rewrites else self._needed_exponent(produce)
         while True:
             codes, sums, largest = self._encode(produce, exponent, draw, transform != "none")
             if largest >= codec.INFINITY_BITS:
@@ -143,7 +143,10 @@ class Packed:
     ) -> tuple[Tensor, Tensor, int]:
         codes, found, largest, at = torch.empty_like(self.codes), [], 0, 0
         for start in range(0, self.numel, codec.CHUNK):
-            values = produce(start, min(start + codec.CHUNK, self.numel))
+            stop = min(start + codec.CHUNK, self.numel)
+            values = produce(start, stop)
+            if values.shape != (stop - start,):
+                raise RuntimeError(f"{stop - start} new values expected from {start} on, got {tuple(values.shape)}")
             words = codes[at : at + codec.words_of(values.numel(), self.format.bits)]
             at += words.numel()
             part, part_largest = codec.encode(values, self.format, exponent, words, start=start, seed=seed, sums=sums)
@@ -152,6 +155,11 @@ class Packed:
             if largest >= codec.INFINITY_BITS:
                 break
         return codes, torch.cat(found) if found else torch.empty(0, 5), largest
+
+    def _needed_exponent(self, produce: Callable[[int, int], Tensor]) -> int:
+        starts = range(0, self.numel, codec.CHUNK)
+        bits = (codec.magnitude_bits(produce(start, min(start + codec.CHUNK, self.numel))) for start in starts)
+        return scaling_exponent(max(bits, default=0), self.format)
 
     def _present_exponent(self) -> int:
         scale = abs(float(self.affine[0]))
@@ -207,9 +215,13 @@ def fit(sums: Tensor, numel: int) -> tuple[float, float]:
     spread = numel * rr - r * r
     gain = (numel * dr - d * r) / spread if spread > 1e-12 * numel * rr else 0.0
     s, b = _float32(1 + gain), _float32((d - gain * r) / numel)
+    if abs(b) < 2.0**-126:  # a subnormal, which flush-to-zero modes would not add
+        b = 0.0
     error = dd + (s - 1) ** 2 * rr + numel * b * b - 2 * (s - 1) * dr - 2 * b * d + 2 * (s - 1) * b * r
-    # What rounding in float32 costs when s and b are applied must not eat what they gain.
-    return (s, b) if error + 2.0**-46 * rr < dd else (1.0, 0.0)
+    # What rounding in float32 costs when s and b are applied must not eat what they gain: at most 2**-24 of each R,
+    # in the worst case all in the direction of D.
+    cost = 2.0**-22 * math.sqrt(dd * rr) + 2.0**-46 * rr
+    return (s, b) if error + cost < dd else (1.0, 0.0)
 
 
 def draw_seed(seed: int, name: str, count: int) -> int:

@@ -1,0 +1,131 @@
+"""Operations that keep the packed form: sharing, copying, and element-wise changes in place, a chunk at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedomc.tensor import OPERATORS, CompressedTensor, is_compressed
+from fedomc.transform import Packed
+
+_aten = torch.ops.aten
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+_ADDITIVE = {_aten.add_.Tensor, _aten.add_.Scalar, _aten.sub_.Tensor, _aten.sub_.Scalar}
+_ELEMENTWISE = _ADDITIVE | {
+    _aten.mul_.Tensor,
+    _aten.mul_.Scalar,
+    _aten.div_.Tensor,
+    _aten.div_.Scalar,
+    _aten.addcmul_.default,
+    _aten.addcdiv_.default,
+    _aten.lerp_.Scalar,
+    _aten.lerp_.Tensor,
+    _aten.neg_.default,
+    _aten.clamp_.default,
+    _aten.copy_.default,
+    _aten.fill_.Scalar,
+    _aten.zero_.default,
+}
+"""In-place operators that change each value by itself, so that they can run chunk by chunk."""
+
+
+def _share(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0].like(args[0].parts)
+
+
+def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0].like([_copied(part, part.codes.device) for part in args[0].parts])
+
+
+def _move(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("dtype") not in (None, torch.float32):
+        return NotImplemented
+    return args[0].like([_copied(part, kwargs.get("device") or args[0].device) for part in args[0].parts])
+
+
+def _new_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(torch.empty(args[0].shape, device=args[0].device), *args[1:], **kwargs)
+
+
+def _copied(part: Packed, device: torch.device) -> Packed:
+    codes, affine = (tensor.to(device, copy=True) for tensor in (part.codes, part.affine))
+    return Packed(codes, affine, part.format, part.numel, part.rewrites)
+
+
+def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Decode, change and encode chunk by chunk; operands that would have to be broadcast are left to the fallback."""
+    target, *operands = args
+    if not is_compressed(target) or not all(_fits(x, target) for x in operands):
+        return NotImplemented
+    if func is _aten.copy_.default and _copy_codes(target, operands[0]):
+        return target
+    if func in (_aten.mul_.Tensor, _aten.mul_.Scalar) and _scale(target, operands[0]):
+        return target
+    flat = [_flat(x) for x in operands]
+
+    def operand(x: Any, start: int, stop: int) -> Any:
+        if is_compressed(x):
+            return x.decode_range(start, stop)
+        return x[start:stop] if isinstance(x, Tensor) and x.dim() else x
+
+    # What is added to a variable in two parts is added to its update: the base is not even decoded.
+    alone = target.update if func in _ADDITIVE else None
+
+    def produce(start: int, stop: int) -> Tensor:
+        values: Tensor = (
+            target.decode_range(start, stop) if alone is None else alone.decode(target.empty(start, stop), start)
+        )
+        func(values, *(operand(x, start, stop) for x in flat), **kwargs)
+        return values
+
+    (target.rewrite if alone is None else target.rewrite_part)(produce)
+    return target
+
+
+def _fits(x: Any, target: CompressedTensor) -> bool:
+    if not isinstance(x, Tensor):
+        return True
+    return x.layout is torch.strided and (x.dim() == 0 or x.shape == target.shape)
+
+
+def _flat(x: Any) -> Any:
+    if is_compressed(x):
+        return x if x.dim() else x.dequantize()
+    return x.reshape(-1) if isinstance(x, Tensor) and x.dim() else x
+
+
+def _copy_codes(target: CompressedTensor, source: Any) -> bool:
+    """Copy codes as they are; False if that would not be the same variable, or if there is a base, which stays."""
+    if not is_compressed(source) or target.update is not None:
+        return False
+    if target.encoding != source.encoding or target.shape != source.shape:
+        return False
+    target.base.codes.copy_(source.base.codes)
+    target.base.affine.copy_(source.base.affine)
+    target.base.rewrites += 1
+    return True
+
+
+def _scale(target: CompressedTensor, factor: Any) -> bool:
+    """Multiply by a number: the transformation changes, the codes do not; False where that is not possible."""
+    if target.update is not None or target.encoding.transform == "none":
+        return False
+    if isinstance(factor, Tensor) and factor.dim():
+        return False
+    affine: Tensor = target.base.affine * (factor.dequantize() if is_compressed(factor) else factor)
+    scale, offset = (abs(value) for value in affine.tolist())
+    # A factor near zero would leave the range of normal floats; the general way rounds that rightly.
+    if not (2.0**-120 < scale and scale * target.format.max_value + offset <= _FLOAT32_MAX):
+        return False
+    target.base.affine.copy_(affine)
+    target.base.rewrites += 1
+    return True
+
+
+OPERATORS.update(dict.fromkeys((_aten.detach.default, _aten.alias.default), _share))
+OPERATORS.update(dict.fromkeys(_ELEMENTWISE, _elementwise))
+OPERATORS[_aten.clone.default] = _clone
+OPERATORS[_aten._to_copy.default] = _move
+for _name in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"):
+    OPERATORS[getattr(_aten, _name).default] = _new_like

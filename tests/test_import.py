@@ -1,0 +1,22 @@
+import subprocess
+import sys
+
+import pytest
+
+OPTIONAL = ("flwr", "transformers", "nvflare", "matplotlib", "typer", "rich", "jiwer", "ray", "gfloat", "ml_dtypes")
+
+
+@pytest.mark.parametrize("module", ["fedomc", "fedomc.frame"])
+def test_the_core_imports_no_extra(module: str) -> None:
+    script = (
+        f"import sys, {module}; tops = {{name.partition('.')[0] for name in sys.modules}}; "
+        f"print(sorted(tops & set({OPTIONAL})), 'torch' in tops)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)  # noqa: S603
+    assert done.stdout.strip() == "[] True"
+
+
+def test_all_names_exist() -> None:
+    import fedomc
+
+    assert all(hasattr(fedomc, name) for name in fedomc.__all__) and fedomc.__version__

@@ -1,0 +1,158 @@
+import copy
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from fedomc import (
+    CompressedTensor,
+    CompressionPolicy,
+    NonFiniteError,
+    PolicyError,
+    compress_,
+    decompress_,
+    parameter_bytes,
+)
+from tests.conftest import allocations, assert_same_parameters, compressed, dense, randn, same_bits
+
+POLICY = CompressionPolicy("S1E2M3")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.output = nn.Embedding(50, 40), nn.Linear(40, 50)
+        self.output.weight = self.embedding.weight
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    parts = nn.Linear(40, 60), nn.LayerNorm(60), nn.LSTM(60, 10), nn.MultiheadAttention(8, 2), Tied()
+    result = nn.ModuleList(parts)
+    result[0].weight.requires_grad_(False)
+    return result
+
+
+def test_compresses_what_is_selected_and_nothing_else() -> None:
+    plain = model()
+    packed = copy.deepcopy(plain)
+    selection = POLICY.select(packed)
+    assert compress_(packed, selection) is packed
+    for (name, p), q in zip(plain.named_parameters(), packed.parameters(), strict=True):
+        assert isinstance(q, nn.Parameter) and q.requires_grad == p.requires_grad and q.shape == p.shape
+        assert isinstance(q, CompressedTensor) == (name in selection)
+        if isinstance(q, CompressedTensor):
+            expected = CompressedTensor.from_dense(p, "S1E2M3")
+            assert q.variable == name and q.encoding == selection[name]
+            assert torch.equal(q.base.codes, expected.base.codes)
+        else:
+            assert same_bits(p, q)
+
+
+def test_round_trip() -> None:
+    plain = model()
+    packed = compressed(plain)
+    assert decompress_(packed) is packed
+    assert not any(isinstance(p, CompressedTensor) for p in packed.parameters())
+    assert_same_parameters(plain, packed)
+    for p, q in zip(plain.parameters(), packed.parameters(), strict=True):
+        assert p.requires_grad == q.requires_grad
+    assert all(w is p for w, p in zip(packed[2]._flat_weights, packed[2].parameters(), strict=True))
+    once = dict((n, dense(p)) for n, p in compress_(packed, POLICY.select(packed)).named_parameters())
+    assert_same_parameters(packed, copy.deepcopy(packed))
+    for name, p in decompress_(packed).named_parameters():
+        assert same_bits(once[name], p)
+
+
+def test_ties_stay_tied() -> None:
+    packed = compressed(Tied(), "S1E3M7")
+    assert packed.embedding.weight is packed.output.weight
+    assert isinstance(packed.output.weight, CompressedTensor)
+    twin = copy.deepcopy(packed)
+    assert twin.embedding.weight is twin.output.weight
+    decompress_(packed)
+    assert packed.embedding.weight is packed.output.weight and not isinstance(packed.output.weight, CompressedTensor)
+
+
+def test_gradients_are_kept() -> None:
+    layer = nn.Linear(4, 5)
+    layer.weight.grad = torch.ones(5, 4)
+    compress_(layer, POLICY.select(layer))
+    assert torch.equal(layer.weight.grad, torch.ones(5, 4))
+    assert torch.equal(decompress_(layer).weight.grad, torch.ones(5, 4))
+
+
+def test_frees_the_dense_values() -> None:
+    layers = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
+    selection = POLICY.select(layers)
+    former = [weakref.ref(p) for p in layers.parameters()]
+    kept = sum(allocations(lambda: compress_(layers, selection)))
+    assert kept == pytest.approx(8 * 256 * 256 * 6 / 8, rel=0.01)
+    former += [weakref.ref(p) for p in layers.parameters()]
+    decompress_(layers)
+    assert all(reference() is None for reference in former)
+
+
+def test_errors_change_nothing() -> None:
+    layer = nn.Linear(4, 5)
+    selection = POLICY.select(layer)
+    with pytest.raises(PolicyError, match=r"no parameter 'else\.weight'"):
+        compress_(layer, {**selection, "else.weight": selection["weight"]})
+    assert not isinstance(layer.weight, CompressedTensor)
+    compress_(layer, selection)
+    before = layer.weight
+    with pytest.raises(PolicyError, match="weight is compressed already"):
+        compress_(layer, selection)
+    assert layer.weight is before
+
+
+def test_a_nan_names_its_variable_and_loses_none() -> None:
+    layers = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 7))
+    values = [p.detach().clone() for p in layers.parameters()]
+    with torch.no_grad():
+        layers[1].weight[2, 3] = math.nan
+    with pytest.raises(NonFiniteError, match=r"1\.weight"):
+        compress_(layers, POLICY.select(layers))
+    assert [isinstance(layer.weight, CompressedTensor) for layer in layers] == [True, False, False]
+    assert torch.equal(layers[2].weight, values[4]) and layers[1].weight.isnan().sum() == 1
+
+
+@pytest.mark.parametrize(("name", "bits"), [("S1E2M1", 4), ("S1E2M3", 6), ("S1E3M7", 11), ("S1E8M23", 32)])
+def test_bytes(name: str, bits: int) -> None:
+    packed = model()
+    compress_(packed, CompressionPolicy(name, exclude=["3.*"]).select(packed))
+    found = parameter_bytes(packed)
+    expected = {}
+    for parameter_name, p in packed.named_parameters():
+        expected[parameter_name] = 4 * p.numel()
+        if isinstance(p, CompressedTensor):
+            rows = math.ceil(p.numel() % 1024 / 32)
+            lane_words = p.numel() // 1024 * bits + math.ceil(rows * bits / 32)
+            expected[parameter_name] = 4 * 32 * lane_words + 8
+    assert dict(found) == expected and list(found) == [n for n, _ in packed.named_parameters()]
+    assert "4.output.weight" not in found  # tied: counted once
+    assert found.total == sum(expected.values())
+    assert found.fp32 == 4 * sum(p.numel() for p in packed.parameters())
+    assert found.ratio == found.total / found.fp32
+    assert parameter_bytes(nn.ReLU()).ratio == 1
+
+
+def test_a_selection_is_for_the_whole_model() -> None:
+    """One policy, two clients: the same values where both compress."""
+    policy = CompressionPolicy("S1E2M3", fraction=0.5)
+    clients = [compress_(model(), policy.select(model(), client=client)) for client in (0, 2)]
+    kinds = [[isinstance(p, CompressedTensor) for p in client.parameters()] for client in clients]
+    assert kinds[0] != kinds[1]
+    for p, q in zip(*(client.parameters() for client in clients), strict=True):
+        if isinstance(p, CompressedTensor) and isinstance(q, CompressedTensor):
+            assert torch.equal(p.base.codes, q.base.codes)
+
+
+def test_compressed_while_in_inference_mode() -> None:
+    layer = nn.Linear(8, 8)
+    with torch.inference_mode():
+        compress_(layer, POLICY.select(layer))
+    layer(randn(2, 8)).sum().backward()
+    assert layer.weight.grad is not None

@@ -1,0 +1,401 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fedomc import CompressedTensor, NonFiniteError, step_in_backward
+from tests.conftest import allocations, assert_same_parameters, compressed, lossless, randn, same_bits
+
+
+class Cross(nn.Module):
+    """Attention to something else than the query."""
+
+    def __init__(self, **kwargs: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs)
+
+    def forward(self, q: Tensor, kv: Tensor) -> Tensor:
+        return self.attention(q, kv, kv)[0]
+
+
+class Same(Cross):
+    def forward(self, q: Tensor) -> Tensor:
+        return self.attention(q, q, q, need_weights=False)[0]
+
+
+class Tied(nn.Module):
+    """An embedding that is the output projection as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.output = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.output(self.inner(self.embedding(ids)).tanh())
+
+
+class Product(nn.Module):
+    """A weight used by a function of torch, in several ways."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.randn(8, 8)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).tanh())
+
+
+class First(nn.Module):
+    """The first output of a recurrent layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+IDS = torch.tensor([[1, 2, 3], [0, 3, 3]])
+X, IMAGE = randn(2, 5, 8), randn(2, 4, 7, 9)
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+    "linear": (lambda: nn.Linear(8, 6), (X,)),
+    "linear, one vector": (lambda: nn.Linear(8, 6), (X[0, 0],)),
+    "bilinear": (lambda: nn.Bilinear(8, 8, 3), (X, X + 1)),
+    "conv1d": (lambda: nn.Conv1d(5, 6, 3, padding=1), (X,)),
+    "conv1d depthwise": (lambda: nn.Conv1d(5, 5, 3, groups=5, dilation=2), (X,)),
+    "conv1d padding mode": (lambda: nn.Conv1d(5, 6, 3, padding=1, padding_mode="reflect"), (X,)),
+    "conv1d same": (lambda: nn.Conv1d(5, 6, 3, padding="same"), (X,)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2), (IMAGE,)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (IMAGE[None],)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(5, 6, 3), (X,)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2), (IMAGE,)),
+    "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (IMAGE[None],)),
+    "embedding": (lambda: nn.Embedding(9, 8), (IDS,)),
+    "embedding, padding": (lambda: nn.Embedding(9, 8, padding_idx=3), (IDS,)),
+    "embedding, max_norm": (lambda: nn.Embedding(9, 8, max_norm=0.5), (IDS,)),
+    "embedding, by frequency": (lambda: nn.Embedding(9, 8, scale_grad_by_freq=True), (IDS,)),
+    "embedding bag": (lambda: nn.EmbeddingBag(9, 8), (IDS,)),
+    "matmul": (lambda: Product(torch.matmul), (X,)),
+    "operator @": (lambda: Product(lambda x, w: x @ w), (X,)),
+    "weight on the left": (lambda: Product(lambda x, w: w @ x.mT), (X,)),
+    "mm": (lambda: Product(torch.mm), (X[0],)),
+    "method mm": (lambda: Product(lambda x, w: x.mm(w)), (X[0],)),
+    "bmm": (lambda: Product(lambda x, w: torch.bmm(x, w.expand(2, 8, 8))), (X,)),
+    "addmm": (lambda: Product(lambda x, w: torch.addmm(x, x, w)), (X[0],)),
+    "einsum": (lambda: Product(lambda x, w: torch.einsum("bti,io->bto", x, w)), (X,)),
+    "transposed weight": (lambda: Product(lambda x, w: F.linear(x, w.t())), (X,)),
+    "weight with itself": (lambda: Product(lambda x, w: F.linear(F.linear(x, w), w) + (w @ w).sum()), (X,)),
+    "weight in plain operators": (lambda: Product(lambda x, w: (x[..., None] * w.exp()).sum(-2) / w.norm()), (X,)),
+    "self attention": (Same, (X,)),
+    "cross attention": (Cross, (X, randn(2, 3, 8, seed=5))),
+    "cross attention, other sizes": (lambda: Cross(kdim=4, vdim=4), (X, randn(2, 3, 4, seed=5))),
+    "transformer layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), (X,)),
+    "transformer decoder": (lambda: nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True), (X, X + 1)),
+    "lstm": (lambda: First(nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True)), (X,)),
+    "lstm, projection": (lambda: First(nn.LSTM(8, 6, proj_size=3)), (X,)),
+    "gru": (lambda: First(nn.GRU(8, 6, 2, batch_first=True)), (X,)),
+    "rnn": (lambda: First(nn.RNN(8, 6)), (X,)),
+    "lstm cell": (lambda: First(nn.LSTMCell(8, 6)), (X[0],)),
+    "tied": (Tied, (IDS,)),
+    "called twice": (Twice, (X,)),
+    "layer norm": (lambda: nn.LayerNorm(8), (X,)),
+    "batch norm": (lambda: nn.BatchNorm1d(5), (X,)),
+    "prelu": (lambda: nn.PReLU(5), (X,)),
+}
+
+
+def build(name: str) -> tuple[nn.Module, nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    make, inputs = MODELS[name]
+    plain = make()
+    return plain, compressed(plain), inputs
+
+
+def with_gradient(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs)
+
+
+def assert_same_gradients(a: nn.Module, b: nn.Module) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert p.grad is not None and same_bits(p.grad, q.grad), name
+
+
+def train(model: nn.Module, *inputs: Tensor, steps: int = 1, lr: float = 0.01) -> Tensor:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = model(*inputs)
+        output.square().sum().backward()
+        optimizer.step()
+    return output
+
+
+@pytest.mark.parametrize("name", MODELS)
+class TestSameAsThePlainModel:
+    def test_outputs_and_gradients(self, name: str) -> None:
+        results = []
+        *models, inputs = build(name)
+        for model in models:
+            leaves = with_gradient(inputs)
+            output = model(*leaves)
+            output.square().sum().backward()
+            results.append([output, *(x.grad for x in leaves if x.requires_grad)])
+        assert all(isinstance(p, CompressedTensor) for p in models[1].parameters())
+        assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+        assert_same_gradients(*models)
+
+    def test_training_after_no_grad_and_inference_mode(self, name: str) -> None:
+        *models, inputs = build(name)
+        outputs = []
+        for model in models:
+            for mode in (torch.no_grad, torch.inference_mode):
+                with mode():
+                    first = model(*inputs).clone()
+            outputs.append([first, train(model, *inputs, steps=3)])
+        # Without gradients torch folds some products otherwise, so that last bits may differ.
+        torch.testing.assert_close(outputs[1][0], outputs[0][0])
+        assert torch.equal(outputs[1][1], outputs[0][1])
+        assert_same_parameters(*models)
+
+    def test_a_copy_works_as_well(self, name: str) -> None:
+        plain, packed, inputs = build(name)
+        other = copy.deepcopy(packed)
+        train(other, *inputs, steps=2)
+        train(plain, *inputs, steps=2)
+        assert_same_parameters(plain, other)
+
+
+@pytest.mark.parametrize("name", ["self attention", "transformer layer"])
+def test_evaluation(name: str) -> None:
+    plain, packed, inputs = build(name)
+    with torch.no_grad():  # the plain model takes fused kernels here
+        torch.testing.assert_close(packed.eval()(*inputs), plain.eval()(*inputs))
+
+
+def test_sparse_gradients() -> None:
+    torch.manual_seed(0)
+    plain = nn.Embedding(9, 8, sparse=True)
+    packed = compressed(plain)
+    train(plain, IDS)
+    train(packed, IDS)
+    assert_same_parameters(plain, packed)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8, bias=bias), nn.Tanh(), nn.Linear(8, 3, bias=bias))
+    packed = compressed(plain)
+    outputs = []
+    for model in (plain, packed):
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=dtype):
+                output = model(X)
+            output.float().square().sum().backward()
+        outputs.append(output)
+    assert torch.equal(*outputs) and outputs[0].dtype == dtype
+    assert_same_gradients(plain, packed)
+
+
+SIZE = 512
+BIG = {
+    "linear": (lambda: nn.Linear(SIZE, SIZE, bias=False), (1, SIZE)),
+    "linear, three": (lambda: nn.Linear(SIZE, SIZE), (1, 1, SIZE)),
+    "bilinear": (lambda: nn.Bilinear(SIZE, 1, SIZE), (1, SIZE)),
+    "conv1d": (lambda: nn.Conv1d(SIZE, SIZE, 1), (1, SIZE, 1)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(SIZE, SIZE, 1), (1, SIZE, 1)),
+    "conv2d": (lambda: nn.Conv2d(SIZE, SIZE, 1), (1, SIZE, 1, 1)),
+    "self attention": (lambda: nn.MultiheadAttention(SIZE // 2, 4), (1, SIZE // 2)),
+    "transformer layer": (lambda: nn.TransformerEncoderLayer(SIZE // 4, 4, 4 * SIZE), (1, SIZE // 4)),
+    "lstm": (lambda: nn.LSTM(SIZE // 2, SIZE // 2), (2, SIZE // 2)),
+    "gru": (lambda: nn.GRU(SIZE // 2, SIZE // 2), (2, SIZE // 2)),
+}
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_no_dense_weight_outlives_the_forward_pass(name: str) -> None:
+    make, shape = BIG[name]
+    model = compressed(make(), "S1E2M3", "scaled-affine")
+    x = torch.randn(shape, requires_grad=True)
+    inputs = {"self attention": (x, x, x), "bilinear": (x, torch.randn(1, 1))}.get(name, (x,))
+    model(*inputs)  # fills caches
+    graph: list[Any] = []
+    kept = sum(allocations(lambda: graph.append(model(*inputs))))
+    assert kept < 4 * SIZE * SIZE / 8
+    output = graph[0][0] if isinstance(graph[0], tuple) else graph[0]
+    output.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+class TestOrderOfPasses:
+    def test_gradients_accumulate(self) -> None:
+        plain, packed, inputs = build("called twice")
+        for model in (plain, packed):
+            for _ in range(2):
+                model(*inputs).sum().backward()
+            first, second = model(*inputs), model(*(x + 1 for x in inputs))
+            first.sum().backward()
+            second.sum().backward()
+        assert_same_gradients(plain, packed)
+
+    def test_retained_graph(self) -> None:
+        plain, packed, inputs = build("called twice")
+        for model in (plain, packed):
+            loss = model(*inputs).square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+        assert_same_gradients(plain, packed)
+
+    def test_second_backward_pass_without_a_graph_is_an_error(self) -> None:
+        _, packed, inputs = build("linear")
+        loss = packed(*inputs).square().sum()
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+    @pytest.mark.parametrize("name", ["linear", "called twice", "conv1d", "cross attention", "bilinear", "matmul"])
+    def test_double_backward(self, name: str) -> None:
+        *models, inputs = build(name)
+        for model in models:
+            leaves = with_gradient(inputs)
+            first = torch.autograd.grad(model(*leaves).pow(3).sum(), leaves, create_graph=True)
+            sum(g.square().sum() for g in first).backward()
+        assert_same_gradients(*models)
+
+    @pytest.mark.parametrize("change", [lambda p: p.add_(1), lambda p: p.mul_(2), lambda p: p.copy_(torch.ones(8, 8))])
+    def test_a_change_between_the_passes_is_an_error(self, change: Callable[[Tensor], object]) -> None:
+        _, packed, inputs = build("called twice")
+        loss = packed(*inputs).sum()
+        with torch.no_grad():
+            change(packed.layer.weight)
+        with pytest.raises(RuntimeError, match=r"layer\.weight was changed in place"):
+            loss.backward()
+
+    def test_two_forward_passes_then_two_backward_passes_with_a_step_in_each(self) -> None:
+        _, packed, inputs = build("called twice")
+        step_in_backward(packed, torch.optim.SGD, lr=0.1)
+        first, second = packed(*inputs).sum(), packed(*inputs).sum()
+        first.backward()
+        with pytest.raises(RuntimeError, match=r"layer\.weight was changed.*step_in_backward"):
+            second.backward()
+        packed(*inputs).sum().backward()  # and all is well again
+
+    def test_a_changed_activation_is_an_error(self) -> None:
+        _, packed, _ = build("linear")
+        x = X.clone()
+        loss = packed(x).sum()
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="a tensor was changed in place"):
+            loss.backward()
+
+    def test_activations_in_place(self) -> None:
+        plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.ReLU(inplace=True))
+        packed = compressed(plain)
+        train(plain, X, steps=2)
+        train(packed, X, steps=2)
+        assert_same_parameters(plain, packed)
+
+    def test_exceptions_leave_nothing_behind(self) -> None:
+        plain, packed, inputs = build("called twice")
+        with pytest.raises(RuntimeError):
+            packed(torch.zeros(2, 3))
+        handle = packed.layer.register_full_backward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            packed(*inputs).sum().backward()
+        handle.remove()
+        with torch.no_grad(), pytest.raises(NonFiniteError, match=r"layer\.weight"):
+            packed.layer.weight.mul_(float("nan"))
+        packed.zero_grad()
+        train(plain, *inputs, steps=2)
+        train(packed, *inputs, steps=2)
+        assert_same_parameters(plain, packed)
+
+    def test_frozen_weights(self) -> None:
+        plain, packed, inputs = build("transformer layer")
+        for model in (plain, packed):
+            model.linear1.weight.requires_grad_(False)
+            model(*with_gradient(inputs)).square().sum().backward()
+            assert model.linear1.weight.grad is None
+            model.linear1.weight.grad = torch.zeros(16, 8)
+        assert_same_gradients(plain, packed)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+class TestCheckpoint:
+    def test_gradients(self, reentrant: bool) -> None:
+        plain, packed, inputs = build("transformer layer")
+        for model in (plain, packed):
+            (x,) = with_gradient(inputs)
+            x = checkpoint(model, x, use_reentrant=reentrant)
+            checkpoint(model, x, use_reentrant=reentrant).sin().sum().backward()
+        for p, q in zip(plain.parameters(), packed.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad)
+
+    def test_drops_activations(self, reentrant: bool) -> None:
+        model = compressed(nn.Sequential(*(nn.Linear(16, 16) for _ in range(8))))
+        x = torch.randn(4096, 16, requires_grad=True)
+        graph: list[Tensor] = []
+        kept = sum(allocations(lambda: graph.append(checkpoint(model, x, use_reentrant=reentrant))))
+        assert kept < 2 * x.nbytes
+
+    def test_step_in_backward_with_a_shared_module(self, reentrant: bool) -> None:
+        """The right result or an error."""
+        plain, packed, inputs = build("called twice")
+        train(nn.Sequential(plain, nn.Tanh(), plain), *inputs, lr=0.1)
+        step_in_backward(packed, torch.optim.SGD, lr=0.1)
+        x = checkpoint(packed, *with_gradient(inputs), use_reentrant=reentrant).tanh()
+        x = checkpoint(packed, x, use_reentrant=reentrant)
+        try:
+            x.square().sum().backward()
+        except RuntimeError as error:
+            assert "checkpoint" in str(error) or "weight" in str(error)
+        else:
+            torch.testing.assert_close(packed.layer.weight.dequantize(), plain.layer.weight.detach())
+
+    def test_step_in_backward(self, reentrant: bool) -> None:
+        plain, packed, inputs = build("called twice")
+        train(plain, *inputs, steps=2, lr=0.1)
+        step_in_backward(packed, torch.optim.SGD, lr=0.1)
+        if reentrant:
+            with pytest.raises(RuntimeError, match="use_reentrant=False"):
+                checkpoint(packed, *with_gradient(inputs), use_reentrant=True).square().sum().backward()
+            return
+        for _ in range(2):
+            checkpoint(packed, *with_gradient(inputs), use_reentrant=reentrant).square().sum().backward()
+        for p, q in zip(plain.parameters(), packed.parameters(), strict=True):
+            torch.testing.assert_close(q.dequantize(), p.detach())
+
+
+def test_two_parts_train_on_their_sum() -> None:
+    torch.manual_seed(0)
+    layer = compressed(nn.Linear(8, 6), "S1E2M3", "scaled-affine", update_format="S1E2M3")
+    with torch.no_grad():
+        layer.weight.add_(0.01)
+    plain = nn.Linear(8, 6)
+    plain.load_state_dict({name: p.dequantize() for name, p in layer.named_parameters()})
+    for model in (plain, layer):
+        model(X).square().sum().backward()
+    assert_same_gradients(plain, layer)
+
+
+def test_a_tensor_without_gradient_needs_none() -> None:
+    w = lossless(randn(6, 8))
+    assert not F.linear(X, w).requires_grad
+    assert torch.equal(F.linear(X, w), F.linear(X, w.dequantize()))

@@ -1,0 +1,195 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fedomc import CompressionPolicy, Encoding, FloatFormat, FormatError, PolicyError, Selection
+
+SHAPES = {f"layer{i}.{kind}": shape for i in range(12) for kind, shape in (("w", (30 + i, 40)), ("bias", (30 + i,)))}
+MATRICES = [name for name in SHAPES if name.endswith("w")]
+KNOWN = [[0, 10, 11, 2, 3, 4], [0, 11, 2, 3, 7, 9]]
+KNOWN_SEED = 8373256207941231614
+
+
+def total(names: object) -> int:
+    return sum(math.prod(SHAPES[name]) for name in names)
+
+
+def chosen(policy: CompressionPolicy, **who: object) -> list[str]:
+    return list(policy.select(SHAPES, **who))
+
+
+def test_known_selections() -> None:
+    """The same on every machine, today and later."""
+    policy = CompressionPolicy("S1E3M7", fraction=0.5, seed=1)
+    found = [sorted(set(MATRICES) - set(chosen(policy, round=3, client=client))) for client in ("a", 7)]
+    assert [[int(name[5:-2]) for name in kept] for kept in found] == KNOWN
+    assert policy.encoding(round=3, client="a").seed == KNOWN_SEED
+
+
+def test_the_same_in_another_process() -> None:
+    script = (
+        "from fedomc import CompressionPolicy\n"
+        f"shapes = {SHAPES!r}\n"
+        "print(list(CompressionPolicy('S1E3M7', fraction=0.5).select(shapes, round=2, client='c')))"
+    )
+    outputs = {
+        subprocess.run(  # noqa: S603
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert outputs == {str(chosen(CompressionPolicy("S1E3M7", fraction=0.5), round=2, client="c"))}
+
+
+def test_clients_rounds_and_seeds_differ() -> None:
+    policies = [CompressionPolicy("S1E3M7", fraction=0.5, seed=seed) for seed in (0, 1)]
+    shapes = {f"layer{i}.w": (30 + i, 40) for i in range(60)}
+    found = {
+        (round, client, policy.seed): tuple(policy.select(shapes, round=round, client=client))
+        for policy in policies
+        for round in (0, 1, 10)
+        for client in (0, 1, 10, "a")
+    }
+    assert len(set(found.values())) == len(found)
+    seeds = {policy.encoding(round=r, client=c).seed for policy in policies for r in (0, 1, 11) for c in (1, 11, "1")}
+    assert len(seeds) == 18
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    policy = CompressionPolicy("S1E3M7", fraction=0.5)
+    assert chosen(policy, round=np.int64(3), client=np.int64(2)) == chosen(policy, round=3, client=2)
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=4),
+        st.tuples(st.integers(2, 60), st.integers(2, 60)),
+        min_size=1,
+        max_size=20,
+    ),
+    st.floats(0, 1),
+    st.integers(0, 50),
+)
+def test_as_close_to_the_fraction_as_the_drawn_order_allows(
+    shapes: dict[str, tuple[int, int]], fraction: float, client: int
+) -> None:
+    policy = CompressionPolicy("S1E3M7", fraction=fraction)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    try:
+        selection = policy.select(shapes, client=client)
+    except PolicyError:
+        kept = sum(sizes.values())
+        rest = []
+    else:
+        assert list(selection) == [name for name in shapes if name in selection]  # the order of the model
+        kept = sum(size for name, size in sizes.items() if name not in selection)
+        rest = [sizes[name] for name in selection]
+    target = (1 - fraction) * sum(sizes.values())
+    assert all(abs(kept + size - target) >= abs(kept - target) for size in rest)
+    assert abs(kept - target) <= max(sizes.values()) / 2 + 1e-6 * target
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9, 0.95])
+def test_closeness_for_many_small_variables(fraction: float) -> None:
+    for client in range(20):
+        share = total(chosen(CompressionPolicy("S1E3M7", fraction=fraction), client=client)) / total(MATRICES)
+        assert abs(share - fraction) < 0.05
+
+
+def test_every_variable_that_fits_is_kept_by_some_client() -> None:
+    shapes = {**SHAPES, "giant": (1000, 1000)}
+    policy = CompressionPolicy("S1E3M7", fraction=0.99)
+    counts = dict.fromkeys([*MATRICES, "giant"], 0)
+    for client in range(200):
+        for name in set(counts) - set(policy.select(shapes, client=client)):
+            counts[name] += 1
+    assert counts.pop("giant") == 0
+    assert min(counts.values()) > 80  # 1% of the parameters is nearly all small matrices
+    policy = CompressionPolicy("S1E3M7", fraction=0.9)
+    counts = dict.fromkeys(MATRICES, 0)
+    for client in range(400):
+        for name in set(counts) - set(policy.select(SHAPES, client=client)):
+            counts[name] += 1
+    assert min(counts.values()) > 5 and max(counts.values()) < 120
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({}, MATRICES),
+        ({"weight_matrices_only": False}, list(SHAPES)),
+        ({"include": ["layer1.*"]}, ["layer1.w"]),
+        ({"include": ["layer1.*", "layer2.?"]}, ["layer1.w", "layer2.w"]),
+        ({"exclude": ["layer1*", "layer[2-8].*"]}, ["layer0.w", "layer9.w"]),
+        ({"include": ["layer1*"], "exclude": ["*0*"]}, ["layer1.w", "layer11.w"]),
+        ({"include": ["*bias"], "weight_matrices_only": False}, [name for name in SHAPES if "bias" in name]),
+    ],
+)
+def test_which_may_be_compressed(kwargs: dict[str, object], expected: list[str]) -> None:
+    policy = CompressionPolicy("S1E3M7", **kwargs)
+    assert chosen(policy) == expected
+    assert policy.compressible(SHAPES) == {name: math.prod(SHAPES[name]) for name in expected}
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_matrix"),
+    [
+        ((), False), ((5,), False), ((1, 5), False), ((5, 1, 1), False), ((2, 2), True), ((1, 2, 1, 3), True),
+        ((0, 5, 5), False), ((3, 2, 3), True),
+    ],
+)  # fmt: skip
+def test_weight_matrices(shape: tuple[int, ...], is_matrix: bool) -> None:
+    assert ("x" in CompressionPolicy("S1E3M7").compressible({"x": shape, "matrix": (2, 2)})) == is_matrix
+
+
+def test_a_model_and_its_shapes_select_alike() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(50, 40), nn.LayerNorm(40), nn.Conv1d(40, 30, 3), nn.Embedding(100, 40))
+    policy = CompressionPolicy("S1E2M3", update_format="S1E2M1", rounding="stochastic", fraction=0.5)
+    selection = policy.select(model, round=1, client=2)
+    assert isinstance(selection, Selection) and set(selection) < {"0.weight", "2.weight", "3.weight"}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert dict(selection) == dict(policy.select(shapes, round=1, client=2))
+    encoding = next(iter(selection.values()))
+    assert encoding == policy.encoding(round=1, client=2)
+    assert encoding == Encoding(FloatFormat(2, 3), FloatFormat(2, 1), "scaled-affine", "stochastic", encoding.seed)
+    assert next(iter(selection)) in repr(selection)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"format": "fp16"}, FormatError, "fp16"),
+        ({"update_format": "S1E9M1"}, FormatError, "S1E9M1"),
+        ({"fraction": -0.1}, PolicyError, "fraction=-0.1"),
+        ({"fraction": 1.01}, PolicyError, "fraction=1.01"),
+        ({"fraction": math.nan}, PolicyError, "fraction=nan"),
+        ({"transform": "log"}, PolicyError, "log"),
+        ({"rounding": "up"}, PolicyError, "up"),
+        ({"include": "layer*"}, PolicyError, "include='layer"),
+        ({"exclude": "layer*"}, PolicyError, "exclude='layer"),
+    ],
+)
+def test_impossible_policies(kwargs: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CompressionPolicy(**{"format": "S1E3M7", **kwargs})
+
+
+@pytest.mark.parametrize("kwargs", [{"include": ["nothing"]}, {"exclude": ["*"]}, {"fraction": 0.0}])
+def test_nothing_to_compress_is_an_error(kwargs: dict[str, object]) -> None:
+    with pytest.raises(PolicyError, match="no variable"):
+        CompressionPolicy("S1E3M7", **kwargs).select(SHAPES)
+    with pytest.raises(PolicyError, match="no variable"):
+        CompressionPolicy("S1E3M7").select({"bias": (5,)})
+
+
+def test_policies_are_values() -> None:
+    a, b = (CompressionPolicy(format, include=["x"]) for format in ("S1E3M7", FloatFormat(3, 7)))
+    assert a == b and hash(a) == hash(b) and a.format == FloatFormat(3, 7)
