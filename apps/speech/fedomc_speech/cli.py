@@ -54,7 +54,6 @@ def compare(
     evaluate_every: Annotated[int, typer.Option(help="Rounds between measurements.")] = DEFAULTS.evaluate_every,
     transform: Annotated[str, typer.Option(help="none, affine or scaled-affine.")] = DEFAULTS.transform,
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = DEFAULTS.rounding,
-    update_rounding: Annotated[str, typer.Option(help="The same for update parts.")] = DEFAULTS.update_rounding,
     aggregate: Annotated[str, typer.Option(help="difference or value.")] = DEFAULTS.aggregate,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
 ) -> None:
@@ -83,7 +82,6 @@ def compare(
             evaluate_every=evaluate_every,
             transform=transform,
             rounding=rounding,
-            update_rounding=update_rounding,
             aggregate=aggregate,
             seed=seed,
         )

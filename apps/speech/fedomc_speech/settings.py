@@ -60,7 +60,7 @@ class Variant:
             update_format=update or None,
             transform=settings.transform,
             fraction=self.fraction,
-            rounding=settings.update_rounding if update else settings.rounding,
+            rounding=settings.rounding,
             seed=settings.seed,
             exclude=("*.bias_u", "*.bias_v"),  # the attention's biases, which happen to have two dimensions
         )
@@ -87,8 +87,7 @@ class Settings:
         warmup: rounds in which it rises; then it falls along a cosine.
         evaluate_every: rounds between two measurements of the word error rate.
         transform: the per-variable transformation.
-        rounding: of variables in one part.
-        update_rounding: of the update part of variables in two.
+        rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two.
         aggregate: ``difference`` or ``value``.
         seed: of everything random.
     """
@@ -110,7 +109,6 @@ class Settings:
     evaluate_every: int = 20
     transform: str = "scaled-affine"
     rounding: str = "nearest"
-    update_rounding: str = "stochastic"
     aggregate: str = "difference"
     seed: int = 0
 

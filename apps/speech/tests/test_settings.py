@@ -24,11 +24,11 @@ def test_a_variant_is_read_and_printed(text: str, format: str, fraction: float) 
 
 
 def test_the_policy_of_a_variant() -> None:
-    settings = Settings(seed=5, transform="affine", update_rounding="stochastic")
+    settings = Settings(seed=5, transform="affine", rounding="stochastic")
     assert Variant.parse("FP32").policy(settings) is None
     one, two = (Variant.parse(text).policy(settings) for text in ("S1E3M7@0.9", "S1E2M3+S1E2M1"))
     assert one is not None and two is not None
-    assert (str(one.format), one.update_format, one.fraction, one.rounding) == ("S1E3M7", None, 0.9, "nearest")
+    assert (str(one.format), one.update_format, one.fraction, one.rounding) == ("S1E3M7", None, 0.9, "stochastic")
     assert (str(two.format), str(two.update_format), two.rounding) == ("S1E2M3", "S1E2M1", "stochastic")
     assert one.seed == two.seed == 5
     assert one.transform == "affine"
