@@ -95,7 +95,7 @@ def _compare(settings: Settings, path: Path, resume: bool, console: Console) -> 
     federation.check_cohort(settings, len(parts))
     cost = _cost(settings, loaded, parts)
     folder = RunFolder(path, settings, resume=resume)
-    console.print(cost)
+    console.print(cost, soft_wrap=True)
     with _stop_on_interrupt(console) as stop:
         with RunProgress(settings, console, stop) as progress:
             done: list[bool] = []

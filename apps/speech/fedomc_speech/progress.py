@@ -72,7 +72,9 @@ class RunProgress:
         ):
             self._last_line = now
             left = (self.settings.rounds - row["round"]) * row["seconds"] / row["round"]
-            self.console.print(f"{name}: round {row['round']}/{self.settings.rounds}  {state}  {left:.0f} s left")
+            self.console.print(
+                f"{name}: round {row['round']}/{self.settings.rounds}  {state}  {left:.0f} s left", soft_wrap=True
+            )
 
     def stop_requested(self) -> bool:
         """Tell whether to stop."""

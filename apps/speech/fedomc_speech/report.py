@@ -13,14 +13,11 @@ from fedomc_speech.settings import Settings
 
 REPORT = "report.html"
 
-_COLUMNS = (
-    "format",
-    "WER",
-    "WER, compressed copy",
-    "client parameters",
-    "down a client and round",
-    "up a client and round",
-    "rounds / min",
+_COLUMNS = ("format", "WER", "compressed", "memory", "down", "up", "rounds/min")
+_CAPTION = (
+    "WER: word error rate on speakers that no client has, of the server's model and of its compressed copy. Memory: bytes "
+    "that a client's parameters hold while they train. Down, up: bytes of the arrays of a client in a round. Percentages: "
+    "of FP32."
 )
 
 _STYLE = """
@@ -37,9 +34,9 @@ svg { width: 100%; height: auto; }
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
     """Make the table of a run's results for the terminal."""
-    made = Table(title="Federated speech recognition, unseen speakers")
+    made = Table(title="Federated speech recognition", caption=_CAPTION, caption_justify="left")
     for i, column in enumerate(_COLUMNS):
-        made.add_column(column, justify="right" if i else "left")
+        made.add_column(column, justify="right" if i else "left", overflow="fold", no_wrap=not i)
     for run in runs:
         made.add_row(*_cells(run))
     return made
@@ -57,9 +54,7 @@ def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
 <body><h1>Federated speech recognition with compressed parameters</h1>
 <table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>
-<p class="note">WER: word error rate in percent on speakers that no client has, of the server's model and of its copy
-compressed in the run's format. Client parameters: bytes held by a client's parameters during training. Down and up:
-bytes of the arrays in a message. Percentages: of FP32.</p>
+<p class="note">{html.escape(_CAPTION)}</p>
 <figure>{_figure(runs)}</figure>
 <p class="note">{html.escape(chosen)}</p></body></html>
 """
