@@ -13,11 +13,11 @@ from fedomc_speech.settings import Settings
 
 REPORT = "report.html"
 
-_COLUMNS = ("format", "WER", "compressed", "memory", "down", "up", "rounds/min")
+_COLUMNS = ("format", "WER", "WER, packed", "memory", "down", "up", "rounds a minute")
 _CAPTION = (
-    "WER: word error rate on speakers that no client has, of the server's model and of its compressed copy. Memory: bytes "
-    "that a client's parameters hold while they train. Down, up: bytes of the arrays of a client in a round. Percentages: "
-    "of FP32."
+    "WER: word error rate on speakers that no client has, of the server's model and of its compressed copy. "
+    "Memory: bytes that a client's parameters hold while they train. "
+    "Down, up: bytes of the arrays of a client in a round. Percentages: of FP32."
 )
 
 _STYLE = """
