@@ -156,3 +156,11 @@ def test_compressed_while_in_inference_mode() -> None:
         compress_(layer, POLICY.select(layer))
     layer(randn(2, 8)).sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_only_float32_and_only_selections_are_taken() -> None:
+    layer = nn.Linear(8, 8, dtype=torch.bfloat16)
+    with pytest.raises(PolicyError, match="bfloat16"):
+        compress_(layer, POLICY.select(layer))
+    with pytest.raises(PolicyError, match="select"):
+        compress_(layer, POLICY)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedomc import CompressedTensor, NonFiniteError, step_in_backward
+from fedomc import CompressedTensor, CompressionPolicy, NonFiniteError, PolicyError, compress_, step_in_backward
 from tests.conftest import allocations, assert_same_parameters, compressed, randn
 
 OPTIMIZERS = [
@@ -106,3 +106,16 @@ def test_a_diverging_step_names_the_variable_and_the_model_goes_on() -> None:
         assert torch.isfinite(p.dequantize()).all()
     loss(module, 0).backward()
     handle.remove()
+
+
+def test_what_is_stepped_cannot_be_replaced_or_stepped_twice() -> None:
+    module = model()
+    stepping = step_in_backward(module, torch.optim.SGD, lr=0.1)
+    with pytest.raises(PolicyError, match="stepped in backward already"):
+        step_in_backward(module, torch.optim.SGD, lr=0.1)
+    policy = CompressionPolicy("S1E3M7")
+    with pytest.raises(PolicyError, match="remove"):
+        compress_(module, policy.select(module))
+    stepping.remove()
+    compress_(module, policy.select(module))
+    step_in_backward(module, torch.optim.SGD, lr=0.1)

@@ -10,7 +10,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_examples_run_as_printed() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) >= 2
+    assert len(blocks) == 2
     code = "\n".join(blocks)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)  # noqa: S603
     assert result.returncode == 0, result.stderr

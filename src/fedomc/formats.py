@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from fedomc.errors import FormatError
 
-MIN_BITS, MAX_BITS = 2, 32
 MAX_EXPONENT_BITS, MAX_MANTISSA_BITS = 8, 23
 
 _NAME = re.compile(r"S1E([0-9])M(0|[1-9][0-9]?)")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fedomc.errors import PolicyError
@@ -21,15 +22,22 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
         The model.
 
     Raises:
-        PolicyError: a name that the model does not have, or a variable that is compressed already.
+        PolicyError: a name that the model does not have, a variable that is compressed already, is not float32, or is
+            stepped in backward: call ``step_in_backward`` after ``compress_``.
         NonFiniteError: a value is NaN or infinite; the variables before it are compressed, none is lost.
     """
+    if not isinstance(selection, Mapping):
+        raise PolicyError(f"compress_ takes a selection, not a {type(selection).__name__}: pass policy.select(model)")
     parameters = dict(model.named_parameters())
     for name in selection:
         if name not in parameters:
             raise PolicyError(f"the model has no parameter {name!r}: select from this model")
         if isinstance(parameters[name], CompressedTensor):
             raise PolicyError(f"{name} is compressed already: decompress_ the model first")
+        if parameters[name].dtype is not torch.float32:
+            raise PolicyError(
+                f"{name} is {parameters[name].dtype}: only float32 is compressed; call model.float() first"
+            )
     replace_parameters(
         model, ((name, compress(parameters.pop(name), encoding, name)) for name, encoding in selection.items())
     )
@@ -37,7 +45,17 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
 
 
 def decompress_(model: nn.Module) -> nn.Module:
-    """Replace all compressed parameters by dense FP32 ones; returns the model."""
+    """Replace all compressed parameters by dense FP32 ones.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        PolicyError: a variable is stepped in backward: remove that first.
+    """
     compressed = {name: p for name, p in model.named_parameters() if isinstance(p, CompressedTensor)}
     replace_parameters(model, ((name, compressed.pop(name).dequantize()) for name in list(compressed)))
     return model
@@ -49,6 +67,9 @@ def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -
     Args:
         model: changed in place, wherever the parameter stands, under other names too (tied weights).
         values: by qualified name; each is drawn when the one before has taken its place.
+
+    Raises:
+        PolicyError: a parameter is stepped in backward, which would go on with the old one.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places: dict[str, list[tuple[nn.Module, str]]] = {}
@@ -60,6 +81,11 @@ def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -
         owner, key = places[name][0]
         old = owner._parameters[key]
         assert old is not None
+        if old._post_accumulate_grad_hooks:
+            raise PolicyError(
+                f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
+                "returned, and step_in_backward again afterwards"
+            )
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         new.grad = old.grad
         for module, key in places[name]:
@@ -102,7 +128,14 @@ class ParameterBytes(Mapping[str, int]):
 
 
 def parameter_bytes(model: nn.Module) -> ParameterBytes:
-    """Measure the bytes that a model's parameters hold: packed codes and their transformation, or dense values."""
+    """Measure the bytes that a model's parameters hold: packed codes and their transformation, or dense values.
+
+    Args:
+        model: plain or compressed.
+
+    Returns:
+        Bytes by variable, their sum, and its ratio to FP32.
+    """
     parameters = dict(model.named_parameters())
     return ParameterBytes(
         {name: parameter.nbytes for name, parameter in parameters.items()},

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointFunction
 
+from fedomc.errors import PolicyError
+
 
 class StepInBackward:
     """The optimizers of a model, one a variable, that step when its gradient is complete.
@@ -39,7 +41,8 @@ def step_in_backward(
     """Make every backward pass train the model: no gradient outlives the moment in which it is complete.
 
     Args:
-        model: plain or compressed; its parameters that require a gradient are trained.
+        model: plain or compressed; its parameters that require a gradient are trained. Compress or install it first:
+            new parameters need a new call.
         optimizer_class: from ``torch.optim``, one that works parameter by parameter; one is made for each variable.
         clip_norm: scales the gradient of each variable down to this Euclidean norm. (A norm over all variables does
             not exist in the backward pass: when the last gradient is complete the first is gone.)
@@ -48,6 +51,9 @@ def step_in_backward(
     Returns:
         The optimizers and a way to stop.
 
+    Raises:
+        PolicyError: a parameter is stepped already.
+
     A backward pass inside a reentrant checkpoint raises RuntimeError: it cannot know whether a gradient is complete.
     """
     optimizers: dict[str, Optimizer] = {}
@@ -55,6 +61,8 @@ def step_in_backward(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        if parameter._post_accumulate_grad_hooks:
+            raise PolicyError(f"{name} is stepped in backward already: call remove() on what the first call returned")
         optimizer = optimizers[name] = optimizer_class([parameter], **kwargs)
 
         def step(parameter: Tensor, optimizer: Optimizer = optimizer, name: str = name) -> None:

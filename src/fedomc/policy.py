@@ -84,7 +84,12 @@ class CompressionPolicy:
         self.encoding()
 
     def encoding(self, *, round: int = 0, client: str | int = "") -> Encoding:
-        """Return the encoding of a client's variables; its stochastic rounding is the round's and the client's own."""
+        """Return the encoding of a client's variables.
+
+        Args:
+            round: number of the round.
+            client: name or number of the client; stochastic rounding is the round's and the client's own.
+        """
         assert isinstance(self.format, FloatFormat)
         assert self.update_format is None or isinstance(self.update_format, FloatFormat)
         seed = _hash(self.seed, "rounding", round, client)
@@ -116,6 +121,11 @@ class CompressionPolicy:
         A random set of whole variables stays FP32: in an order that depends on seed, round and client alone (the same
         on every machine), each is taken that still fits into ``1 - fraction`` of the compressible parameters; then one
         more if that comes closer. A variable larger than that share is therefore always compressed.
+
+        Args:
+            variables: a model, or the shapes of its variables by name.
+            round: number of the round.
+            client: name or number of the client.
 
         Raises:
             PolicyError: no variable is left to compress.

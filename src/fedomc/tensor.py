@@ -251,8 +251,7 @@ def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> Comp
     Raises:
         NonFiniteError: a value is NaN or infinite.
     """
-    rounding = encoding.rounding if encoding.update_format is None else "nearest"
-    base = encode(values, encoding.format, encoding.transform, rounding, encoding.seed, name)
+    base = encode(values, encoding.format, encoding.transform, encoding.base_rounding, encoding.seed, name)
     return CompressedTensor.from_packed(base, encoding, values.shape, name)
 
 

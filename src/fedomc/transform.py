@@ -22,7 +22,6 @@ from fedomc.formats import FloatFormat
 TRANSFORMS = ("none", "affine", "scaled-affine")
 ROUNDINGS = ("nearest", "stochastic")
 
-AFFINE_BYTES = 8  # a factor and an offset, float32 each
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -38,6 +37,7 @@ class Encoding:
         seed: of stochastic rounding.
 
     Raises:
+        FormatError: no such format.
         PolicyError: an unknown transformation or rounding.
     """
 
@@ -48,9 +48,17 @@ class Encoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "format", FloatFormat.parse(self.format))
+        if self.update_format is not None:
+            object.__setattr__(self, "update_format", FloatFormat.parse(self.update_format))
         for what, value, known in (("transform", self.transform, TRANSFORMS), ("rounding", self.rounding, ROUNDINGS)):
             if value not in known:
                 raise PolicyError(f"{what}={value!r} is unknown: use one of {', '.join(known)}")
+
+    @property
+    def base_rounding(self) -> str:
+        """How a variable is rounded when it is encoded as a whole: a base always to nearest."""
+        return self.rounding if self.update_format is None else "nearest"
 
     def __str__(self) -> str:
         return f"{self.format}+{self.update_format}" if self.update_format else str(self.format)

@@ -7,5 +7,9 @@ class CorpusError(OMCError):
     """A corpus that is missing, damaged or empty, or does not fit; the message names it and the way out."""
 
 
+class RoundError(OMCError):
+    """A round in which no client returned a model; the message names the reasons."""
+
+
 class SettingsError(OMCError):
     """Settings of a run that are unknown, impossible or do not fit; the message names them and the way out."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-from fedomc_speech.corpus.base import SAMPLE_RATE, Utterance
+from fedomc_speech.corpus.base import SAMPLE_RATE
 
 WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
@@ -23,12 +23,10 @@ class Batch:
     Attributes:
         features: float32 ``[B, T, mels]``.
         frames: int64 ``[B]``, how many of T are real.
-        texts: B transcripts.
     """
 
     features: Tensor
     frames: Tensor
-    texts: tuple[str, ...]
 
 
 def log_mel(audio: np.ndarray, mels: int) -> Tensor:
@@ -50,15 +48,10 @@ def log_mel(audio: np.ndarray, mels: int) -> Tensor:
     return (energies - energies.mean()) / (energies.std() + 1e-5)
 
 
-def batch_of(utterances: Sequence[Utterance], mels: int) -> Batch:
-    """Read utterances and pad their features to one length."""
-    return pad([log_mel(utterance.audio(), mels) for utterance in utterances], [u.text for u in utterances])
-
-
-def pad(features: Sequence[Tensor], texts: Sequence[str]) -> Batch:
+def pad(features: Sequence[Tensor]) -> Batch:
     """Pad features ``[T_i, mels]`` with zeros to the longest."""
     frames = torch.tensor([len(f) for f in features])
-    return Batch(torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True), frames, tuple(texts))
+    return Batch(torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True), frames)
 
 
 @functools.cache

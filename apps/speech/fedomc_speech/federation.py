@@ -16,7 +16,7 @@ import fedomc
 from fedomc.flower import OMCStrategy, collect, install
 from fedomc_speech import corpus, model, training
 from fedomc_speech.client import write_settings
-from fedomc_speech.errors import SettingsError
+from fedomc_speech.errors import RoundError, SettingsError
 from fedomc_speech.run_folder import Checkpoint, RunFolder
 from fedomc_speech.settings import Settings, Variant
 from fedomc_speech.tokens import tokenizer_for
@@ -70,7 +70,7 @@ class Clients:
         if not set(range(expected)) <= set(parts):
             raise SettingsError(
                 f"{len(nodes)} nodes hold {len(parts)} parts of the data, but there are {expected} clients: "
-                f"start the federation with {expected} nodes"
+                f"start it with as many, as in flwr run ... --federation-config 'num-supernodes={expected}'"
             )
         return cls(tuple(parts[i] for i in range(expected)))
 
@@ -183,7 +183,7 @@ class _Rounds:
         arrays, metrics = self.strategy.aggregate_train(number, replies)
         if arrays is None or metrics is None:
             reasons = {str(reply.error.reason) for reply in replies if reply.has_error()}
-            raise SettingsError(
+            raise RoundError(
                 f"round {number}: no client returned a model: {'; '.join(sorted(reasons)) or 'see the log'}"
             )
         self.arrays = arrays

@@ -8,15 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-from fedomc_speech.run_folder import write_atomically
+from fedomc_speech.run_folder import REPORT, write_atomically
 from fedomc_speech.settings import Settings
 
-REPORT = "report.html"
-
-_COLUMNS = ("format", "WER", "WER, packed", "memory", "down", "up", "rounds a minute")
+_COLUMNS = ("format", "WER", "packed", "memory", "down", "up", "rounds / min")
 _CAPTION = (
-    "WER: word error rate on speakers that no client has, of the server's model and of its compressed copy. "
-    "Memory: bytes that a client's parameters hold while they train. "
+    "WER: word error rate on speakers that no client has, of the server's model; packed: of its copy with all matrices "
+    "in the (base) format. Memory: bytes that a client's parameters hold while they train. "
     "Down, up: bytes of the arrays of a client in a round. Percentages: of FP32."
 )
 
@@ -36,7 +34,7 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
     """Make the table of a run's results for the terminal."""
     made = Table(title="Federated speech recognition", caption=_CAPTION, caption_justify="left")
     for i, column in enumerate(_COLUMNS):
-        made.add_column(column, justify="right" if i else "left", overflow="fold", no_wrap=not i)
+        made.add_column(column, justify="right" if i else "left", overflow="fold", min_width=13 if i == 0 else None)
     for run in runs:
         made.add_row(*_cells(run))
     return made
@@ -69,13 +67,13 @@ def megabytes(size: float) -> str:
 
 
 def _cells(run: dict[str, Any]) -> list[str]:
-    name = run["variant"] if run["finished"] else f"{run['variant']} (stopped after round {run['rounds']})"
+    name = run["variant"] if run["finished"] else f"{run['variant']} to round {run['rounds']}"
     return [
         name,
         f"{run['wer']:.1f}%",
         f"{run['wer_compressed']:.1f}%",
         *(
-            f"{megabytes(run[f'{what}_bytes'])} ({100 * run[f'{what}_ratio']:.1f}%)"
+            f"{megabytes(run[f'{what}_bytes'])} ({100 * run[f'{what}_ratio']:.3g}%)"
             for what in ("parameter", "down", "up")
         ),
         f"{run['rounds_per_minute']:.0f}",
@@ -93,7 +91,7 @@ def _figure(runs: Sequence[dict[str, Any]]) -> str:
         rates = [row["wer"] for row in rows]
         by_round.plot([row["round"] for row in rows], rates, marker=".", label=run["variant"])
         by_bytes.plot([(row["down_bytes"] + row["up_bytes"]) / 1e9 for row in rows], rates, marker=".")
-    by_round.set(xlabel="round", ylabel="word error rate, %", ylim=(0, 105))
+    by_round.set(xlabel="round", ylabel="word error rate, %", ylim=(0, None))
     by_bytes.set(xlabel="GB sent, down and up, all clients")
     for axes in (by_round, by_bytes):
         axes.grid(alpha=0.3)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from fedomc_speech.settings import Settings
 
 RESULTS = "results.json"
 CHECKPOINT = "checkpoint.safetensors"
-
-Arrays = Mapping[str, np.ndarray]
+REPORT = "report.html"
 
 
 @dataclass
@@ -42,7 +40,7 @@ class RunFolder:
         resume: whether to go on with what is there; otherwise it is replaced.
 
     Raises:
-        SettingsError: there is nothing to resume, or it was made with other settings.
+        SettingsError: it cannot be written, there is nothing to resume, or it was made with other settings.
     """
 
     def __init__(self, path: Path, settings: Settings, *, resume: bool) -> None:
@@ -52,9 +50,13 @@ class RunFolder:
             self.runs = self._read_runs()
         else:
             self.runs = []
-            path.mkdir(parents=True, exist_ok=True)
-            (path / CHECKPOINT).unlink(missing_ok=True)
-            self._write_results()
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                for old in (CHECKPOINT, REPORT):
+                    (path / old).unlink(missing_ok=True)
+                self._write_results()
+            except OSError as error:
+                raise SettingsError(f"{path} cannot be written ({error}): choose another --output") from error
 
     def add(self, run: dict[str, Any]) -> None:
         """Add or replace the result of a variant."""

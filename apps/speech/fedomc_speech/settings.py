@@ -84,7 +84,7 @@ class Settings:
         client_rate: learning rate of the clients' SGD.
         clip_norm: of the gradient of each variable.
         server_rate: highest learning rate of the server's Adam.
-        warmup: rounds in which it rises; then it falls along a cosine.
+        warmup: rounds in which it rises, at most a quarter of all; then it falls along a cosine.
         evaluate_every: rounds between two measurements of the word error rate.
         transform: the per-variable transformation.
         rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two.
@@ -125,7 +125,7 @@ class Settings:
                 raise SettingsError(f"{name}={value}: it must be a positive number")
         if self.aggregate not in ("difference", "value"):
             raise SettingsError(f"aggregate={self.aggregate!r} is unknown: use difference or value")
-        doubled = [text for text in self.formats if self.formats.count(text) > 1]
+        doubled = [str(variant) for variant in self.variants if self.variants.count(variant) > 1]
         if doubled:
             raise SettingsError(f"format {doubled[0]} is given twice")
         for variant in self.variants:
@@ -138,9 +138,10 @@ class Settings:
 
     def server_rate_in(self, server_round: int) -> float:
         """Return the server's learning rate in a round (the first is 1): linear warm-up, then half a cosine."""
-        if server_round <= self.warmup:
-            return self.server_rate * server_round / self.warmup
-        done = (server_round - self.warmup) / max(1, self.rounds + 1 - self.warmup)
+        warmup = min(self.warmup, self.rounds // 4)
+        if server_round <= warmup:
+            return self.server_rate * server_round / warmup
+        done = (server_round - warmup) / (self.rounds + 1 - warmup)
         return self.server_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def to_dict(self) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def train_locally(
     try:
         for step in range(steps):
             chosen = [order[(step * batch + i) % len(order)] for i in range(min(batch, len(order)))]
-            ready = features.pad([_features(u, model.mels) for u in chosen], [u.text for u in chosen])
-            targets = [tokenizer.encode(text) for text in ready.texts]
+            ready = features.pad([_features(utterance, model.mels) for utterance in chosen])
+            targets = [tokenizer.encode(utterance.text) for utterance in chosen]
             loss = model.ctc_loss(ready.features, ready.frames, targets)
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss.detach()))
@@ -88,7 +88,7 @@ def word_error_rate(model: SpeechModel, utterances: Sequence[Utterance], tokeniz
 
 def recognize(model: SpeechModel, inputs: Sequence[Tensor], tokenizer: Tokenizer) -> list[str]:
     """Decode features ``[T_i, mels]`` greedily."""
-    ready = features.pad(inputs, [""] * len(inputs))
+    ready = features.pad(inputs)
     model.eval()
     with torch.no_grad():
         log_probabilities, lengths = model(ready.features, ready.frames)

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedomc_speech import client, federation
-from fedomc_speech.errors import SettingsError
+from fedomc_speech.errors import RoundError, SettingsError
 from fedomc_speech.run_folder import RESULTS, RunFolder
 from fedomc_speech.settings import Settings, Variant
 
@@ -154,7 +154,7 @@ def test_resuming_needs_the_same_settings_and_whole_files(tones: Path, tmp_path:
 
 def test_a_round_without_a_client_and_a_federation_without_nodes_are_named(tones: Path, tmp_path: Path) -> None:
     chosen = settings(tones, formats=("FP32",))
-    with pytest.raises(SettingsError, match="no memory"):
+    with pytest.raises(RoundError, match="no memory"):
         federation.run(chosen, cast(Grid, Nodes(4, broken=True)), RunFolder(tmp_path, chosen, resume=False), Watcher())
     with pytest.raises(SettingsError, match="4 parts"):
         federation.Clients.identify(cast(Grid, Nodes(4)), 5, wait=0.1)

@@ -1,9 +1,12 @@
+import dataclasses
+import inspect
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import fedomc
+from fedomc_speech import cli
 from fedomc_speech.errors import SettingsError
 from fedomc_speech.settings import Settings, Variant
 
@@ -42,6 +45,7 @@ def test_the_policy_of_a_variant() -> None:
         ({"formats": "S1E3M7@1.5"}, "1.5"),
         ({"formats": "S1E3M7@0..9"}, "0..9"),
         ({"formats": "FP32 FP32"}, "twice"),
+        ({"formats": "S1E3M7@0.9 S1E3M7@.90"}, "twice"),
         ({"rounds": 0}, "rounds=0"),
         ({"warmup": -1}, "warmup=-1"),
         ({"client-rate": "fast"}, "client-rate"),
@@ -71,6 +75,14 @@ def test_the_flower_app_has_the_same_settings_and_defaults() -> None:
     rest = {key: value for key, value in config.items() if key not in ("output", "resume")}
     assert len(rest) == len(Settings().to_dict())
     assert Settings.from_mapping(rest) == Settings()
+
+
+def test_the_command_line_has_all_settings_and_defaults() -> None:
+    renamed = {"corpus": "corpus_name", "model": "model_size", "formats": "formats"}
+    parameters = inspect.signature(cli.compare).parameters
+    for field in dataclasses.fields(Settings):
+        parameter = parameters[renamed.get(field.name, field.name)]
+        assert parameter.default == (None if field.name == "formats" else field.default), field.name
 
 
 def test_the_server_rate_rises_and_falls() -> None:

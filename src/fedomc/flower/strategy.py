@@ -104,7 +104,7 @@ class OMCStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies and let the inner strategy aggregate their decoded values."""
         if self._broadcast is None:
-            raise PolicyError("aggregate_train was called before configure_train")
+            raise RuntimeError("aggregate_train was called before configure_train")
         decoded, up_bytes = [], 0
         # In order of the clients' names, so that the sum does not depend on who was first.
         for reply in sorted(replies, key=lambda reply: str(self.client_name(reply.metadata.src_node_id))):
@@ -203,8 +203,7 @@ class _Broadcast:
             assert self.policy is not None
             how = self.policy.encoding(round=self.round)
             values = torch.from_numpy(self.arrays[name].numpy())
-            rounding = how.rounding if how.update_format is None else "nearest"
-            self.packed[name] = encode(values, how.format, how.transform, rounding, how.seed, name)
+            self.packed[name] = encode(values, how.format, how.transform, how.base_rounding, how.seed, name)
             self.encoded[name] = packed_array(self.packed[name], tuple(values.shape))
         return self.encoded[name]
 
