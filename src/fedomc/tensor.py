@@ -184,6 +184,12 @@ class CompressedTensor(Tensor):
         """Decode to nested lists."""
         return self.dequantize().tolist()
 
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dequantize().__dlpack__(*args, **kwargs)
+
+    def __dlpack_device__(self) -> Any:
+        return self.dequantize().__dlpack_device__()
+
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.dequantize().__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
 

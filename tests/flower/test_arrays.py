@@ -170,7 +170,19 @@ def test_tied_weights_travel_once() -> None:
     sent = tied()
     record = collect(sent)
     assert list(record) == ["a.weight"]
-    for arrays in (record, ArrayRecord(sent.state_dict())):
-        model = install(tied(), RecordDict({"arrays": arrays}))
-        assert model["a"].weight is model["b"].weight
-        assert torch.equal(model["b"].weight, sent["a"].weight)
+    model = install(tied(), RecordDict({"arrays": record}))
+    assert model["a"].weight is model["b"].weight
+    assert torch.equal(model["b"].weight, sent["a"].weight)
+    with pytest.raises(fedomc.PayloadError, match="collect"):
+        install(tied(), RecordDict({"arrays": ArrayRecord(sent.state_dict())}))
+
+
+def test_a_compressed_buffer_becomes_dense() -> None:
+    model = nn.Linear(40, 40)
+    model.register_buffer("table", torch.randn(40, 40))
+    record = collect(model)
+    fedomc.compress_(model, fedomc.CompressionPolicy("S1E3M7").select(model))
+    record["table"] = collect(model)["weight"]
+    how = to_config(fedomc.CompressionPolicy("S1E3M7").encoding())
+    install(model, RecordDict({"arrays": record, CONFIG: how}))
+    assert type(model.table) is torch.Tensor

@@ -228,6 +228,99 @@ def test_bad_replies_are_left_out_and_named(caplog: pytest.LogCaptureFixture) ->
         assert f"left out node {message.metadata.dst_node_id}: {name}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"num-examples": float("nan"), "loss": 1.0},
+        {"num-examples": float("inf"), "loss": 1.0},
+        {"num-examples": -3, "loss": 1.0},
+        {"num-examples": [1, 2], "loss": 1.0},
+        {"num-examples": 1, "loss": float("nan")},
+        {"num-examples": 1, "loss": [1.0, 2.0]},
+        {"num-examples": 1},
+        {"loss": 1.0},
+        None,
+    ],
+)
+def test_replies_with_wrong_metrics_are_left_out(metrics: dict[str, object] | None) -> None:
+    arrays = collect(build())
+    results = []
+    for bad in (metrics, "absent"):
+        wrapped = OMCStrategy(FedAvg(), policy())
+        messages = sorted(configure(wrapped, arrays).values(), key=lambda m: m.metadata.dst_node_id)
+        replies = [trained(message) for message in messages[:-1]]
+        if bad != "absent":
+            odd = trained(messages[-1])
+            content = {"arrays": odd.content["arrays"]} | ({} if bad is None else {"metrics": MetricRecord(bad)})
+            replies.append(Message(RecordDict(content), reply_to=messages[-1]))
+        result, _ = wrapped.aggregate_train(1, replies)
+        assert result is not None
+        assert wrapped.traffic[-1].received == 3
+        results.append({name: array.data for name, array in result.items()})
+    assert results[0] == results[1]
+
+
+def test_replies_of_other_dtypes_are_left_out() -> None:
+    arrays = collect(build())
+    for dtype in (np.int64, np.bool_, np.float64):
+        wrapped = OMCStrategy(FedAvg(), policy())
+        messages = list(configure(wrapped, arrays).values())
+        good = [trained(message) for message in messages[1:]]
+        odd = damaged(trained(messages[0]).content["arrays"], "0.weight", Array(np.full((48, 48), 1, dtype)))
+        result, _ = wrapped.aggregate_train(1, [*good, answer(messages[0], odd)])
+        assert result is not None and wrapped.traffic[-1].received == 3
+
+
+def test_nobody_answers_twice_or_unasked() -> None:
+    wrapped = OMCStrategy(FedAvg(), policy(), client_name=dict(zip(NODES, "abcd", strict=True)).__getitem__)
+    messages = list(configure(wrapped, collect(build())).values())
+    replies = [trained(message) for message in messages]
+    stranger = trained(messages[0])
+    stranger.metadata.__dict__["_src_node_id"] = 99
+    wrapped.aggregate_train(1, [*replies, trained(messages[0]), stranger])
+    assert wrapped.traffic[-1].received == 4
+
+
+def test_a_result_that_is_not_finite_is_dropped() -> None:
+    wrapped = OMCStrategy(FedAvg(), policy(fraction=1.0))
+    messages = list(configure(wrapped, collect(build())).values())
+    huge = [
+        answer(m, damaged(trained(m).content["arrays"], "0.bias", Array(np.full(48, 3e38, np.float32))), 10**9)
+        for m in messages
+    ]
+    assert wrapped.aggregate_train(1, huge)[0] is not None  # finite, if far off
+    wrapped.inner.aggregate_train = lambda *args: (  # type: ignore[method-assign]
+        damaged(collect(build()), "0.bias", Array(np.full(48, np.inf, np.float32))),
+        None,
+    )
+    assert wrapped.aggregate_train(1, [trained(m) for m in messages])[0] is None
+
+
+def test_no_weight_no_model() -> None:
+    wrapped = OMCStrategy(FedAvg(), policy())
+    messages = configure(wrapped, collect(build())).values()
+    assert wrapped.aggregate_train(1, [answer(m, trained(m).content["arrays"], 0) for m in messages]) == (None, None)
+
+
+def test_integer_counters_are_rounded() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[0].num_batches_tracked.fill_(7)
+    wrapped = OMCStrategy(FedAvg(), policy())
+    messages = configure(wrapped, collect(model)).values()
+    replies = [answer(m, m.content["arrays"], weight) for m, weight in zip(messages, (60, 57, 43, 49), strict=True)]
+    result, _ = wrapped.aggregate_train(1, replies)
+    assert result is not None and result["0.num_batches_tracked"].numpy() == 7
+
+
+def test_a_strategy_that_copies_the_model_is_compressed_too() -> None:
+    class Copying(FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):  # type: ignore[no-untyped-def]
+            return super().configure_train(server_round, ArrayRecord(dict(arrays.items())), config, grid)
+
+    for message in configure(OMCStrategy(Copying(), policy(fraction=1.0)), collect(build())).values():
+        assert message.content["arrays"]["0.weight"].stype == STYPE
+
+
 def test_error_replies_reach_the_inner_strategy() -> None:
     wrapped = OMCStrategy(FedAvg(), policy())
     messages = list(configure(wrapped, collect(build())).values())

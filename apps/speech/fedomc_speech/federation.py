@@ -262,11 +262,14 @@ class _Rounds:
 
     def _resume(self, checkpoint: Checkpoint | None) -> int:
         """Take up a checkpoint of this variant; returns the first round to run."""
-        if checkpoint is None or checkpoint.progress["variant"] != str(self.variant):
+        if checkpoint is None or checkpoint.progress.get("variant") != str(self.variant):
             return 1
+        stored = checkpoint.arrays.get("model", {})
+        if {n: v.shape for n, v in stored.items()} != {n: tuple(a.shape) for n, a in self.arrays.items()}:
+            raise SettingsError("the checkpoint is of another model: start again without --resume")
         record = ArrayRecord()
         for name in self.arrays:
-            record[name] = Array(np.ascontiguousarray(checkpoint.arrays["model"][name]))
+            record[name] = Array(np.ascontiguousarray(stored[name]))
         self.arrays = record
         self.inner.m_t = dict(checkpoint.arrays.get("m", {})) or None
         self.inner.v_t = dict(checkpoint.arrays.get("v", {})) or None

@@ -92,7 +92,7 @@ class RunFolder:
             for key, array in load_file(path).items():
                 kind, _, name = key.partition("/")
                 arrays.setdefault(kind, {})[name] = array
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise SettingsError(f"{path} is damaged ({error}): start again without --resume") from error
         return Checkpoint(progress, arrays)
 
@@ -101,10 +101,12 @@ class RunFolder:
         try:
             stored = json.loads(path.read_text())
             settings = Settings.from_mapping(stored["settings"])
-            runs: list[dict[str, Any]] = list(stored["runs"])
+            runs: list[dict[str, Any]] = [
+                {**run, "variant": str(run["variant"]), "finished": bool(run["finished"])} for run in stored["runs"]
+            ]
         except FileNotFoundError:
             raise SettingsError(f"there is nothing to resume in {self.path}: start without --resume") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(f"{path} is damaged ({error}): start again without --resume") from error
         if settings != self.settings:
             changed = [key for key, value in settings.to_dict().items() if value != self.settings.to_dict()[key]]

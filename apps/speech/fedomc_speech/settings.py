@@ -48,7 +48,7 @@ class Variant:
             raise SettingsError(f"{text!r}: {fraction!r} is not a number") from None
 
     def __str__(self) -> str:
-        return self.format if self.fraction == 1.0 else f"{self.format}@{self.fraction:g}"
+        return self.format if self.fraction == 1.0 else f"{self.format}@{self.fraction!r}"
 
     def policy(self, settings: "Settings") -> fedomc.CompressionPolicy | None:
         """Return how this variant compresses; None for FP32."""
@@ -116,6 +116,10 @@ class Settings:
         for name in ("rounds", "cohort", "local_steps", "batch", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)}: it must be 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise SettingsError(f"seed={self.seed}: it must lie in 0..{2**32 - 1}")
+        if not self.formats:
+            raise SettingsError("formats is empty: name at least one, such as FP32")
         for name in ("clients", "warmup"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name}={getattr(self, name)}: it must not be negative")
@@ -129,6 +133,8 @@ class Settings:
         if doubled:
             raise SettingsError(f"format {doubled[0]} is given twice")
         for variant in self.variants:
+            if variant.fraction == 0:
+                raise SettingsError(f"{variant.format}@0 leaves no variable to compress: write FP32")
             variant.policy(self)  # raises what is wrong with a format, a fraction, a transformation or a rounding
 
     @property
@@ -167,6 +173,8 @@ class Settings:
             kind: type[Any] = type(fields[name].default)
             try:
                 read[name] = kind(value)
-            except (TypeError, ValueError):
+                if kind is int and read[name] != float(value):
+                    raise ValueError
+            except (TypeError, ValueError, OverflowError):
                 raise SettingsError(f"{key}={value!r}: a value of type {kind.__name__} is expected") from None
         return cls(**read)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fedomc
 from fedomc_speech import features
-from fedomc_speech.corpus.base import Utterance
+from fedomc_speech.corpus.base import SAMPLE_RATE, Utterance
 from fedomc_speech.model import SpeechModel
 from fedomc_speech.tokens import Tokenizer, ctc_collapse
 
@@ -99,6 +99,13 @@ def recognize(model: SpeechModel, inputs: Sequence[Tensor], tokenizer: Tokenizer
     ]
 
 
-@functools.lru_cache(maxsize=4096)
 def _features(utterance: Utterance, mels: int) -> Tensor:
+    """Compute features; those of short utterances are kept, 160 kB each at most."""
+    if utterance.frames > 5 * SAMPLE_RATE:
+        return features.log_mel(utterance.audio(), mels)
+    return _kept_features(utterance, mels)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_features(utterance: Utterance, mels: int) -> Tensor:
     return features.log_mel(utterance.audio(), mels)

@@ -23,6 +23,8 @@ from fedomc_speech.cli import app
         (["--format", "S1E9M7"], "1 to 8 exponent bits"),
         (["--format", "S1E3M7@1.5"], "0..1"),
         (["--format", "S1E3M7@0"], "no variable"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--corpus", "an4", "--corpus-path", "{tones}", "--cohort", "2", "--output", "/dev/null"], "/dev/null"),
         (["--corpus", "nothing"], "digits, an4, librispeech"),
         (["--corpus", "an4"], "path"),
         (["--corpus", "an4", "--corpus-path", "{empty}"], "{empty}"),

@@ -96,7 +96,7 @@ def from_config(config: Mapping[str, Any]) -> Encoding:
         )
     except KeyError as error:
         raise PayloadError(f"the message's {CONFIG!r} record has no {error}") from None
-    except (OMCError, TypeError, ValueError) as error:
+    except (OMCError, TypeError, ValueError, OverflowError) as error:
         raise PayloadError(f"the message's {CONFIG!r} record is wrong: {error}") from None
 
 
@@ -127,7 +127,10 @@ def install(model: nn.Module, message: Message | RecordDict) -> nn.Module:
     buffers: dict[str, Tensor] = {}
     for name, old in state.items():
         value = _read(records[0][name], name, old, encoding)
-        (parameters if isinstance(old, nn.Parameter) else buffers)[name] = value
+        if isinstance(old, nn.Parameter):
+            parameters[name] = value
+        else:
+            buffers[name] = value.dequantize() if isinstance(value, CompressedTensor) else value
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in buffers:
             raise PayloadError(
@@ -144,6 +147,15 @@ def collect(model: nn.Module) -> ArrayRecord:
     """Give a model's parameters and persistent buffers as arrays, packed as they are.
 
     Of a variable in two parts only the update travels; the base is what the receiver sent.
+
+    Args:
+        model: plain or compressed.
+
+    Returns:
+        The arrays by qualified name; tied parameters once.
+
+    Raises:
+        PayloadError: a variable of a dtype that numpy does not have.
     """
     record = ArrayRecord()
     for name, tensor in _state(model)[0].items():
@@ -151,7 +163,12 @@ def collect(model: nn.Module) -> ArrayRecord:
             kind = frame.VARIABLE if tensor.update is None else frame.UPDATE
             record[name] = packed_array(tensor.parts[-1], tuple(tensor.shape), kind)
         else:
-            record[name] = Array(tensor.detach().cpu().numpy())
+            try:
+                record[name] = Array(tensor.detach().cpu().numpy())
+            except TypeError as error:
+                raise PayloadError(
+                    f"{name} is {tensor.dtype}, which cannot be sent: call model.float() first"
+                ) from error
     return record
 
 
@@ -170,7 +187,10 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
 
 def _check_names(state: Mapping[str, Tensor], aliases: set[str], record: ArrayRecord) -> None:
     missing = [name for name in state if name not in record]
-    unknown = [name for name in record if name not in state and name not in aliases]
+    tied = [name for name in record if name in aliases]
+    if tied:
+        raise PayloadError(f"{_some(tied)} is tied to another variable and travels under one name: send collect(model)")
+    unknown = [name for name in record if name not in state]
     if missing or unknown:
         raise PayloadError(f"the message is of another model: {_some(missing)} missing, {_some(unknown)} unknown")
 
@@ -187,6 +207,8 @@ def _read(array: Array, name: str, old: Tensor, encoding: Encoding | None) -> Te
         if values.dtype != old.dtype:
             raise PayloadError(f"{name}: dtype {values.dtype}, but the model's is {old.dtype}")
         return values
+    if old.dtype is not torch.float32:
+        raise PayloadError(f"{name} is compressed, but the model's is {old.dtype}")
     if encoding is None:
         raise PayloadError(f"{name} is compressed, but the message has no {CONFIG!r} config record")
     # A base is never rewritten and may lie in the message; a variable in one part needs memory of its own.

@@ -7,10 +7,11 @@ than a round's update. ``difference`` takes V + (R - Q(V)) for R: the error of t
 is the rounding of the client's own steps. With two parts the client returns R - Q(V) itself, the update.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from logging import WARNING
-from typing import Any
+from logging import ERROR, WARNING
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,9 +54,13 @@ class OMCStrategy(Strategy):
     """Wrap a strategy so that what it sends is compressed and what it aggregates is decoded.
 
     Every client gets its own payload: which variables stay FP32 is drawn from the policy's seed, the round and the
-    client. Each variable is encoded once a round, whatever the number of clients. A reply that is damaged, of another
-    model or not finite is left out and named in the log; the inner strategy aggregates the others, decoding one
-    variable at a time.
+    client. Each variable is encoded once a round, whatever the number of clients. A reply must hold one ``ArrayRecord``
+    with the variables that were sent (what ``collect`` gives) and one ``MetricRecord`` with the weight; one that is
+    damaged, of another model, not finite or was not asked for is left out and named in the log. The inner strategy
+    aggregates the others, decoding one variable at a time; a result that is not finite is dropped.
+
+    Names alone do not tell parameters from buffers: float32 buffers of two dimensions are compressed like parameters
+    unless the policy excludes them.
 
     Attributes:
         inner: the wrapped strategy.
@@ -105,24 +110,33 @@ class OMCStrategy(Strategy):
         """Check the replies and let the inner strategy aggregate their decoded values."""
         if self._broadcast is None:
             raise RuntimeError("aggregate_train was called before configure_train")
-        decoded, up_bytes = [], 0
-        # In order of the clients' names, so that the sum does not depend on who was first.
-        for reply in sorted(replies, key=lambda reply: str(self.client_name(reply.metadata.src_node_id))):
-            if reply.has_error():
-                decoded.append(reply)
-                continue
-            size = sum(len(array.data) for record in reply.content.array_records.values() for array in record.values())
-            try:
-                self._broadcast.decode(reply, self.aggregate)
-            except PayloadError as error:
-                log(WARNING, "round %d: left out node %d: %s", server_round, reply.metadata.src_node_id, error)
-                continue
-            decoded.append(reply)
-            up_bytes += size
-        received = sum(not reply.has_error() for reply in decoded)
-        self.traffic[-1] = replace(self.traffic[-1], received=received, up_bytes=up_bytes)
-        arrays, metrics = self.inner.aggregate_train(server_round, decoded)
-        return None if arrays is None else _in_dtypes_of(self._broadcast.arrays, arrays), metrics
+        checked, up_bytes = [], {}
+        for reply in self._broadcast.expected(replies):
+            if not reply.has_error():
+                try:
+                    up_bytes[id(reply)] = _bytes_of(reply)
+                    self._broadcast.decode(reply, self.aggregate)
+                    self._check_metrics(reply)
+                except PayloadError as error:
+                    _left_out(server_round, reply, error)
+                    continue
+            checked.append(reply)
+        agreed = _of_one_structure(server_round, checked)
+        received = [reply for reply in agreed if not reply.has_error()]
+        self.traffic[-1] = replace(
+            self.traffic[-1], received=len(received), up_bytes=sum(up_bytes[id(reply)] for reply in received)
+        )
+        if not any(self._weight(reply) > 0 for reply in received):
+            agreed = [reply for reply in agreed if reply.has_error()]  # a mean of nothing
+        arrays, metrics = self.inner.aggregate_train(server_round, agreed)
+        if arrays is None:
+            return None, metrics
+        arrays = _in_dtypes_of(self._broadcast.arrays, arrays)
+        for name, array in arrays.items():
+            if not np.isfinite(array.numpy()).all():
+                log(ERROR, "round %d: %s would become NaN or infinite; the model stays as it was", server_round, name)
+                return None, metrics
+        return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -135,8 +149,68 @@ class OMCStrategy(Strategy):
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Let the inner strategy aggregate the metrics."""
-        return self.inner.aggregate_evaluate(server_round, replies)
+        """Check the metrics and let the inner strategy aggregate them."""
+        checked = []
+        for reply in replies:
+            if not reply.has_error():
+                try:
+                    self._check_metrics(reply)
+                except PayloadError as error:
+                    _left_out(server_round, reply, error)
+                    continue
+            checked.append(reply)
+        agreed = _of_one_structure(server_round, checked)
+        if not any(self._weight(reply) > 0 for reply in agreed if not reply.has_error()):
+            return None
+        return self.inner.aggregate_evaluate(server_round, agreed)
+
+    def _check_metrics(self, reply: Message) -> None:
+        """Refuse what would make a weighted mean mean nothing."""
+        records = list(reply.content.metric_records.values())
+        if len(records) != 1:
+            raise PayloadError(f"the reply has {len(records)} metric records, one expected")
+        for name, value in records[0].items():
+            if not np.isfinite(value).all():
+                raise PayloadError(f"metric {name}={value} is not finite")
+        weight = records[0].get(self._weighted_by)
+        if isinstance(weight, list) or weight is None or weight < 0:
+            raise PayloadError(f"metric {self._weighted_by}={weight}: a number that is not negative is expected")
+
+    @property
+    def _weighted_by(self) -> str:
+        return getattr(self.inner, "weighted_by_key", "num-examples")
+
+    def _weight(self, reply: Message) -> float:
+        return float(cast(float, next(iter(reply.content.metric_records.values()))[self._weighted_by]))
+
+
+def _left_out(server_round: int, reply: Message, why: object) -> None:
+    log(WARNING, "round %d: left out node %d: %s", server_round, reply.metadata.src_node_id, why)
+
+
+def _bytes_of(message: Message) -> int:
+    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+
+
+def _of_one_structure(server_round: int, replies: list[Message]) -> list[Message]:
+    """Leave out replies whose records or metrics are named otherwise than most: Flower aggregates none then."""
+
+    def structure(reply: Message) -> tuple[object, ...]:
+        metrics = next(iter(reply.content.metric_records.values()))
+        kinds = sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items())
+        return (*sorted(reply.content.array_records), *sorted(reply.content.metric_records), *kinds)
+
+    counts = Counter(structure(reply) for reply in replies if not reply.has_error())
+    if len(counts) < 2:
+        return replies
+    usual = counts.most_common(1)[0][0]
+    agreed = []
+    for reply in replies:
+        if reply.has_error() or structure(reply) == usual:
+            agreed.append(reply)
+        else:
+            _left_out(server_round, reply, "its records or metrics are not those of the other replies")
+    return agreed
 
 
 class _Broadcast:
@@ -157,10 +231,28 @@ class _Broadcast:
         self.packed: dict[str, Packed] = {}
         self.encoded: dict[str, Array] = {}
         self.selections: dict[int, Selection] = {}
+        self.nodes: set[int] = set()
+
+    def expected(self, replies: Iterable[Message]) -> list[Message]:
+        """Return the errors, and one reply of each node that was sent a message, in order of the clients' names.
+
+        So that a sum does not depend on who was first.
+        """
+        errors, answered = [], {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                errors.append(reply)
+            elif node in self.nodes and node not in answered:
+                answered[node] = reply
+            else:
+                _left_out(self.round, reply, "it was not asked, or has answered before")
+        return [*errors, *(answered[node] for node in sorted(answered, key=lambda node: str(self.client_name(node))))]
 
     def compress(self, message: Message) -> int:
         """Replace the model in a message by the client's own payload; returns the bytes of its arrays."""
         node = message.metadata.dst_node_id
+        self.nodes.add(node)
         if self.policy is not None:
             client = self.client_name(node)
             selection = self.policy.select(self.shapes, round=self.round, client=client)
@@ -169,12 +261,16 @@ class _Broadcast:
             for name, array in self.arrays.items():
                 payload[name] = self._encoded(name) if name in selection else array
             content = RecordDict(dict(message.content.items()))
-            for key, record in message.content.array_records.items():
-                if record is self.arrays:
-                    content[key] = payload
+            models = [key for key, record in message.content.array_records.items() if set(record) == set(self.arrays)]
+            if not models:
+                raise PolicyError(
+                    "the inner strategy sends no model of the variables it was given: nothing to compress"
+                )
+            for key in models:
+                content[key] = payload
             content[CONFIG] = to_config(self.policy.encoding(round=self.round, client=client))
             message.content = content
-        return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+        return _bytes_of(message)
 
     def decode(self, reply: Message, aggregate: str) -> None:
         """Check a reply and replace its arrays by ones that decode when they are asked for their values.
@@ -219,7 +315,9 @@ class _Broadcast:
 
             is_update = parsed.kind == frame.UPDATE
         else:
-            read_dense(array, name)  # checked now, and read again when it is its turn
+            dtype = read_dense(array, name).dtype  # checked now, and read again when it is its turn
+            if dtype != self.arrays[name].dtype:
+                raise PayloadError(f"{name}: dtype {dtype}, but {self.arrays[name].dtype} was sent")
             if not was_packed or aggregate == "value":
                 return array
 
@@ -259,7 +357,10 @@ def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
     result = ArrayRecord()
     for name, array in arrays.items():
         wanted = sent[name].dtype
-        result[name] = array if array.dtype == wanted else Array(array.numpy().astype(wanted))
+        if array.dtype != wanted:
+            values = array.numpy()
+            array = Array(np.asarray(values if np.dtype(wanted).kind == "f" else np.rint(values), dtype=wanted))
+        result[name] = array
     return result
 
 
