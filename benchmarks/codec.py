@@ -1,0 +1,153 @@
+"""How fast values become codes and codes values, against memcpy of the same tensor and against peers.
+
+    python -m benchmarks.codec [--json out.json] [--seconds 0.3]
+
+Each row is one operation of one backend: ``{format, op, backend, threads, values, mvalues_per_s, memcpy_ratio}``. The
+ratio is the median over rounds of the time of memcpy of the FP32 tensor (one thread, between allocated buffers) by the
+time of the operation, measured in turn; more than 1 is faster than memcpy. Peers that are not installed are named and
+left out: torch half and float8 are always there, ml_dtypes comes with the development tools, torchao, qtorch and
+bitsandbytes are the user's to install.
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedomc import FloatFormat, codec
+from fedomc.codec import native, reference
+from fedomc.transform import scaling_exponent
+
+FORMATS = ("S1E2M3", "S1E4M3", "S1E3M7", "S1E5M10", "S1E4M14")
+SIZES = (2**24, 2**17)  # in memory, in the cache
+ROUNDS = 7
+
+Operation = Callable[[], object]
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--seconds", type=float, default=0.05, help="least time of one measurement")
+    options = parser.parse_args()
+    threads = sorted({1, torch.get_num_threads()})
+    print(f"memcpy, {', '.join(FORMATS)}; {SIZES} values; {threads} threads: some minutes")
+    rows = []
+    for values in SIZES:
+        x = torch.randn(values, generator=torch.Generator().manual_seed(0)) * 0.05
+        copy = torch.empty_like(x)
+
+        def memcpy(x: torch.Tensor = x, copy: torch.Tensor = copy) -> None:
+            ctypes.memmove(copy.data_ptr(), x.data_ptr(), x.nbytes)
+
+        for count in threads:
+            torch.set_num_threads(count)
+            for format, backend, op, operation in (*ours(x), *(peers(x) if count == 1 else ())):
+                seconds, ratio = against(memcpy, operation, options.seconds)
+                row = {
+                    "format": format, "op": op, "backend": backend, "threads": count, "values": values,
+                    "mvalues_per_s": values / seconds / 1e6, "memcpy_ratio": ratio,
+                }  # fmt: skip
+                rows.append(row)
+                print(
+                    f"{values:>9} {count} {backend:<24} {format:<8} {op:<10} "
+                    f"{row['mvalues_per_s']:>8.0f} M/s {ratio:>6.2f} x memcpy",
+                    flush=True,
+                )
+    if options.json:
+        options.json.write_text(json.dumps({"level": level(), "rows": rows}, indent=2))
+
+
+def level() -> str:
+    """Name the instruction set of the kernels."""
+    return "none" if native.extension is None else str(native.extension.level())
+
+
+def against(baseline: Operation, operation: Operation, least: float) -> tuple[float, float]:
+    """Return the median seconds of an operation and the median ratio of the baseline's to it, in turn."""
+    repeats = [max(1, round(least / timed(each, 1))) for each in (baseline, operation)]
+    pairs = [(timed(baseline, repeats[0]), timed(operation, repeats[1])) for _ in range(ROUNDS)]
+    return statistics.median(b for _, b in pairs), statistics.median(a / b for a, b in pairs)
+
+
+def timed(operation: Operation, repeats: int) -> float:
+    """Return the seconds of one call."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        operation()
+    return (time.perf_counter() - began) / repeats
+
+
+def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
+    """Give the operations of both backends in all formats."""
+    backends = [("reference", reference)] + ([("native", native)] if native.extension is not None else [])
+    gradient, out = torch.randn_like(x), torch.empty_like(x)
+    largest = torch.zeros(1, dtype=torch.int64)
+    sums = torch.empty(-(-x.numel() // codec.CHUNK), codec.SUMS, dtype=torch.float64)
+    for name in FORMATS:
+        fmt = FloatFormat.parse(name)
+        e, m = fmt.exponent_bits, fmt.mantissa_bits
+        words = torch.empty(codec.words_of(x.numel(), fmt.bits), dtype=torch.int32)
+        again = torch.empty_like(words)
+        k = scaling_exponent(codec.magnitude_bits(x), fmt)
+        scale = 2.0**-k
+        present = (words, e, m, scale, 0.0)
+        for backend, at in backends:
+            yield name, backend, "encode", partial(at.encode, x, e, m, k, None, 0, words, sums, largest)
+            yield name, backend, "decode", partial(at.decode, *present, out)
+            yield name, backend, "decode_add", partial(at.decode_add, *present, 0.5, out)
+            yield name, backend, "update", partial(at.update, *present, gradient, -1e-4, k, None, again, sums, largest)
+
+
+def peers(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
+    """Give the round trips of peers that are installed."""
+    out = torch.empty_like(x)
+    for name, dtype in (("half", torch.float16), ("e4m3fn", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
+        narrow = x.to(dtype)
+        yield name, "torch", "encode", partial(narrow.copy_, x)
+        yield name, "torch", "decode", partial(out.copy_, narrow)
+    if ml_dtypes := optional("ml_dtypes"):
+        values = x.numpy()
+        for name in ("float6_e2m3fn", "float8_e4m3fn"):
+            dtype = getattr(ml_dtypes, name)
+            coded = values.astype(dtype)
+            yield name, "ml_dtypes", "encode", partial(values.astype, dtype)
+            yield name, "ml_dtypes", "decode", partial(coded.astype, np.float32)
+    if floatx := optional("torchao.prototype.custom_fp_utils"):
+        coded = floatx._f32_to_floatx_unpacked(x, 2, 3)
+        yield "S1E2M3", "torchao floatx", "encode", lambda: floatx._f32_to_floatx_unpacked(x, 2, 3)
+        yield "S1E2M3", "torchao floatx", "decode", lambda: floatx._floatx_unpacked_to_f32(coded, 2, 3)
+    if qtorch := optional("qtorch.quant"):
+        yield "S1E3M7", "qtorch", "encode", lambda: qtorch.float_quantize(x, 3, 7, "nearest")
+    if blockwise := optional("bitsandbytes.functional"):
+        coded, state = blockwise.quantize_blockwise(x)
+        yield "int8", "bitsandbytes", "encode", lambda: blockwise.quantize_blockwise(x)
+        yield "int8", "bitsandbytes", "decode", lambda: blockwise.dequantize_blockwise(coded, state)
+
+
+_missing: set[str] = set()
+
+
+def optional(name: str) -> Any:
+    """Import a module, or say once that it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        if name not in _missing:
+            _missing.add(name)
+            print(f"{name} is not installed: left out")
+        return None
+
+
+if __name__ == "__main__":
+    main()
