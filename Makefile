@@ -4,17 +4,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+SANITIZED := build/sanitized
 
-.PHONY: demo test lint types layers tests clean
+.PHONY: demo test lint types layers tests sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech compare --name demo
 
-test: lint types layers tests
+test: lint types layers tests sanitize
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -25,7 +27,16 @@ layers: $(INSTALLED)
 tests: $(INSTALLED)
 	$(BIN)/pytest -n 2
 
-$(INSTALLED): pyproject.toml apps/speech/pyproject.toml constraints.txt
+# The kernel tests again, on a build that stops at any bad access or undefined behaviour.
+sanitize: $(INSTALLED)
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DFEDOMC_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	$(BIN)/cmake --build $(SANITIZED)
+	FEDOMC_BUILD=$(SANITIZED) FEDOMC_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest -p tests.codec.other_build tests/codec/test_native.py
+
+$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) apps/speech/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedomc needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(BIN)/pip install --constraint constraints.txt --editable '.[flower,dev]' --editable apps/speech

@@ -62,6 +62,8 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return target
     if func in (_aten.mul_.Tensor, _aten.mul_.Scalar) and _scale(target, operands[0]):
         return target
+    if func in (_aten.add_.Tensor, _aten.sub_.Tensor) and _add(func, target, operands[0], kwargs.get("alpha", 1)):
+        return target
     flat = [_flat(x) for x in operands]
 
     def operand(x: Any, start: int, stop: int) -> Any:
@@ -81,6 +83,18 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
     (target.rewrite if alone is None else target.rewrite_part)(produce)
     return target
+
+
+def _add(func: Any, target: CompressedTensor, operand: Any, alpha: Any) -> bool:
+    """Add in one pass, what the optimizers do; False for operands that take the general way."""
+    if not isinstance(operand, Tensor) or is_compressed(operand):
+        return False
+    if operand.dim() == 0 or operand.dtype is not torch.float32 or operand.device != target.device:
+        return False
+    factor = float(alpha) if func is _aten.add_.Tensor else -float(alpha)
+    how = target.encoding
+    target.parts[-1].add_(operand.reshape(-1), factor, how.transform, how.rounding, how.seed, target.variable)
+    return True
 
 
 def _fits(x: Any, target: CompressedTensor) -> bool:

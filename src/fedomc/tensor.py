@@ -15,7 +15,6 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from fedomc import codec
 from fedomc.formats import FloatFormat
 from fedomc.transform import Encoding, Packed, encode
 
@@ -157,12 +156,10 @@ class CompressedTensor(Tensor):
 
     def decode_range(self, start: int, stop: int) -> Tensor:
         """Decode the values ``[start, stop)`` of the flat variable; start is a multiple of the block."""
-        values = self.base.decode(self.empty(start, stop), start)  # [n]
-        if self.update is not None and self.update.rewrites:  # before the first step it is zero
-            for at in range(start, stop, codec.CHUNK):
-                part = values[at - start : at - start + codec.CHUNK]
-                part += self.update.decode(torch.empty_like(part), at)
-        return values
+        values = self.empty(start, stop)  # [n]
+        if self.update is None or not self.update.rewrites:  # before the first step the update is zero
+            return self.base.decode(values, start)
+        return self.base.decode_with(self.update, values, start)
 
     def like(self, parts: Sequence[Packed]) -> "CompressedTensor":
         """Make a tensor of the same kind from other parts."""

@@ -64,6 +64,10 @@ class Encoding:
         return f"{self.format}+{self.update_format}" if self.update_format else str(self.format)
 
 
+_Encoded = tuple[Tensor, Tensor, int]
+"""Codes, sums and the bits of the largest magnitude, as ``codec.encode`` gives them."""
+
+
 @dataclass(eq=False)
 class Packed:
     """A flat variable as codes and the transformation that gives their values.
@@ -96,7 +100,21 @@ class Packed:
     def decode(self, out: Tensor, start: int = 0) -> Tensor:
         """Decode ``len(out)`` values from ``start`` (a multiple of the block) into float32 ``out``."""
         scale, offset = self.affine.tolist()
-        return codec.decode(self.codes, self.format, scale, offset, out, start=start)
+        return codec.decode(self._words(start, out), self.format, scale, offset, out)
+
+    def decode_with(self, update: "Packed", out: Tensor, start: int = 0) -> Tensor:
+        """Decode the sum of this base and its update."""
+        scale, offset = self.affine.tolist()
+        update_scale, update_offset = update.affine.tolist()
+        words, update_words = self._words(start, out), update._words(start, out)
+        return codec.decode_sum(
+            words, self.format, scale, offset, update_words, update.format, update_scale, update_offset, out
+        )
+
+    def add_to(self, out: Tensor, weight: float = 1.0) -> Tensor:
+        """Add ``weight`` times all values to float32 ``out``."""
+        scale, offset = self.affine.tolist()
+        return codec.decode_add(self.codes, self.format, scale, offset, weight, out)
 
     def rewrite(
         self,
@@ -105,7 +123,6 @@ class Packed:
         rounding: str = "nearest",
         seed: int = 0,
         name: str = "variable",
-        exponent: int | None = None,
     ) -> None:
         """Encode new values in place, chunk by chunk; if one of them is not finite nothing is changed.
 
@@ -116,25 +133,68 @@ class Packed:
             rounding: which rounding.
             seed: of stochastic rounding, drawn afresh at every rewrite.
             name: of the variable, for the error and the seed.
-            exponent: the power of two to try first; None takes it from the present values.
 
         Raises:
             NonFiniteError: a new value is NaN or infinite.
         """
+
+        def encoded(exponent: int, draw: int | None, sums: bool) -> _Encoded:
+            return self._encode_chunks(produce, exponent, draw, sums)
+
+        def needed() -> int:
+            starts = range(0, self.numel, codec.CHUNK)
+            bits = (codec.magnitude_bits(produce(start, min(start + codec.CHUNK, self.numel))) for start in starts)
+            return max(bits, default=0)
+
+        self._rewrite(encoded, needed if not self.rewrites else None, transform, rounding, seed, name)
+
+    def add_(
+        self,
+        gradient: Tensor,
+        alpha: float,
+        transform: str,
+        rounding: str = "nearest",
+        seed: int = 0,
+        name: str = "variable",
+    ) -> None:
+        """Add ``alpha`` times a float32 ``[numel]`` in place, in one pass; the rest is as in ``rewrite``."""
+        scale, offset = self.affine.tolist()
+
+        def encoded(exponent: int, draw: int | None, sums: bool) -> _Encoded:
+            codes = torch.empty_like(self.codes)
+            found, largest = codec.update(
+                self.codes, self.format, scale, offset, gradient, alpha, exponent, codes, seed=draw, sums=sums
+            )
+            return codes, found, largest
+
+        def needed() -> int:  # the first step: what is added to is likely to be zero
+            bits = torch.tensor([codec.magnitude_bits(gradient)], dtype=torch.int32)
+            return int((bits.view(torch.float32) * alpha).abs_().view(torch.int32))
+
+        self._rewrite(encoded, needed if not self.rewrites else None, transform, rounding, seed, name)
+
+    def _rewrite(
+        self,
+        encoded: Callable[[int, int | None, bool], _Encoded],
+        needed: Callable[[], int] | None,
+        transform: str,
+        rounding: str,
+        seed: int,
+        name: str,
+    ) -> None:
+        """Encode with the right power of two: tried is that of the present values, or what ``needed`` finds."""
         draw = draw_seed(seed, name, self.rewrites) if rounding == "stochastic" else None
-        scaled = transform == "scaled-affine"
-        if not scaled:
-            exponent = 0
-        elif exponent is None:
-            exponent = self._present_exponent() if self.rewrites else self._needed_exponent(produce)
+        exponent = 0
+        if transform == "scaled-affine":
+            exponent = self._present_exponent() if needed is None else scaling_exponent(needed(), self.format)
         while True:
-            codes, sums, largest = self._encode(produce, exponent, draw, transform != "none")
+            codes, sums, largest = encoded(exponent, draw, transform != "none")
             if largest >= codec.INFINITY_BITS:
                 raise NonFiniteError(
                     f"{name} has a value that is NaN or infinite; nothing was changed. "
                     "Look for a diverging loss, lower the learning rate or clip the gradient"
                 )
-            wanted = scaling_exponent(largest, self.format) if scaled else 0
+            wanted = scaling_exponent(largest, self.format) if transform == "scaled-affine" else 0
             if wanted == exponent:
                 break
             exponent = wanted
@@ -146,32 +206,33 @@ class Packed:
         self.affine.copy_(torch.tensor([scale, b]))
         self.rewrites += 1
 
-    def _encode(
+    def _encode_chunks(
         self, produce: Callable[[int, int], Tensor], exponent: int, seed: int | None, sums: bool
-    ) -> tuple[Tensor, Tensor, int]:
-        codes, found, largest, at = torch.empty_like(self.codes), [], 0, 0
+    ) -> _Encoded:
+        codes, found, largest = torch.empty_like(self.codes), [], 0
         for start in range(0, self.numel, codec.CHUNK):
             stop = min(start + codec.CHUNK, self.numel)
             values = produce(start, stop)
             if values.shape != (stop - start,):
                 raise RuntimeError(f"{stop - start} new values expected from {start} on, got {tuple(values.shape)}")
-            words = codes[at : at + codec.words_of(values.numel(), self.format.bits)]
-            at += words.numel()
+            begin = codec.words_of(start, self.format.bits)
+            words = codes[begin : begin + codec.words_of(stop - start, self.format.bits)]
             part, part_largest = codec.encode(values, self.format, exponent, words, start=start, seed=seed, sums=sums)
             found.append(part)
             largest = max(largest, part_largest)
             if largest >= codec.INFINITY_BITS:
                 break
-        return codes, torch.cat(found) if found else torch.empty(0, 5), largest
+        return codes, torch.cat(found) if found else torch.empty(0, codec.SUMS), largest
 
-    def _needed_exponent(self, produce: Callable[[int, int], Tensor]) -> int:
-        starts = range(0, self.numel, codec.CHUNK)
-        bits = (codec.magnitude_bits(produce(start, min(start + codec.CHUNK, self.numel))) for start in starts)
-        return scaling_exponent(max(bits, default=0), self.format)
+    def _words(self, start: int, out: Tensor) -> Tensor:
+        if start == 0 and out.numel() == self.numel:
+            return self.codes
+        begin = codec.words_of(start, self.format.bits)
+        return self.codes[begin : begin + codec.words_of(out.numel(), self.format.bits)]
 
     def _present_exponent(self) -> int:
         scale = abs(float(self.affine[0]))
-        return -round(math.log2(scale)) if scale > 0 else 0
+        return max(-254, min(-round(math.log2(scale)), _most_exponent(self.format))) if scale > 0 else 0
 
 
 def encode(
@@ -189,8 +250,12 @@ def encode(
     """
     flat = values.detach().to(torch.float32).contiguous().view(-1)
     packed = Packed.empty(format, flat.numel(), flat.device)
-    exponent = scaling_exponent(codec.magnitude_bits(flat), format)
-    packed.rewrite(lambda start, stop: flat[start:stop], transform, rounding, seed, name, exponent)
+
+    def encoded(exponent: int, draw: int | None, sums: bool) -> _Encoded:
+        codes = torch.empty_like(packed.codes)
+        return codes, *codec.encode(flat, format, exponent, codes, seed=draw, sums=sums)
+
+    packed._rewrite(encoded, lambda: codec.magnitude_bits(flat), transform, rounding, seed, name)
     return packed
 
 
@@ -203,14 +268,18 @@ def scaling_exponent(magnitude_bits: int, format: FloatFormat) -> int:
         return 0
     field = magnitude_bits >> 23
     binade = field - 127 if field else magnitude_bits.bit_length() - 150
-    return min(format.top_exponent - binade, max(0, 120 - format.bias - format.mantissa_bits))
+    return min(format.top_exponent - binade, _most_exponent(format))
+
+
+def _most_exponent(format: FloatFormat) -> int:
+    return max(0, 120 - format.bias - format.mantissa_bits)
 
 
 def fit(sums: Tensor, numel: int) -> tuple[float, float]:
     """Fit s and b so that ``s * R + b`` is closest to V by least squares (paper, per-variable transformation).
 
     Args:
-        sums: float64 ``[blocks, 5]``: of D, D*D, D*R, R*R and R by block, where ``D = V - R``. With D instead of V
+        sums: float64 ``[chunks, 5]``: of D, D*D, D*R, R*R and R by chunk, where ``D = V - R``. With D instead of V
             nothing cancels: the fit is of what the codes miss.
         numel: how many values.
 
@@ -233,9 +302,9 @@ def fit(sums: Tensor, numel: int) -> tuple[float, float]:
 
 
 def draw_seed(seed: int, name: str, count: int) -> int:
-    """Derive the 64-bit seed of one draw from the encoding's seed, the variable and the count of its rewrites."""
+    """Derive the 63-bit seed of one draw from the encoding's seed, the variable and the count of its rewrites."""
     key = struct.pack("<Qq", seed & (2**64 - 1), count) + name.encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 def _float32(value: float) -> float:

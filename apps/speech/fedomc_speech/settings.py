@@ -98,7 +98,7 @@ class Settings:
     split: str = "speaker"
     clients: int = 0
     model: str = "tiny"
-    rounds: int = 240
+    rounds: int = 300
     cohort: int = 8
     local_steps: int = 1
     batch: int = 8

@@ -9,6 +9,8 @@ many lanes without a shuffle (Afroozeh & Boncz, "The FastLanes Compression Layou
 LANES = 32
 ROWS = 32
 BLOCK = LANES * ROWS
+CHUNK = 64 * BLOCK
+"""Values that are worked on at a time: their temporaries stay in the cache, and one thread takes them."""
 
 
 def words_of(numel: int, bits: int) -> int:

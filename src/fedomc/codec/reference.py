@@ -9,74 +9,116 @@ and nothing is rounded twice.
 """
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fedomc.codec.layout import BLOCK, LANES, ROWS
+from fedomc.codec.layout import BLOCK, CHUNK, LANES, ROWS, words_of
 from fedomc.codec.random import random_bits
 from fedomc.formats import FloatFormat
 
-CHUNK = 64 * BLOCK
-"""Values that are encoded or decoded at a time: their temporaries stay in the cache."""
-
-INFINITY_BITS = 0x7F800000
-"""The bits of a float32 infinity; the magnitude bits of every finite value are smaller."""
+# The functions from here to the next line of dashes are the codec's operators on any device; see codec/__init__.py.
 
 
-def magnitude_bits(values: Tensor) -> int:
-    """Return the largest magnitude as its float32 bits, ``INFINITY_BITS`` or more if a value is not finite."""
-    largest = 0
-    flat = values.detach().reshape(-1)
+def largest(values: Tensor, out: Tensor) -> None:
+    """Write the float32 bits of the largest magnitude to ``out``, int64 ``[1]``."""
+    out.zero_()
+    for _, part in _chunks(values):
+        torch.maximum(out, (part.view(torch.int32) & 0x7FFFFFFF).max(), out=out)
+
+
+def decode(words: Tensor, e: int, m: int, scale: float, offset: float, out: Tensor) -> None:
+    """Decode ``scale * Q + offset`` into ``out``; with (1, 0) every bit stays."""
+    format = FloatFormat(e, m)
+    for at, part in _chunks(out):
+        part.copy_(_decoded(_stretch(words, format, at, part), format, scale, offset, part.numel()))
+
+
+def decode_sum(
+    words: Tensor, e: int, m: int, scale: float, offset: float,
+    update_words: Tensor, update_e: int, update_m: int, update_scale: float, update_offset: float, out: Tensor,
+) -> None:  # fmt: skip
+    """Decode a base and add its update."""
+    decode(words, e, m, scale, offset, out)
+    format = FloatFormat(update_e, update_m)
+    for at, part in _chunks(out):
+        part += _decoded(_stretch(update_words, format, at, part), format, update_scale, update_offset, part.numel())
+
+
+def decode_add(words: Tensor, e: int, m: int, scale: float, offset: float, weight: float, out: Tensor) -> None:
+    """Add ``weight`` times the decoded values to ``out``."""
+    format = FloatFormat(e, m)
+    for at, part in _chunks(out):
+        part += _decoded(_stretch(words, format, at, part), format, scale, offset, part.numel()).mul_(weight)
+
+
+def encode(
+    values: Tensor, e: int, m: int, exponent: int, seed: int | None, start: int,
+    words: Tensor, sums: Tensor, largest: Tensor,
+) -> None:  # fmt: skip
+    """Encode ``Q(2**exponent * V)``."""
+    format = FloatFormat(e, m)
+    largest.zero_()
+    for at, part in _chunks(values):
+        row = sums[at // CHUNK] if len(sums) else None
+        _encode_chunk(part, format, exponent, seed, start + at, _stretch(words, format, at, part), row, largest)
+
+
+def update(
+    words: Tensor, e: int, m: int, scale: float, offset: float, gradient: Tensor, alpha: float, exponent: int,
+    seed: int | None, out: Tensor, sums: Tensor, largest: Tensor,
+) -> None:  # fmt: skip
+    """Encode the decoded values plus ``alpha`` times the gradient."""
+    format = FloatFormat(e, m)
+    largest.zero_()
+    for at, part in _chunks(gradient):
+        values = _decoded(_stretch(words, format, at, part), format, scale, offset, part.numel())
+        values.add_(part, alpha=alpha)
+        row = sums[at // CHUNK] if len(sums) else None
+        _encode_chunk(values, format, exponent, seed, at, _stretch(out, format, at, part), row, largest)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
     for at in range(0, flat.numel(), CHUNK):
-        largest = max(largest, int((flat[at : at + CHUNK].view(torch.int32) & 0x7FFFFFFF).max()))
-    return largest
+        yield at, flat[at : at + CHUNK]
 
 
-def encode_chunk(
-    values: Tensor, format: FloatFormat, exponent: int, seed: int | None, start: int, words: Tensor, sums: bool
-) -> tuple[Tensor | None, int]:
-    """Encode ``Q(2**exponent * V)`` of a chunk that starts at a block.
+def _stretch(words: Tensor, format: FloatFormat, at: int, part: Tensor) -> Tensor:
+    begin = words_of(at, format.bits)
+    return words[begin : begin + words_of(part.numel(), format.bits)]
 
-    Args:
-        values: float32 ``[n]``, contiguous, n <= CHUNK.
-        format: the number format.
-        exponent: k of the scaling by 2**k; at most ``120 - bias - mantissa_bits`` unless 0.
-        seed: of stochastic rounding; None rounds to nearest, ties to the even code.
-        start: index of the first value in its variable: the counter of stochastic rounding.
-        words: int32 ``[words_of(n, bits)]``, written.
-        sums: whether the least-squares sums are wanted.
 
-    Returns:
-        The sums by block, float64 ``[blocks, 5]``: of D, D*D, D*R, R*R and R, where ``R = 2**-k Q`` is what is
-        represented and ``D = V - R``; and the bits of the largest magnitude.
-    """
-    codes, largest = _round(values, format, exponent, seed, start)
+def _encode_chunk(
+    values: Tensor, format: FloatFormat, exponent: int, seed: int | None, start: int,
+    words: Tensor, sums: Tensor | None, largest: Tensor,
+) -> None:  # fmt: skip
+    """Encode a chunk; write its words and, if wanted, its five sums; raise ``largest`` to its largest magnitude."""
+    codes = _round(values, format, exponent, seed, start, largest)
     blocks = -(-values.numel() // BLOCK)
     codes = _pad(codes, blocks * BLOCK)
     _pack(codes.view(blocks, ROWS, LANES), format.bits, words)
-    if not sums:
-        return None, largest
-    represented = _values(codes, format, float(2.0**-exponent), 0.0)
-    difference = _pad(values, blocks * BLOCK) - represented
-    return _block_sums(difference, represented, blocks), largest
+    if sums is not None:
+        represented = _values(codes, format, float(2.0**-exponent), 0.0)
+        sums.copy_(_sums(_pad(values, blocks * BLOCK) - represented, represented, blocks))
 
 
-def decode_chunk(words: Tensor, format: FloatFormat, scale: float, offset: float, out: Tensor) -> Tensor:
-    """Decode ``scale * Q + offset`` into ``out`` (float32 ``[n]``, n <= CHUNK); -0 and every bit stay for (1, 0)."""
-    n = out.numel()
-    codes = _unpack(words, -(-n // BLOCK), format.bits).view(-1)[:n]
-    return out.copy_(_values(codes, format, scale, offset))
+def _decoded(words: Tensor, format: FloatFormat, scale: float, offset: float, numel: int) -> Tensor:
+    codes = _unpack(words, -(-numel // BLOCK), format.bits).view(-1)[:numel]
+    return _values(codes, format, scale, offset)
 
 
 def _pad(flat: Tensor, size: int) -> Tensor:
     return flat if flat.numel() == size else torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
-def _round(values: Tensor, format: FloatFormat, exponent: int, seed: int | None, start: int) -> tuple[Tensor, int]:
+def _round(values: Tensor, format: FloatFormat, exponent: int, seed: int | None, start: int, largest: Tensor) -> Tensor:
     bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
-    largest = int(magnitude.max())
+    torch.maximum(largest, magnitude.max(), out=largest)
     field = (magnitude >> 23).clamp_(min=1)  # the exponent field; a subnormal has that of the smallest normal value
     significand = magnitude.sub_((field - 1) << 23)  # [n], below 2**24, hidden bit included
     target = field.add_(exponent + format.bias - 127)  # the exponent field in the format, not positive if subnormal
@@ -100,7 +142,7 @@ def _round(values: Tensor, format: FloatFormat, exponent: int, seed: int | None,
     sign = bits.bitwise_and(-(1 << 31)) >> (32 - format.bits)
     if format.bits < 32:
         sign &= 1 << (format.bits - 1)  # the arithmetic shift filled the bits above
-    return integer.bitwise_or_(sign), largest
+    return integer.bitwise_or_(sign)
 
 
 def _values(codes: Tensor, format: FloatFormat, scale: float, offset: float) -> Tensor:
@@ -121,15 +163,24 @@ def _values(codes: Tensor, format: FloatFormat, scale: float, offset: float) -> 
     return values
 
 
-def _block_sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:
-    d, q = difference.double(), represented.double()
-    terms = torch.stack((d, d * d, d * q, q * q, q)).view(5, blocks, BLOCK)
-    # Halving has one order of summation on every device and for any number of threads.
-    width = BLOCK
+def _sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:
+    """Sum D, D*D, D*R, R*R and R over a chunk, in one order on every device and for any number of threads.
+
+    In each lane the rows of a block, then the blocks, then the lanes by halves.
+    """
+    d, r = difference.double(), represented.double()
+    terms = torch.stack((d, d * d, d * r, r * r, r)).view(5, blocks, ROWS, LANES)
+    lanes = torch.zeros(5, blocks, LANES, dtype=torch.float64, device=d.device)
+    for row in range(ROWS):
+        lanes += terms[:, :, row]
+    total = torch.zeros(5, LANES, dtype=torch.float64, device=d.device)
+    for block in range(blocks):
+        total += lanes[:, block]
+    width = LANES
     while width > 1:
         width //= 2
-        terms = terms[..., :width] + terms[..., width:]
-    return terms.squeeze(-1).T
+        total = total[:, :width] + total[:, width:]
+    return total[:, 0]
 
 
 @functools.lru_cache(maxsize=64)

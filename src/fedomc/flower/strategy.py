@@ -328,11 +328,12 @@ class _Broadcast:
 
         def values() -> _Values:
             result = returned()
+            flat = torch.from_numpy(result).view(-1)
             if is_update and aggregate == "value":
-                result += _decode(self.packed[name], shape)
+                self.packed[name].add_to(flat)
             elif aggregate == "difference" and (is_update or was_packed):
                 if not is_update:
-                    result -= _decode(self.packed[name], shape)
+                    self.packed[name].add_to(flat, -1.0)
                 result += self.arrays[name].numpy()
             return result
 

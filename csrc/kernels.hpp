@@ -1,0 +1,33 @@
+// The kernels of one instruction set, each over one chunk: at most kChunk values that begin at a block.
+#pragma once
+
+#include "layout.hpp"
+
+namespace fedomc {
+
+struct Kernels {
+  const char* level;
+  // Decodes base, and update on top of it if not null; streaming writes past the caches.
+  void (*decode)(const Packed& base, const Packed* update, float* out, std::size_t n, bool streaming);
+  void (*decode_add)(const Packed& packed, float weight, float* out, std::size_t n);
+  void (*encode)(const float* values, std::size_t n, Format format, const Rounding& rounding, std::uint32_t* words,
+                 Found& found);
+  // Encodes decoded + alpha * gradient.
+  void (*update)(const Packed& packed, const float* gradient, float alpha, std::size_t n, const Rounding& rounding,
+                 std::uint32_t* words, Found& found);
+  std::uint32_t (*largest)(const float* values, std::size_t n);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(FEDOMC_X86)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace fedomc

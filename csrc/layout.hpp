@@ -1,0 +1,57 @@
+// The bit layout of codec/layout.py: blocks of 32 rows of 32 lanes; each lane packs its codes into 32-bit words.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fedomc {
+
+constexpr std::size_t kLanes = 32;
+constexpr std::size_t kRows = 32;
+constexpr std::size_t kBlock = kLanes * kRows;
+constexpr std::size_t kChunkBlocks = 64;  // blocks that one thread takes at a time
+constexpr std::size_t kChunk = kChunkBlocks * kBlock;
+constexpr std::size_t kSums = 5;  // D, D*D, D*R, R*R, R
+
+// How many 32-bit words hold n codes.
+constexpr std::size_t words_of(std::size_t n, unsigned bits) {
+  const std::size_t rows = (n % kBlock + kLanes - 1) / kLanes;
+  return kLanes * (n / kBlock * bits + (rows * bits + 31) / 32);
+}
+
+// A number format SxEyMz, as formats.py has it.
+struct Format {
+  unsigned exponent_bits;
+  unsigned mantissa_bits;
+
+  constexpr unsigned bits() const { return 1 + exponent_bits + mantissa_bits; }
+  constexpr int bias() const { return (1 << (exponent_bits - 1)) - 1; }
+  constexpr std::uint32_t max_code() const {
+    const std::uint32_t top = exponent_bits == 8 ? 254u : (1u << exponent_bits) - 1;
+    return ((top + 1) << mantissa_bits) - 1;
+  }
+};
+
+// A stretch of a variable that begins at a block: codes and the transformation that gives their values.
+struct Packed {
+  const std::uint32_t* words;
+  Format format;
+  float scale;
+  float offset;
+};
+
+// How values are rounded to codes.
+struct Rounding {
+  int exponent;         // values are scaled by 2**exponent first
+  bool stochastic;      // otherwise to nearest, ties to the even code
+  std::uint64_t seed;   // of stochastic rounding
+  std::uint64_t start;  // index of the first value in its variable: the counter of stochastic rounding
+};
+
+// What a pass over values found.
+struct Found {
+  double* sums;           // [kSums], written if not null
+  std::uint32_t largest;  // float32 bits of the largest magnitude
+};
+
+}  // namespace fedomc

@@ -1,0 +1,261 @@
+// The Python module: checks every argument, then runs the kernels without the GIL.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels.hpp"
+#include "threads.hpp"
+
+#if defined(FEDOMC_X86)
+#include <immintrin.h>
+#endif
+
+namespace nb = nanobind;
+
+namespace fedomc {
+namespace {
+
+using InWords = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutWords = nb::ndarray<std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using InValues = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutValues = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutSums = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+constexpr std::size_t kStreamingValues = std::size_t{1} << 22;  // 16 MB: more than the caches keep
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found{&baseline::kernels};
+#if defined(FEDOMC_X86)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    found.push_back(&avx512::kernels);
+#endif
+  return found;
+}
+
+const Kernels* find(std::string_view level) {
+  for (const Kernels* kernels : available())
+    if (level == kernels->level) return kernels;
+  std::string message = "instruction set '" + std::string(level) + "' is not available here: use";
+  for (const Kernels* kernels : available()) message += std::string(" ") + kernels->level;
+  throw std::invalid_argument(message);
+}
+
+const Kernels* initial() {
+  const char* forced = std::getenv("FEDOMC_LEVEL");
+  return forced && *forced ? find(forced) : available().back();
+}
+
+const Kernels*& current() {
+  static const Kernels* kernels = initial();
+  return kernels;
+}
+
+// IEEE arithmetic whatever torch.set_flush_denormal says, so that a result does not depend on the thread.
+class IeeeArithmetic {
+ public:
+#if defined(FEDOMC_X86)
+  IeeeArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u & ~0x6000u); }
+  ~IeeeArithmetic() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+Format checked_format(unsigned exponent_bits, unsigned mantissa_bits) {
+  require(exponent_bits >= 1 && exponent_bits <= 8 && mantissa_bits <= 23, "format out of range");
+  return {exponent_bits, mantissa_bits};
+}
+
+void check_words(std::size_t words, std::size_t n, Format format) {
+  require(words == words_of(n, format.bits()), "words do not match the number of values and the format");
+}
+
+template <class A, class B>
+void check_apart(const A& a, const B& b) {
+  const auto a0 = reinterpret_cast<std::uintptr_t>(a.data()), a1 = a0 + a.nbytes();
+  const auto b0 = reinterpret_cast<std::uintptr_t>(b.data()), b1 = b0 + b.nbytes();
+  require(a1 <= b0 || b1 <= a0 || a0 == a1 || b0 == b1, "input and output overlap");
+}
+
+const std::uint32_t* unsigned_words(const std::int32_t* words) { return reinterpret_cast<const std::uint32_t*>(words); }
+std::uint32_t* unsigned_words(std::int32_t* words) { return reinterpret_cast<std::uint32_t*>(words); }
+
+std::size_t at_word(std::size_t value, Format format) { return words_of(value, format.bits()); }
+
+void check_exponent(int exponent, Format format) {
+  const int most = 120 - format.bias() - static_cast<int>(format.mantissa_bits);
+  require(exponent >= -254 && exponent <= std::max(most, 0), "exponent out of range");
+  require(format.exponent_bits < 8 || exponent == 0, "eight exponent bits take no scaling");
+}
+
+void decode(const InWords& words, unsigned e, unsigned m, float scale, float offset, const OutValues& out,
+            unsigned threads) {
+  const Format format = checked_format(e, m);
+  const std::size_t n = out.size();
+  check_words(words.size(), n, format);
+  check_apart(words, out);
+  const nb::gil_scoped_release release;
+  for_each_chunk(n, threads, [&](std::size_t chunk) {
+    const IeeeArithmetic ieee;
+    const std::size_t at = chunk * kChunk;
+    const Packed packed{unsigned_words(words.data()) + at_word(at, format), format, scale, offset};
+    current()->decode(packed, nullptr, out.data() + at, std::min(kChunk, n - at), n >= kStreamingValues);
+  });
+}
+
+void decode_sum(const InWords& words, unsigned e, unsigned m, float scale, float offset, const InWords& update_words,
+                unsigned update_e, unsigned update_m, float update_scale, float update_offset, const OutValues& out,
+                unsigned threads) {
+  const Format format = checked_format(e, m), update_format = checked_format(update_e, update_m);
+  const std::size_t n = out.size();
+  check_words(words.size(), n, format);
+  check_words(update_words.size(), n, update_format);
+  check_apart(words, out);
+  check_apart(update_words, out);
+  const nb::gil_scoped_release release;
+  for_each_chunk(n, threads, [&](std::size_t chunk) {
+    const IeeeArithmetic ieee;
+    const std::size_t at = chunk * kChunk;
+    const Packed base{unsigned_words(words.data()) + at_word(at, format), format, scale, offset};
+    const Packed update{unsigned_words(update_words.data()) + at_word(at, update_format), update_format, update_scale,
+                        update_offset};
+    current()->decode(base, &update, out.data() + at, std::min(kChunk, n - at), n >= kStreamingValues);
+  });
+}
+
+void decode_add(const InWords& words, unsigned e, unsigned m, float scale, float offset, float weight,
+                const OutValues& out, unsigned threads) {
+  const Format format = checked_format(e, m);
+  const std::size_t n = out.size();
+  check_words(words.size(), n, format);
+  check_apart(words, out);
+  const nb::gil_scoped_release release;
+  for_each_chunk(n, threads, [&](std::size_t chunk) {
+    const IeeeArithmetic ieee;
+    const std::size_t at = chunk * kChunk;
+    const Packed packed{unsigned_words(words.data()) + at_word(at, format), format, scale, offset};
+    current()->decode_add(packed, weight, out.data() + at, std::min(kChunk, n - at));
+  });
+}
+
+void check_sums(const OutSums& sums, std::size_t n) {
+  require(sums.shape(0) == 0 || (sums.shape(0) == (n + kChunk - 1) / kChunk && sums.shape(1) == kSums),
+          "sums must have a row of five for each chunk, or none");
+}
+
+template <class Run>
+std::uint32_t over_chunks(std::size_t n, unsigned threads, const OutSums& sums, const Rounding& rounding,
+                          const Run& run) {
+  std::vector<std::uint32_t> largest((n + kChunk - 1) / kChunk);
+  {
+    const nb::gil_scoped_release release;
+    for_each_chunk(n, threads, [&](std::size_t chunk) {
+      const IeeeArithmetic ieee;
+      const std::size_t at = chunk * kChunk;
+      Rounding here = rounding;
+      here.start += at;
+      Found found{sums.shape(0) ? sums.data() + chunk * kSums : nullptr, 0};
+      run(at, std::min(kChunk, n - at), here, found);
+      largest[chunk] = found.largest;
+    });
+  }
+  std::uint32_t result = 0;
+  for (const std::uint32_t some : largest) result = std::max(result, some);
+  return result;
+}
+
+std::uint32_t encode(const InValues& values, unsigned e, unsigned m, int exponent, bool stochastic, std::uint64_t seed,
+                     std::uint64_t start, const OutWords& words, const OutSums& sums, unsigned threads) {
+  const Format format = checked_format(e, m);
+  const std::size_t n = values.size();
+  check_words(words.size(), n, format);
+  check_exponent(exponent, format);
+  check_sums(sums, n);
+  check_apart(values, words);
+  return over_chunks(n, threads, sums, {exponent, stochastic, seed, start},
+                     [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
+                       current()->encode(values.data() + at, count, format, rounding,
+                                         unsigned_words(words.data()) + at_word(at, format), found);
+                     });
+}
+
+std::uint32_t update(const InWords& words, unsigned e, unsigned m, float scale, float offset, const InValues& gradient,
+                     float alpha, int exponent, bool stochastic, std::uint64_t seed, const OutWords& out,
+                     const OutSums& sums, unsigned threads) {
+  const Format format = checked_format(e, m);
+  const std::size_t n = gradient.size();
+  check_words(words.size(), n, format);
+  check_words(out.size(), n, format);
+  check_exponent(exponent, format);
+  check_sums(sums, n);
+  check_apart(words, out);
+  check_apart(gradient, out);
+  return over_chunks(n, threads, sums, {exponent, stochastic, seed, 0},
+                     [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
+                       const Packed packed{unsigned_words(words.data()) + at_word(at, format), format, scale, offset};
+                       current()->update(packed, gradient.data() + at, alpha, count, rounding,
+                                         unsigned_words(out.data()) + at_word(at, format), found);
+                     });
+}
+
+std::uint32_t largest(const InValues& values, unsigned threads) {
+  std::vector<std::uint32_t> found((values.size() + kChunk - 1) / kChunk);
+  const nb::gil_scoped_release release;
+  for_each_chunk(values.size(), threads, [&](std::size_t chunk) {
+    const std::size_t at = chunk * kChunk;
+    found[chunk] = current()->largest(values.data() + at, std::min(kChunk, values.size() - at));
+  });
+  std::uint32_t result = 0;
+  for (const std::uint32_t some : found) result = std::max(result, some);
+  return result;
+}
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : available()) names.emplace_back(kernels->level);
+  return names;
+}
+
+}  // namespace
+}  // namespace fedomc
+
+NB_MODULE(_native, module) {
+  using namespace nb::literals;
+  module.doc() = "The codec's kernels for the CPU; fedomc.codec.native is what calls them.";
+  // Nothing is converted: an output that was copied first would be lost.
+  module.def("decode", &fedomc::decode, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a, "offset"_a, "out"_a.noconvert(),
+             "threads"_a);
+  module.def("decode_sum", &fedomc::decode_sum, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a, "offset"_a,
+             "update_words"_a.noconvert(), "update_e"_a, "update_m"_a, "update_scale"_a, "update_offset"_a,
+             "out"_a.noconvert(), "threads"_a);
+  module.def("decode_add", &fedomc::decode_add, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a, "offset"_a, "weight"_a,
+             "out"_a.noconvert(), "threads"_a);
+  module.def("encode", &fedomc::encode, "values"_a.noconvert(), "e"_a, "m"_a, "exponent"_a, "stochastic"_a, "seed"_a,
+             "start"_a, "words"_a.noconvert(), "sums"_a.noconvert(), "threads"_a);
+  module.def("update", &fedomc::update, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a, "offset"_a,
+             "gradient"_a.noconvert(), "alpha"_a, "exponent"_a, "stochastic"_a, "seed"_a, "out"_a.noconvert(),
+             "sums"_a.noconvert(), "threads"_a);
+  module.def("largest", &fedomc::largest, "values"_a.noconvert(), "threads"_a);
+  module.def("levels", &fedomc::levels, "Names of the instruction sets of this machine, the fastest last.");
+  module.def("level", [] { return std::string(fedomc::current()->level); });
+  module.def(
+      "set_level", [](const std::string& name) { fedomc::current() = fedomc::find(name); }, "name"_a,
+      "Use an instruction set; not while kernels run.");
+  fedomc::current();  // an impossible FEDOMC_LEVEL fails here
+}

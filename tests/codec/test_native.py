@@ -1,0 +1,240 @@
+"""The C++ kernels: the same bits as the reference at every instruction set; bad input is an exception."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedomc import FloatFormat, codec
+from fedomc.codec import native, reference
+from tests.conftest import bits_of, flushed_denormals, randn, threads
+
+FORMATS = (
+    "S1E1M0 S1E1M2 S1E2M0 S1E2M1 S1E2M3 S1E3M2 S1E3M4 S1E3M7 S1E4M3 S1E4M8 S1E4M14 S1E5M2 S1E5M10 S1E6M9 S1E7M23 "
+    "S1E8M7 S1E8M15 S1E8M23"
+).split()
+LEVELS = native.extension.levels() if native.extension is not None else []
+
+
+@pytest.fixture(params=LEVELS, autouse=True)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run each test at every level."""
+    before = native.extension.level()
+    native.extension.set_level(request.param)
+    yield request.param
+    native.extension.set_level(before)
+
+
+def some_values(n: int, seed: int = 0) -> Tensor:
+    """Values of all magnitudes: normal ones, any bits, subnormals, both zeros, ties of narrow formats."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal(n).astype(np.float32)
+    any_bits = generator.integers(0, 2**32, n, dtype=np.uint32).view(np.float32)
+    x[::3] = np.where(np.isfinite(any_bits), any_bits, 1.0)[::3]
+    x[1::7] = np.round(x[1::7].clip(-100, 100) * 16) / 16
+    x[2::11] = generator.integers(0, 2**23, n, dtype=np.uint32).view(np.float32)[2::11]
+    x[5::13] = -0.0
+    return torch.from_numpy(x)
+
+
+def both(operation: Callable[[object], tuple[Tensor, ...]]) -> None:
+    """Compare what the two backends write, bit for bit."""
+    ours, expected = operation(native), operation(reference)
+    for a, b in zip(ours, expected, strict=True):
+        if a.dtype == torch.float32:
+            np.testing.assert_array_equal(bits_of(a), bits_of(b))
+        else:
+            assert torch.equal(a, b)
+
+
+def words_for(n: int, fmt: FloatFormat) -> Tensor:
+    return torch.full((codec.words_of(n, fmt.bits),), -1, dtype=torch.int32)
+
+
+def sums_for(n: int) -> Tensor:
+    return torch.full((-(-n // codec.CHUNK), 5), float("nan"), dtype=torch.float64)
+
+
+def random_words(n: int, fmt: FloatFormat, seed: int = 0) -> Tensor:
+    generator = np.random.default_rng(seed)
+    return torch.from_numpy(generator.integers(-(2**31), 2**31, codec.words_of(n, fmt.bits), dtype=np.int64)).int()
+
+
+@pytest.mark.parametrize("seed", [None, 0, 2**63 - 1])
+@pytest.mark.parametrize("name", FORMATS)
+def test_encode(name: str, seed: int | None) -> None:
+    fmt = FloatFormat.parse(name)
+    e, m = fmt.exponent_bits, fmt.mantissa_bits
+    for n in (1, 31, 33, 1024, 5000, codec.CHUNK + 1025):
+        values = some_values(n)
+        for exponent in (0,) if e == 8 else (0, -7, min(6, max(0, 120 - fmt.bias - m))):
+
+            def encode(backend: object, values: Tensor = values, exponent: int = exponent) -> tuple[Tensor, ...]:
+                words, sums = words_for(len(values), fmt), sums_for(len(values))
+                largest = torch.zeros(1, dtype=torch.int64)
+                backend.encode(values, e, m, exponent, seed, 2048, words, sums, largest)
+                return words, sums.nan_to_num(7.0), largest
+
+            both(encode)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decode(name: str) -> None:
+    fmt = FloatFormat.parse(name)
+    e, m = fmt.exponent_bits, fmt.mantissa_bits
+    other = FloatFormat(2, 1)
+    for n in (1, 31, 33, 1024, 5000, codec.CHUNK + 1025):
+        words, update_words = random_words(n, fmt), random_words(n, other, 1)
+        for scale, offset in ((1.0, 0.0), (0.37, 0.0), (-0.01, 0.3)):
+
+            def decode(backend: object, n: int = n, words: Tensor = words, s: float = scale, b: float = offset,
+                       update_words: Tensor = update_words) -> tuple[Tensor, ...]:  # fmt: skip
+                alone, added, total = torch.empty(n), torch.ones(n), torch.empty(n)
+                backend.decode(words, e, m, s, b, alone)
+                backend.decode_add(words, e, m, s, b, 0.3, added)
+                backend.decode_sum(words, e, m, s, b, update_words, 2, 1, 0.001, 0.0, total)
+                return alone, added, total
+
+            both(decode)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("name", FORMATS)
+def test_update(name: str, seed: int | None) -> None:
+    fmt = FloatFormat.parse(name)
+    e, m = fmt.exponent_bits, fmt.mantissa_bits
+    for n in (1, 31, 33, 1024, 5000, codec.CHUNK + 1025):
+        words, gradient = random_words(n, fmt), randn(n, seed=4)
+
+        def update(
+            backend: object, n: int = n, words: Tensor = words, gradient: Tensor = gradient
+        ) -> tuple[Tensor, ...]:
+            out, sums, largest = words_for(n, fmt), sums_for(n), torch.zeros(1, dtype=torch.int64)
+            exponent = 0 if e == 8 else 3
+            backend.update(words, e, m, 0.05, 0.0, gradient, -0.1, exponent, seed, out, sums, largest)
+            return out, sums.nan_to_num(7.0), largest
+
+        both(update)
+
+
+def test_largest_sees_what_is_not_finite() -> None:
+    for n in (1, 15, 17, 100_000):
+        values = randn(n)
+        out = torch.zeros(1, dtype=torch.int64)
+        native.largest(values, out)
+        assert int(out) == int(values.abs().max().view(torch.int32))
+        values[n // 2] = float("nan")
+        native.largest(values, out)
+        assert int(out) > codec.INFINITY_BITS
+    native.largest(torch.empty(0), out)
+    assert int(out) == 0
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_threads_and_flushing_do_not_count(seed: int | None) -> None:
+    n, fmt = 20 * codec.CHUNK + 77, FloatFormat(3, 7)
+    values, gradient = some_values(n).clamp(-1e20, 1e20), randn(n, seed=1)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            words, again = words_for(n, fmt), words_for(n, fmt)
+            sums, out, largest = sums_for(n), torch.empty(n), torch.zeros(1, dtype=torch.int64)
+            native.encode(values, 3, 7, 0, seed, 0, words, sums, largest)
+            native.decode(words, 3, 7, 0.5, 0.1, out)
+            native.update(words, 3, 7, 0.5, 0.1, gradient, 0.1, 2, seed, again, sums, largest)
+            with flushed_denormals():
+                flushed = words_for(n, fmt)
+                native.encode(values, 3, 7, 0, seed, 0, flushed, sums.clone(), largest.clone())
+            assert torch.equal(flushed, words)
+            results.append((words, sums, out, again, largest))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def bad_calls() -> dict[str, Callable[[], object]]:
+    x = native.extension
+    words, values, sums = torch.zeros(352, dtype=torch.int32), torch.zeros(1024), torch.zeros(1, 5).double()
+    out = torch.zeros(352, dtype=torch.int32)
+    memory = torch.zeros(2048, dtype=torch.int32)
+    frozen = np.zeros(1024, np.float32)
+    frozen.flags.writeable = False
+    return {
+        "too few words": lambda: x.decode(words[:-1], 3, 7, 1.0, 0.0, values, 1),
+        "too many words": lambda: x.decode(torch.zeros(353, dtype=torch.int32), 3, 7, 1.0, 0.0, values, 1),
+        "no exponent bits": lambda: x.decode(words, 0, 7, 1.0, 0.0, values, 1),
+        "nine exponent bits": lambda: x.decode(words, 9, 7, 1.0, 0.0, values, 1),
+        "24 mantissa bits": lambda: x.decode(words, 3, 24, 1.0, 0.0, values, 1),
+        "negative bits": lambda: x.decode(words, 3, -1, 1.0, 0.0, values, 1),
+        "wrong dtype of words": lambda: x.decode(words.long(), 3, 7, 1.0, 0.0, values, 1),
+        "wrong dtype of values": lambda: x.decode(words, 3, 7, 1.0, 0.0, values.double(), 1),
+        "two dimensions": lambda: x.decode(words, 3, 7, 1.0, 0.0, values.view(32, 32), 1),
+        "not contiguous": lambda: x.decode(words, 3, 7, 1.0, 0.0, torch.zeros(2048)[::2], 1),
+        "read-only": lambda: x.decode(words.numpy(), 3, 7, 1.0, 0.0, frozen, 1),
+        "overlap": lambda: x.decode(memory[:352], 3, 7, 1.0, 0.0, memory[100:1124].view(torch.float32), 1),
+        "not a tensor": lambda: x.decode([1, 2], 3, 7, 1.0, 0.0, values, 1),
+        "meta": lambda: x.decode(words.to("meta"), 3, 7, 1.0, 0.0, values, 1),
+        "exponent too large": lambda: x.encode(values, 3, 7, 200, False, 0, 0, words, sums, 1),
+        "exponent too small": lambda: x.encode(values, 3, 7, -300, False, 0, 0, words, sums, 1),
+        "exponent of wide": lambda: x.encode(values, 8, 2, 1, False, 0, 0, words, sums, 1),
+        "shape of sums": lambda: x.encode(values, 3, 7, 0, False, 0, 0, words, torch.zeros(2, 5).double(), 1),
+        "columns of sums": lambda: x.encode(values, 3, 7, 0, False, 0, 0, words, torch.zeros(1, 4).double(), 1),
+        "update onto itself": lambda: x.update(words, 3, 7, 1.0, 0.0, values, 0.1, 0, False, 0, words, sums, 1),
+        "gradient too long": lambda: x.update(words, 3, 7, 1.0, 0.0, torch.zeros(1025), 0.1, 0, False, 0, out, sums, 1),
+        "words of the update": lambda: x.decode_sum(words, 3, 7, 1.0, 0.0, words, 2, 1, 1.0, 0.0, values, 1),
+        "unknown level": lambda: x.set_level("mmx"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_bad_input_is_an_exception(name: str) -> None:
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        bad_calls()[name]()
+
+
+def test_nothing_is_nothing() -> None:
+    empty = torch.empty(0, dtype=torch.int32)
+    native.decode(empty, 3, 7, 1.0, 0.0, torch.empty(0))
+    largest = torch.ones(1, dtype=torch.int64)
+    native.encode(torch.empty(0), 3, 7, 0, None, 0, empty, torch.empty(0, 5, dtype=torch.float64), largest)
+    assert int(largest) == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.binary(max_size=3000), st.integers(-1, 10), st.integers(-1, 25), st.integers(0, 2000),
+    st.floats(width=32, allow_nan=True), st.floats(width=32, allow_nan=True),
+)  # fmt: skip
+def test_decode_of_any_bytes_is_values_or_an_exception(
+    data: bytes, e: int, m: int, n: int, scale: float, offset: float
+) -> None:
+    words = torch.from_numpy(np.frombuffer(data[: len(data) // 4 * 4], dtype=np.int32).copy())
+    out = torch.full((n + 16,), 42.0)
+    try:
+        native.extension.decode(words, e, m, scale, offset, out[:n], 1)
+    except (TypeError, ValueError):
+        assert (out == 42).all()
+    assert (out[n:] == 42).all()
+
+
+def operator_arguments() -> dict[str, tuple[object, ...]]:
+    n = 2000
+    words, out = torch.zeros(codec.words_of(n, 11), dtype=torch.int32), torch.zeros(n)
+    again, update_words = torch.zeros_like(words), torch.zeros(codec.words_of(n, 4), dtype=torch.int32)
+    sums, largest = torch.zeros(1, 5, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    return {
+        "largest": (randn(n), largest),
+        "decode": (words, 3, 7, 0.5, 0.1, out),
+        "decode_sum": (words, 3, 7, 0.5, 0.1, update_words, 2, 1, 0.1, 0.0, out),
+        "decode_add": (words, 3, 7, 0.5, 0.1, 0.3, out),
+        "encode": (randn(n), 3, 7, 0, None, 0, words, sums, largest),
+        "update": (words, 3, 7, 0.5, 0.1, randn(n), 0.1, 0, 3, again, sums, largest),
+    }
+
+
+@pytest.mark.parametrize("name", operator_arguments())
+def test_operators_are_registered_rightly(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.fedomc, name).default, operator_arguments()[name])
