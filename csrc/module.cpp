@@ -104,53 +104,56 @@ void check_exponent(int exponent, Format format) {
   require(format.exponent_bits < 8 || exponent == 0, "eight exponent bits take no scaling");
 }
 
-void decode(const InWords& words, unsigned e, unsigned m, float scale, float offset, const OutValues& out,
-            unsigned threads) {
-  const Format format = checked_format(e, m);
-  const std::size_t n = out.size();
-  check_words(words.size(), n, format);
-  check_apart(words, out);
+// One part as Python gives it, checked against the values that it stands for.
+struct Part {
+  const std::uint32_t* words;
+  Format format;
+  float scale, offset;
+
+  Part(const InWords& words_, unsigned e, unsigned m, float scale_, float offset_, const OutValues& out)
+      : words(unsigned_words(words_.data())), format(checked_format(e, m)), scale(scale_), offset(offset_) {
+    check_words(words_.size(), out.size(), format);
+    check_apart(words_, out);
+  }
+
+  Packed from(std::size_t value) const { return {words + at_word(value, format), format, scale, offset}; }
+};
+
+// Calls run(at, count) for each chunk of n values, without the GIL.
+template <class Run>
+void in_chunks(std::size_t n, unsigned threads, const Run& run) {
   const nb::gil_scoped_release release;
   for_each_chunk(n, threads, [&](std::size_t chunk) {
     const IeeeArithmetic ieee;
     const std::size_t at = chunk * kChunk;
-    const Packed packed{unsigned_words(words.data()) + at_word(at, format), format, scale, offset};
-    current()->decode(packed, nullptr, out.data() + at, std::min(kChunk, n - at), n >= kStreamingValues);
+    run(at, std::min(kChunk, n - at));
+  });
+}
+
+void decode(const InWords& words, unsigned e, unsigned m, float scale, float offset, const OutValues& out,
+            unsigned threads) {
+  const Part part(words, e, m, scale, offset, out);
+  in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
+    current()->decode(part.from(at), nullptr, out.data() + at, count, out.size() >= kStreamingValues);
   });
 }
 
 void decode_sum(const InWords& words, unsigned e, unsigned m, float scale, float offset, const InWords& update_words,
                 unsigned update_e, unsigned update_m, float update_scale, float update_offset, const OutValues& out,
                 unsigned threads) {
-  const Format format = checked_format(e, m), update_format = checked_format(update_e, update_m);
-  const std::size_t n = out.size();
-  check_words(words.size(), n, format);
-  check_words(update_words.size(), n, update_format);
-  check_apart(words, out);
-  check_apart(update_words, out);
-  const nb::gil_scoped_release release;
-  for_each_chunk(n, threads, [&](std::size_t chunk) {
-    const IeeeArithmetic ieee;
-    const std::size_t at = chunk * kChunk;
-    const Packed base{unsigned_words(words.data()) + at_word(at, format), format, scale, offset};
-    const Packed update{unsigned_words(update_words.data()) + at_word(at, update_format), update_format, update_scale,
-                        update_offset};
-    current()->decode(base, &update, out.data() + at, std::min(kChunk, n - at), n >= kStreamingValues);
+  const Part base(words, e, m, scale, offset, out);
+  const Part update(update_words, update_e, update_m, update_scale, update_offset, out);
+  in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
+    const Packed change = update.from(at);
+    current()->decode(base.from(at), &change, out.data() + at, count, out.size() >= kStreamingValues);
   });
 }
 
 void decode_add(const InWords& words, unsigned e, unsigned m, float scale, float offset, float weight,
                 const OutValues& out, unsigned threads) {
-  const Format format = checked_format(e, m);
-  const std::size_t n = out.size();
-  check_words(words.size(), n, format);
-  check_apart(words, out);
-  const nb::gil_scoped_release release;
-  for_each_chunk(n, threads, [&](std::size_t chunk) {
-    const IeeeArithmetic ieee;
-    const std::size_t at = chunk * kChunk;
-    const Packed packed{unsigned_words(words.data()) + at_word(at, format), format, scale, offset};
-    current()->decode_add(packed, weight, out.data() + at, std::min(kChunk, n - at));
+  const Part part(words, e, m, scale, offset, out);
+  in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
+    current()->decode_add(part.from(at), weight, out.data() + at, count);
   });
 }
 
@@ -163,18 +166,14 @@ template <class Run>
 std::uint32_t over_chunks(std::size_t n, unsigned threads, const OutSums& sums, const Rounding& rounding,
                           const Run& run) {
   std::vector<std::uint32_t> largest((n + kChunk - 1) / kChunk);
-  {
-    const nb::gil_scoped_release release;
-    for_each_chunk(n, threads, [&](std::size_t chunk) {
-      const IeeeArithmetic ieee;
-      const std::size_t at = chunk * kChunk;
-      Rounding here = rounding;
-      here.start += at;
-      Found found{sums.shape(0) ? sums.data() + chunk * kSums : nullptr, 0};
-      run(at, std::min(kChunk, n - at), here, found);
-      largest[chunk] = found.largest;
-    });
-  }
+  in_chunks(n, threads, [&](std::size_t at, std::size_t count) {
+    const std::size_t chunk = at / kChunk;
+    Rounding here = rounding;
+    here.start += at;
+    Found found{sums.shape(0) ? sums.data() + chunk * kSums : nullptr, 0};
+    run(at, count, here, found);
+    largest[chunk] = found.largest;
+  });
   std::uint32_t result = 0;
   for (const std::uint32_t some : largest) result = std::max(result, some);
   return result;
@@ -216,10 +215,8 @@ std::uint32_t update(const InWords& words, unsigned e, unsigned m, float scale, 
 
 std::uint32_t largest(const InValues& values, unsigned threads) {
   std::vector<std::uint32_t> found((values.size() + kChunk - 1) / kChunk);
-  const nb::gil_scoped_release release;
-  for_each_chunk(values.size(), threads, [&](std::size_t chunk) {
-    const std::size_t at = chunk * kChunk;
-    found[chunk] = current()->largest(values.data() + at, std::min(kChunk, values.size() - at));
+  in_chunks(values.size(), threads, [&](std::size_t at, std::size_t count) {
+    found[at / kChunk] = current()->largest(values.data() + at, count);
   });
   std::uint32_t result = 0;
   for (const std::uint32_t some : found) result = std::max(result, some);

@@ -203,7 +203,7 @@ def test_nothing_is_nothing() -> None:
     assert int(largest) == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.binary(max_size=3000), st.integers(-1, 10), st.integers(-1, 25), st.integers(0, 2000),
     st.floats(width=32, allow_nan=True), st.floats(width=32, allow_nan=True),

@@ -110,18 +110,14 @@ class OMCStrategy(Strategy):
         """Check the replies and let the inner strategy aggregate their decoded values."""
         if self._broadcast is None:
             raise RuntimeError("aggregate_train was called before configure_train")
-        checked, up_bytes = [], {}
-        for reply in self._broadcast.expected(replies):
-            if not reply.has_error():
-                try:
-                    up_bytes[id(reply)] = _bytes_of(reply)
-                    self._broadcast.decode(reply, self.aggregate)
-                    self._check_metrics(reply)
-                except PayloadError as error:
-                    _left_out(server_round, reply, error)
-                    continue
-            checked.append(reply)
-        agreed = _of_one_structure(server_round, checked)
+        broadcast, up_bytes = self._broadcast, {}
+
+        def check(reply: Message) -> None:
+            up_bytes[id(reply)] = _bytes_of(reply)
+            broadcast.decode(reply, self.aggregate)
+            self._check_metrics(reply)
+
+        agreed = _usable(server_round, broadcast.expected(replies), check)
         received = [reply for reply in agreed if not reply.has_error()]
         self.traffic[-1] = replace(
             self.traffic[-1], received=len(received), up_bytes=sum(up_bytes[id(reply)] for reply in received)
@@ -131,7 +127,7 @@ class OMCStrategy(Strategy):
         arrays, metrics = self.inner.aggregate_train(server_round, agreed)
         if arrays is None:
             return None, metrics
-        arrays = _in_dtypes_of(self._broadcast.arrays, arrays)
+        arrays = _in_dtypes_of(broadcast.arrays, arrays)
         for name, array in arrays.items():
             if not np.isfinite(array.numpy()).all():
                 log(ERROR, "round %d: %s would become NaN or infinite; the model stays as it was", server_round, name)
@@ -150,16 +146,7 @@ class OMCStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Check the metrics and let the inner strategy aggregate them."""
-        checked = []
-        for reply in replies:
-            if not reply.has_error():
-                try:
-                    self._check_metrics(reply)
-                except PayloadError as error:
-                    _left_out(server_round, reply, error)
-                    continue
-            checked.append(reply)
-        agreed = _of_one_structure(server_round, checked)
+        agreed = _usable(server_round, replies, self._check_metrics)
         if not any(self._weight(reply) > 0 for reply in agreed if not reply.has_error()):
             return None
         return self.inner.aggregate_evaluate(server_round, agreed)
@@ -192,8 +179,21 @@ def _bytes_of(message: Message) -> int:
     return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
 
 
+def _usable(server_round: int, replies: Iterable[Message], check: Callable[[Message], None]) -> list[Message]:
+    """Return errors, and the replies that pass a check and are alike, since Flower aggregates none otherwise."""
+    checked = []
+    for reply in replies:
+        try:
+            if not reply.has_error():
+                check(reply)
+            checked.append(reply)
+        except PayloadError as error:
+            _left_out(server_round, reply, error)
+    return _of_one_structure(server_round, checked)
+
+
 def _of_one_structure(server_round: int, replies: list[Message]) -> list[Message]:
-    """Leave out replies whose records or metrics are named otherwise than most: Flower aggregates none then."""
+    """Leave out replies whose records or metrics are named otherwise than most."""
 
     def structure(reply: Message) -> tuple[object, ...]:
         metrics = next(iter(reply.content.metric_records.values()))
