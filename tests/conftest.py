@@ -3,7 +3,6 @@
 import copy
 import gc
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
