@@ -44,9 +44,8 @@ def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]
     """Write ``report.html`` with the table and the curves of word error rate; returns its path."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(run)) + "</tr>" for run in runs)
-    chosen = ", ".join(
-        f"{key} {value}" for key, value in settings.to_dict().items() if key != "formats" and value != ""
-    )
+    left_out = {"formats"} | {key for key in ("corpus_path", "clients") if not settings.to_dict()[key]}
+    chosen = ", ".join(f"{key} {value}" for key, value in settings.to_dict().items() if key not in left_out)
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>fedomc: federated speech recognition</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
