@@ -252,8 +252,8 @@ def encode(
     packed = Packed.empty(format, flat.numel(), flat.device)
 
     def encoded(exponent: int, draw: int | None, sums: bool) -> _Encoded:
-        codes = torch.empty_like(packed.codes)
-        return codes, *codec.encode(flat, format, exponent, codes, seed=draw, sums=sums)
+        # In place: there are no values yet that a failure could lose.
+        return packed.codes, *codec.encode(flat, format, exponent, packed.codes, seed=draw, sums=sums)
 
     packed._rewrite(encoded, lambda: codec.magnitude_bits(flat), transform, rounding, seed, name)
     return packed

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedomc import frame
-from fedomc.errors import PayloadError, PolicyError
+from fedomc.errors import NonFiniteError, PayloadError, PolicyError
 from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_dense, read_packed, to_config
 from fedomc.policy import CompressionPolicy, Selection
 from fedomc.transform import Packed, encode
@@ -127,12 +127,11 @@ class OMCStrategy(Strategy):
         arrays, metrics = self.inner.aggregate_train(server_round, agreed)
         if arrays is None:
             return None, metrics
-        arrays = _in_dtypes_of(broadcast.arrays, arrays)
-        for name, array in arrays.items():
-            if not np.isfinite(array.numpy()).all():
-                log(ERROR, "round %d: %s would become NaN or infinite; the model stays as it was", server_round, name)
-                return None, metrics
-        return arrays, metrics
+        try:
+            return _in_dtypes_of(broadcast.arrays, arrays), metrics
+        except NonFiniteError as error:
+            log(ERROR, "round %d: %s; the model stays as it was", server_round, error)
+            return None, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -354,13 +353,19 @@ class _DecodedArray(Array):
 
 
 def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
-    """Give the new values the dtypes that were sent: Flower's adaptive strategies compute in float64 with numpy 2."""
+    """Give the new values the dtypes that were sent: Flower's adaptive strategies compute in float64 with numpy 2.
+
+    Raises:
+        NonFiniteError: a new value is NaN or infinite, at the latest in the dtype that was sent.
+    """
     result = ArrayRecord()
     for name, array in arrays.items():
-        wanted = sent[name].dtype
+        values, wanted = array.numpy(), sent[name].dtype
         if array.dtype != wanted:
-            values = array.numpy()
-            array = Array(np.asarray(values if np.dtype(wanted).kind == "f" else np.rint(values), dtype=wanted))
+            values = np.asarray(values if np.dtype(wanted).kind == "f" else np.rint(values), dtype=wanted)
+            array = Array(values)
+        if not np.isfinite(values).all():
+            raise NonFiniteError(f"{name} would become NaN or infinite")
         result[name] = array
     return result
 
