@@ -5,9 +5,11 @@
 // AVX-512 and NEON. A block's codes stay in the first-level cache between the steps. Only packing depends on the number
 // of bits at compile time.
 //
-// [Note: no subnormal arithmetic] Scaling by 2**k adds to the exponent field. Values below the format's smallest normal
-// value are rounded by adding 2**23 of its smallest step, whose sum has the step as its last bit; anything that is
-// subnormal in float32 is far below half a step there (the exponent is bounded, see transform.py) and counts as zero.
+// [Note: no subnormal arithmetic] It traps to microcode on some processors and depends on the thread's mode on others.
+// Formats of up to seven exponent bits are encoded under flush-to-zero (module.cpp sets it): values are scaled to the
+// format first, by a power of two that is bounded so that whatever is subnormal in float32 is far below half a step of
+// the format (see transform.py), and counts as zero. Decoding gives normal values or zero. Eight exponent bits are
+// those of float32, need no scaling, and run in IEEE mode, where integers do all of the rounding.
 
 #include "kernels.hpp"
 
@@ -26,28 +28,24 @@ using Values = std::array<float, kBlock>;
 
 // ---- packing ------------------------------------------------------------------------------------------------------
 
-// Calls sink(i, codes) for each vector of codes of a block, i the index of its first value.
+// Calls sink(i, codes) for each vector of codes of a block, i the index of its first value. The codes lie in the upper
+// bits; the lower ones hold what happens to be there.
 template <unsigned W, class Sink>
 inline void for_each_code(const std::uint32_t* words, Sink sink) {
-  constexpr std::uint32_t mask = W == 32 ? ~0u : (1u << W) - 1;
   for (std::size_t lane = 0; lane < kLanes; lane += kWidth) {
     [&]<unsigned... Row>(std::integer_sequence<unsigned, Row...>) {
       (
           [&] {
-            constexpr unsigned position = Row * W, word = position / 32, begin = position % 32;
-            U code = load<U>(words + kLanes * word + lane) >> begin;
-            if constexpr (begin + W > 32) code |= load<U>(words + kLanes * (word + 1) + lane) << (32 - begin);
-            if constexpr (begin + W != 32) code &= mask;
+            constexpr unsigned position = Row * W, word = position / 32, end = position % 32 + W;
+            U code = load<U>(words + kLanes * word + lane);
+            if constexpr (end < 32) code <<= 32 - end;
+            if constexpr (end > 32)
+              code = code >> (end - 32) | load<U>(words + kLanes * (word + 1) + lane) << (64 - end);
             sink(kLanes * Row + lane, code);
           }(),
           ...);
     }(std::make_integer_sequence<unsigned, kRows>{});
   }
-}
-
-template <unsigned W>
-void unpack_block(const std::uint32_t* words, std::uint32_t* codes) {
-  for_each_code<W>(words, [&](std::size_t i, U code) { store(codes + i, code); });
 }
 
 template <unsigned W>
@@ -72,60 +70,71 @@ void pack_block(const std::uint32_t* codes, std::uint32_t* words) {
 
 // ---- codes to values ----------------------------------------------------------------------------------------------
 
-// Turns codes into scale * value + offset.
+// Turns codes, in the upper bits, into scale * value + offset.
 struct Represent {
-  Count up, sign_bit;
-  std::uint32_t mask, first_normal, rebias, limit;
-  float step, scale, offset;
+  Count down, align;
+  std::uint32_t mask, rebias, limit;
+  float least, scale, offset;
 
-  Represent(Format format, float scale_, float offset_)
-      : up(count(static_cast<int>(23 - format.mantissa_bits))),
-        sign_bit(count(static_cast<int>(format.bits()) - 1)),
-        mask((1u << (format.bits() - 1)) - 1),
-        first_normal(1u << format.mantissa_bits),
-        rebias(static_cast<std::uint32_t>(127 - format.bias()) << 23),
-        limit(format.max_code()),
-        step(format.exponent_bits == 8 ? 0.0f
-                                       : power_of_two(1 - format.bias() - static_cast<int>(format.mantissa_bits))),
+  Represent(Format format, int bias, float scale_, float offset_)
+      : down(count(static_cast<int>(8 - format.exponent_bits))),
+        align(count(static_cast<int>(32 - format.bits()))),
+        mask(((1u << (format.bits() - 1)) - 1) << (23 - format.mantissa_bits)),
+        rebias(static_cast<std::uint32_t>(127 - bias) << 23),
+        limit(format.max_code() << (23 - format.mantissa_bits)),
+        least(format.exponent_bits == 8 ? 0.0f : power_of_two(1 - bias)),
         scale(scale_),
         offset(offset_ == 0.0f ? -0.0f : offset_) {}  // adding -0 keeps both zeros
 
-  inline F operator()(U code) const {
-    const U magnitude = code & mask;
-    const F subnormal = __builtin_convertvector(cast<I>(magnitude), F) * step;
-    const U bits = below(magnitude, splat(first_normal)) ? cast<U>(subnormal) : (magnitude << up) + rebias;
-    return cast<F>(bits | (code >> sign_bit) << 31) * scale + offset;
+  explicit Represent(const Packed& packed)
+      : Represent(packed.format, packed.format.bias(), packed.scale, packed.offset) {}
+
+  template <bool Wide>
+  inline F magnitude(U code) const {
+    // Eight exponent bits are those of float32; the top exponent is unused.
+    if constexpr (Wide) return cast<F>(min(code & mask, splat(limit)));
+    // Without an exponent the significand has no leading one: take it as in the lowest binade, and the one away.
+    const U field = (code >> down) & mask;
+    const I subnormal = below(field, splat(kOneExponent));
+    const U bits = field + rebias;
+    const F value = cast<F>(subnormal ? bits + kOneExponent : bits);
+    return subnormal ? value - least : value;
   }
 
-  // The same for eight exponent bits: the bits are those of float32, and the top exponent is unused.
-  inline F wide(U code) const {
-    const U magnitude = min(code & mask, splat(limit));
-    return cast<F>(magnitude << up | (code >> sign_bit) << 31) * scale + offset;
+  template <bool Wide>
+  inline F signed_value(U code) const {
+    return cast<F>(cast<U>(magnitude<Wide>(code)) | (code & kSign));
+  }
+
+  template <bool Wide>
+  inline F operator()(U code) const {
+    return signed_value<Wide>(code) * scale + offset;
   }
 };
 
-template <unsigned W>
+template <unsigned W, bool Wide>
 void decode_whole(const std::uint32_t* words, const Represent& shared, float* out) {
   const Represent represent = shared;  // a copy whose constants the stores below cannot change
-  for_each_code<W>(words, [&](std::size_t i, U code) { store(out + i, represent(code)); });
+  for_each_code<W>(words, [&](std::size_t i, U code) { store(out + i, represent.operator()<Wide>(code)); });
 }
 
-using Unpack = void (*)(const std::uint32_t*, std::uint32_t*);
 using Pack = void (*)(const std::uint32_t*, std::uint32_t*);
 using Decode = void (*)(const std::uint32_t*, const Represent&, float*);
 
-struct Width {
-  Unpack unpack;
-  Pack pack;
-  Decode decode;
-};
-
 template <unsigned... Index>
-constexpr std::array<Width, 31> widths(std::integer_sequence<unsigned, Index...>) {
-  return {Width{&unpack_block<Index + 2>, &pack_block<Index + 2>, &decode_whole<Index + 2>}...};
+constexpr std::array<Pack, 31> packers(std::integer_sequence<unsigned, Index...>) {
+  return {&pack_block<Index + 2>...};
 }
 
-constexpr auto kWidths = widths(std::make_integer_sequence<unsigned, 31>{});
+template <unsigned First, bool Wide, unsigned... Index>
+constexpr std::array<Decode, sizeof...(Index)> decoders(std::integer_sequence<unsigned, Index...>) {
+  return {&decode_whole<Index + First, Wide>...};
+}
+
+// By the number of bits: from 2 on, with eight exponent bits from 9 on.
+constexpr auto kPack = packers(std::make_integer_sequence<unsigned, 31>{});
+constexpr auto kDecode = decoders<2, false>(std::make_integer_sequence<unsigned, 30>{});
+constexpr auto kDecodeWide = decoders<9, true>(std::make_integer_sequence<unsigned, 24>{});
 
 // The last block holds only the words that its rows need: go over a whole one.
 struct WholeBlock {
@@ -142,11 +151,11 @@ struct WholeBlock {
 
 void pack(const Codes& codes, unsigned bits, std::size_t n, std::uint32_t* words) {
   if (n == kBlock) {
-    kWidths[bits - 2].pack(codes.data(), words);
+    kPack[bits - 2](codes.data(), words);
     return;
   }
   std::array<std::uint32_t, kBlock> whole;
-  kWidths[bits - 2].pack(codes.data(), whole.data());
+  kPack[bits - 2](codes.data(), whole.data());
   std::memcpy(words, whole.data(), words_of(n, bits) * sizeof(std::uint32_t));
 }
 
@@ -154,56 +163,72 @@ void pack(const Codes& codes, unsigned bits, std::size_t n, std::uint32_t* words
 void decode_block(const Packed& packed, const Represent& represent, std::size_t block, std::size_t n, float* out) {
   const unsigned bits = packed.format.bits();
   const WholeBlock whole(packed.words + block * bits * kLanes, bits, n);
-  if (packed.format.exponent_bits < 8) {
-    kWidths[bits - 2].decode(whole.data, represent, out);
-    return;
-  }
-  Codes codes;
-  kWidths[bits - 2].unpack(whole.data, codes.data());
-  for (std::size_t i = 0; i < kBlock; i += kWidth) store(out + i, represent.wide(load<U>(codes.data() + i)));
+  (packed.format.exponent_bits == 8 ? kDecodeWide[bits - 9] : kDecode[bits - 2])(whole.data, represent, out);
 }
 
 // ---- values to codes ----------------------------------------------------------------------------------------------
 
-// Rounds to nearest, ties to the even code.
-struct Nearest {
-  Count drop, sign_bit;
-  std::uint32_t half, lsb, limit, rebias, scale, least, most, first_normal;
-  float magic;
+// A code, and its value.
+struct Rounded {
+  U code;
+  F value;
+};
 
-  Nearest(Format format, const Rounding& rounding, std::uint64_t)
+// Rounds to nearest, ties to the even code, where the code fits into a significand: adding 2**23 steps of a value's
+// binade, and the code of the binade's beginning on top, leaves the code itself in the lowest bits of the sum.
+struct NearestBySum {
+  static constexpr bool kWide = false;
+  Count drop, sign;
+  std::uint32_t first_binade, begin, mask;
+  float most;
+
+  NearestBySum(Format format, const Rounding&, std::uint64_t)
+      : drop(count(static_cast<int>(23 - format.mantissa_bits))),
+        sign(count(static_cast<int>(32 - format.bits()))),
+        first_binade(static_cast<std::uint32_t>(128 - format.working_bias()) << 23),
+        begin(((23 - format.mantissa_bits) << 23) - (first_binade >> (23 - format.mantissa_bits))),
+        mask((1u << (format.bits() - 1)) - 1),
+        most(cast<float>((format.max_code() << (23 - format.mantissa_bits)) + first_binade - kOneExponent)) {}
+
+  inline Rounded operator()(F value, std::size_t) const {
+    const U bits = cast<U>(value);
+    const U magnitude = cast<U>(min(cast<F>(bits & ~kSign), splat(most)));
+    const U binade = max(magnitude & kExponent, splat(first_binade));
+    const F steps = cast<F>(binade + (binade >> drop) + begin);
+    const F sum = cast<F>(magnitude) + steps;
+    return {(cast<U>(sum) & mask) | ((bits >> sign) & ~mask), cast<F>(cast<U>(sum - steps) | (bits & kSign))};
+  }
+};
+
+// The same for all formats.
+template <bool Wide>
+struct Nearest {
+  static constexpr bool kWide = Wide;
+  Count drop, sign_bit;
+  std::uint32_t half, lsb, limit, rebias, first_normal;
+  float magic;
+  Represent represent;
+
+  Nearest(Format format, const Rounding&, std::uint64_t)
       : drop(count(static_cast<int>(23 - format.mantissa_bits))),
         sign_bit(count(static_cast<int>(format.bits()) - 1)),
         half(format.mantissa_bits < 23 ? (1u << (22 - format.mantissa_bits)) - 1 : 0),
         lsb(format.mantissa_bits < 23 ? 1 : 0),
         limit(format.max_code()),
-        rebias(static_cast<std::uint32_t>(127 - format.bias()) << format.mantissa_bits),
-        scale(static_cast<std::uint32_t>(rounding.exponent) << 23),
-        least(static_cast<std::uint32_t>(rounding.exponent < 0 ? 1 - rounding.exponent : 1) << 23),
-        most(rounding.exponent > 0 ? (static_cast<std::uint32_t>(255 - rounding.exponent) << 23) - 1 : 0x7FFFFFFFu),
-        first_normal(static_cast<std::uint32_t>(128 - format.bias()) << 23),
-        magic(format.exponent_bits == 8 ? 0.0f
-                                        : power_of_two(24 - format.bias() - static_cast<int>(format.mantissa_bits))) {}
+        rebias(static_cast<std::uint32_t>(127 - format.working_bias()) << format.mantissa_bits),
+        first_normal(static_cast<std::uint32_t>(128 - format.working_bias()) << 23),
+        magic(Wide ? 0.0f : power_of_two(24 - format.working_bias() - static_cast<int>(format.mantissa_bits))),
+        represent(format, format.working_bias(), 1.0f, 0.0f) {}
 
-  inline U operator()(U bits, std::size_t) const {
-    U magnitude = bits & 0x7FFFFFFFu;
-    magnitude = below(magnitude, splat(least)) ? U{} : min(magnitude, splat(most)) + scale;
-    const U normal = ((magnitude + half + ((magnitude >> drop) & lsb)) >> drop) - rebias;
-    const U subnormal = cast<U>(cast<F>(magnitude) + magic) - cast<std::uint32_t>(magic);
-    return min(below(magnitude, splat(first_normal)) ? subnormal : normal, splat(limit)) | (bits >> 31) << sign_bit;
-  }
-};
-
-// The same for eight exponent bits, which take no scaling.
-struct NearestWide {
-  Nearest nearest;
-
-  NearestWide(Format format, const Rounding& rounding, std::uint64_t at) : nearest(format, rounding, at) {}
-
-  inline U operator()(U bits, std::size_t) const {
-    const U magnitude = bits & 0x7FFFFFFFu;
-    const U code = (magnitude + nearest.half + ((magnitude >> nearest.drop) & nearest.lsb)) >> nearest.drop;
-    return min(code, splat(nearest.limit)) | (bits >> 31) << nearest.sign_bit;
+  inline Rounded operator()(F value, std::size_t) const {
+    const U bits = cast<U>(value), magnitude = bits & ~kSign;
+    U code = ((magnitude + half + ((magnitude >> drop) & lsb)) >> drop) - rebias;
+    if constexpr (!Wide) {
+      const U subnormal = cast<U>(cast<F>(magnitude) + magic) - cast<std::uint32_t>(magic);
+      code = below(magnitude, splat(first_normal)) ? subnormal : code;
+    }
+    code = min(code, splat(limit)) | (bits >> 31) << sign_bit;
+    return {code, represent.signed_value<Wide>(code << represent.align)};
   }
 };
 
@@ -218,25 +243,29 @@ inline V mix(V x) {
 }
 
 // Rounds up with the probability of the part that is dropped, by 30 random bits.
+template <bool Wide>
 struct Stochastic {
+  static constexpr bool kWide = Wide;
   Count sign_bit;
   int drop, move;
   std::uint32_t limit, low, high, counter;
   U lanes;
+  Represent represent;
 
   Stochastic(Format format, const Rounding& rounding, std::uint64_t at)
       : sign_bit(count(static_cast<int>(format.bits()) - 1)),
         drop(static_cast<int>(23 - format.mantissa_bits)),
-        move(rounding.exponent + format.bias() - 127),
+        move(format.working_bias() - 127),
         limit(format.max_code()),
         low(mix(static_cast<std::uint32_t>(rounding.seed))),
         high(mix(static_cast<std::uint32_t>(rounding.seed >> 32) ^ 0x9E3779B9u ^ static_cast<std::uint32_t>(at >> 32))),
-        counter(static_cast<std::uint32_t>(at)) {
+        counter(static_cast<std::uint32_t>(at)),
+        represent(format, format.working_bias(), 1.0f, 0.0f) {
     for (std::size_t lane = 0; lane < kWidth; ++lane) lanes[lane] = static_cast<std::uint32_t>(lane);
   }
 
-  inline U operator()(U bits, std::size_t i) const {
-    const U magnitude = bits & 0x7FFFFFFFu;
+  inline Rounded operator()(F value, std::size_t i) const {
+    const U bits = cast<U>(value), magnitude = bits & ~kSign;
     const U field = max(magnitude >> 23, splat(1u));
     const U significand = magnitude - ((field - 1) << 23);
     const I target = cast<I>(field) + move;
@@ -246,30 +275,9 @@ struct Stochastic {
     integer >>= min(max(shift, splat(30u)) - 30u, splat(31u));
     const U dropped = min(shift, splat(30u));
     const U noise = mix(mix((lanes + (counter + static_cast<std::uint32_t>(i))) ^ low) + high) & 0x3FFFFFFFu;
-    const U code = (integer + (noise >> (30u - dropped))) >> dropped;
-    return min(code, splat(limit)) | (bits >> 31) << sign_bit;
-  }
-};
-
-// Sums of D = V - R and R in half the lanes of a vector. The order is that of codec/reference.py for every instruction
-// set: in each lane the rows of a block, then the blocks of a chunk, then the lanes by halves.
-struct HalfSums {
-  D d{}, dd{}, dr{}, rr{}, r{};
-
-  inline void add(H difference, H represented) {
-    const D x = widen(difference), y = widen(represented);
-    d += x;
-    dd = add_product(dd, x, x);
-    dr = add_product(dr, x, y);
-    rr = add_product(rr, y, y);
-    r += y;
-  }
-
-  template <class LanesOf>
-  inline void add_to(LanesOf& lanes, std::size_t lane) const {
-    const D sums[] = {d, dd, dr, rr, r};
-    for (std::size_t term = 0; term < kSums; ++term)
-      store(&lanes[term][lane], load<D>(&lanes[term][lane]) + sums[term]);
+    U code = (integer + (noise >> (30u - dropped))) >> dropped;
+    code = min(code, splat(limit)) | (bits >> 31) << sign_bit;
+    return {code, represent.signed_value<Wide>(code << represent.align)};
   }
 };
 
@@ -277,45 +285,63 @@ struct Halves {
   H low, high;
 };
 
+// Sums of D = V - R and R, both in the format's units. The order is that of codec/reference.py for every instruction
+// set: in each lane the rows of a block, in float32, then, in float64, the blocks of a chunk, then the lanes by halves.
+struct Sums {
+  F d{}, dd{}, dr{}, rr{}, r{};
+
+  inline void add(F difference, F represented) {
+    d += difference;
+    dd += difference * difference;
+    dr += difference * represented;
+    rr += represented * represented;
+    r += represented;
+  }
+
+  template <class LanesOf>
+  inline void add_to(LanesOf& lanes, std::size_t lane) const {
+    const F sums[] = {d, dd, dr, rr, r};
+    for (std::size_t term = 0; term < kSums; ++term) {
+      const Halves halves = cast<Halves>(sums[term]);
+      double* to = &lanes[term][lane];
+      store(to, load<D>(to) + widen(halves.low));
+      store(to + kWidth / 2, load<D>(to + kWidth / 2) + widen(halves.high));
+    }
+  }
+};
+
 using Lanes = std::array<std::array<double, kLanes>, kSums>;
 
-// Adds lanes by halves.
-void add_lanes(Lanes& lanes, double* sums) {
+// Adds lanes by halves; scale is that of the values, and of the products its square.
+void add_lanes(Lanes& lanes, double scale, double* sums) {
   for (std::size_t term = 0; term < kSums; ++term) {
     for (std::size_t width = kLanes / 2; width; width /= 2)
       for (std::size_t lane = 0; lane < width; ++lane) lanes[term][lane] += lanes[term][lane + width];
-    sums[term] = lanes[term][0];
+    sums[term] = lanes[term][0] / (term == 0 || term == kSums - 1 ? scale : scale * scale);
   }
 }
 
-template <class Round, bool Wide>
-U round_block(const float* values, Round round, Codes& codes) {
+// Rounds a block of values in units of 1 / scale, and sums if wanted. Columns of lanes are taken together as far as
+// their sums stay in registers.
+template <class Round, bool Summing>
+U round_block(const float* values, float scale, const Round round, Codes& codes, Lanes& lanes) {
+  constexpr std::size_t columns = Summing ? kColumns : 1, stride = Summing ? kLanes : kWidth;
   U largest{};
-  for (std::size_t i = 0; i < kBlock; i += kWidth) {
-    const U bits = load<U>(values + i);
-    largest = max(largest, bits & 0x7FFFFFFFu);
-    store(codes.data() + i, round(bits, i));
-  }
-  return largest;
-}
-
-// The same with the sums, a column of lanes at a time so that they stay in registers.
-template <class Round, bool Wide>
-U round_block(const float* values, Round round, Codes& codes, Represent represent, Lanes& lanes) {
-  U largest{};
-  for (std::size_t lane = 0; lane < kLanes; lane += kWidth) {
-    HalfSums low, high;
-    for (std::size_t i = lane; i < kBlock; i += kLanes) {
-      const U bits = load<U>(values + i), code = round(bits, i);
-      largest = max(largest, bits & 0x7FFFFFFFu);
-      store(codes.data() + i, code);
-      const F value = cast<F>(bits), shown = Wide ? represent.wide(code) : represent(code);
-      const Halves difference = cast<Halves>(value - shown), halves = cast<Halves>(shown);
-      low.add(difference.low, halves.low);
-      high.add(difference.high, halves.high);
+  for (std::size_t lane = 0; lane < stride; lane += columns * kWidth) {
+    Sums sums[columns];
+    for (std::size_t row = lane; row < kBlock; row += stride) {
+      for (std::size_t column = 0; column < columns; ++column) {
+        const std::size_t i = row + column * kWidth;
+        F value = load<F>(values + i);
+        largest = max(largest, cast<U>(value) & ~kSign);
+        if constexpr (!Round::kWide) value *= scale;
+        const Rounded rounded = round(value, i);
+        store(codes.data() + i, rounded.code);
+        if constexpr (Summing) sums[column].add(value - rounded.value, rounded.value);
+      }
     }
-    low.add_to(lanes, lane);
-    high.add_to(lanes, lane + kWidth / 2);
+    if constexpr (Summing)
+      for (std::size_t column = 0; column < columns; ++column) sums[column].add_to(lanes, lane + column * kWidth);
   }
   return largest;
 }
@@ -329,10 +355,10 @@ std::uint32_t largest_lane(U v) {
 std::uint32_t largest_of(const float* values, std::size_t n) {
   U largest{};
   std::size_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) largest = max(largest, load<U>(values + i) & 0x7FFFFFFFu);
+  for (; i + kWidth <= n; i += kWidth) largest = max(largest, load<U>(values + i) & ~kSign);
   std::uint32_t result = largest_lane(largest);
   for (; i < n; ++i) {
-    const std::uint32_t magnitude = cast<std::uint32_t>(values[i]) & 0x7FFFFFFFu;
+    const std::uint32_t magnitude = cast<std::uint32_t>(values[i]) & ~kSign;
     result = result > magnitude ? result : magnitude;
   }
   return result;
@@ -365,8 +391,8 @@ void fence() {
 }
 
 void decode(const Packed& base, const Packed* update, float* out, std::size_t n, bool streaming) {
-  const Represent represent(base.format, base.scale, base.offset);
-  const Represent change = update ? Represent(update->format, update->scale, update->offset) : represent;
+  const Represent represent(base);
+  const Represent change(update ? *update : base);
   streaming = streaming && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
   for_each_block(n, [&](std::size_t block, std::size_t at, std::size_t count) {
     if (count == kBlock && !streaming && !update) {
@@ -391,7 +417,7 @@ void decode(const Packed& base, const Packed* update, float* out, std::size_t n,
 }
 
 void decode_add(const Packed& packed, float weight, float* out, std::size_t n) {
-  const Represent represent(packed.format, packed.scale, packed.offset);
+  const Represent represent(packed);
   for_each_block(n, [&](std::size_t block, std::size_t at, std::size_t count) {
     alignas(64) Values values;
     decode_block(packed, represent, block, count, values.data());
@@ -404,25 +430,25 @@ void decode_add(const Packed& packed, float weight, float* out, std::size_t n) {
 
 // Rounds and packs the blocks that fill(block, at, count, whole) gives; whole is room for a block, and what fill
 // returns points to the block's values, zeros behind the last.
-template <class Round, bool Wide, class Fill>
+template <class Round, class Fill>
 void encode_blocks(std::size_t n, Format format, const Rounding& rounding, std::uint32_t* words, Found& found,
                    Fill fill) {
   Lanes lanes{};
-  const Represent represent(format, power_of_two(-rounding.exponent), 0.0f);
+  const float scale = power_of_two(rounding.exponent + format.bias() - format.working_bias());
   U largest{};
   for_each_block(n, [&](std::size_t block, std::size_t at, std::size_t count) {
     alignas(64) Values room;
     alignas(64) Codes codes;
     const float* values = fill(block, at, count, room);
     const Round round(format, rounding, rounding.start + at);
-    const U some = found.sums ? round_block<Round, Wide>(values, round, codes, represent, lanes)
-                              : round_block<Round, Wide>(values, round, codes);
+    const U some = found.sums ? round_block<Round, true>(values, scale, round, codes, lanes)
+                              : round_block<Round, false>(values, scale, round, codes, lanes);
     largest = max(largest, some);
     for (std::size_t i = count; i < kBlock; ++i) codes[i] = 0;
     pack(codes, format.bits(), count, words + block * format.bits() * kLanes);
   });
   found.largest = largest_lane(largest);
-  if (found.sums) add_lanes(lanes, found.sums);
+  if (found.sums) add_lanes(lanes, scale, found.sums);
 }
 
 template <class Fill>
@@ -431,14 +457,16 @@ void encode_with(std::size_t n, Format format, const Rounding& rounding, std::ui
   const bool wide = format.exponent_bits == 8;
   if (rounding.stochastic) {
     if (wide) {
-      encode_blocks<Stochastic, true>(n, format, rounding, words, found, fill);
+      encode_blocks<Stochastic<true>>(n, format, rounding, words, found, fill);
     } else {
-      encode_blocks<Stochastic, false>(n, format, rounding, words, found, fill);
+      encode_blocks<Stochastic<false>>(n, format, rounding, words, found, fill);
     }
   } else if (wide) {
-    encode_blocks<NearestWide, true>(n, format, rounding, words, found, fill);
+    encode_blocks<Nearest<true>>(n, format, rounding, words, found, fill);
+  } else if (format.bits() <= 23) {
+    encode_blocks<NearestBySum>(n, format, rounding, words, found, fill);
   } else {
-    encode_blocks<Nearest, false>(n, format, rounding, words, found, fill);
+    encode_blocks<Nearest<false>>(n, format, rounding, words, found, fill);
   }
 }
 
@@ -455,7 +483,7 @@ void encode(const float* values, std::size_t n, Format format, const Rounding& r
 
 void update(const Packed& packed, const float* gradient, float alpha, std::size_t n, const Rounding& rounding,
             std::uint32_t* words, Found& found) {
-  const Represent represent(packed.format, packed.scale, packed.offset);
+  const Represent represent(packed);
   encode_with(n, packed.format, rounding, words, found,
               [&](std::size_t block, std::size_t at, std::size_t count, Values& room) -> const float* {
                 decode_block(packed, represent, block, count, room.data());

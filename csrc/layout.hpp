@@ -26,10 +26,11 @@ struct Format {
 
   constexpr unsigned bits() const { return 1 + exponent_bits + mantissa_bits; }
   constexpr int bias() const { return (1 << (exponent_bits - 1)) - 1; }
-  constexpr std::uint32_t max_code() const {
-    const std::uint32_t top = exponent_bits == 8 ? 254u : (1u << exponent_bits) - 1;
-    return ((top + 1) << mantissa_bits) - 1;
-  }
+  constexpr std::uint32_t max_code() const { return ((top_field() + 1) << mantissa_bits) - 1; }
+  constexpr std::uint32_t top_field() const { return exponent_bits == 8 ? 254u : (1u << exponent_bits) - 1; }
+  constexpr int top_exponent() const { return static_cast<int>(top_field()) - bias(); }
+  // The bias of the units in which values are rounded and summed: a block's sum of squares must stay finite.
+  constexpr int working_bias() const { return exponent_bits == 7 ? bias() + 4 : bias(); }
 };
 
 // A stretch of a variable that begins at a block: codes and the transformation that gives their values.

@@ -61,15 +61,35 @@ const Kernels*& current() {
   return kernels;
 }
 
-// IEEE arithmetic whatever torch.set_flush_denormal says, so that a result does not depend on the thread.
-class IeeeArithmetic {
+// How subnormal numbers are treated, whatever torch.set_flush_denormal says: a result does not depend on the thread.
+enum class Subnormals { kKept, kZero };
+
+class Arithmetic {
  public:
 #if defined(FEDOMC_X86)
-  IeeeArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u & ~0x6000u); }
-  ~IeeeArithmetic() { _mm_setcsr(before_); }
+  explicit Arithmetic(Subnormals subnormals) : before_(_mm_getcsr()) {
+    const unsigned to_nearest = before_ & ~(kZero | 0x6000u);
+    _mm_setcsr(subnormals == Subnormals::kZero ? to_nearest | kZero : to_nearest);
+  }
+  ~Arithmetic() { _mm_setcsr(before_); }
 
  private:
+  static constexpr unsigned kZero = 0x8040u;
   unsigned before_;
+#elif defined(__aarch64__)
+  explicit Arithmetic(Subnormals subnormals) {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    const std::uint64_t to_nearest = before_ & ~(kZero | std::uint64_t{3} << 22);
+    set(subnormals == Subnormals::kZero ? to_nearest | kZero : to_nearest);
+  }
+  ~Arithmetic() { set(before_); }
+
+ private:
+  static constexpr std::uint64_t kZero = std::uint64_t{1} << 24;
+  static void set(std::uint64_t fpcr) { asm volatile("msr fpcr, %0" : : "r"(fpcr)); }
+  std::uint64_t before_;
+#else
+#error "set how subnormal numbers are treated on this processor"
 #endif
 };
 
@@ -100,7 +120,8 @@ std::size_t at_word(std::size_t value, Format format) { return words_of(value, f
 
 void check_exponent(int exponent, Format format) {
   const int most = 120 - format.bias() - static_cast<int>(format.mantissa_bits);
-  require(exponent >= -254 && exponent <= std::max(most, 0), "exponent out of range");
+  require(exponent >= std::min(format.top_exponent() - 127, 0) && exponent <= std::max(most, 0),
+          "exponent out of range");
   require(format.exponent_bits < 8 || exponent == 0, "eight exponent bits take no scaling");
 }
 
@@ -121,10 +142,10 @@ struct Part {
 
 // Calls run(at, count) for each chunk of n values, without the GIL.
 template <class Run>
-void in_chunks(std::size_t n, unsigned threads, const Run& run) {
+void in_chunks(std::size_t n, unsigned threads, const Run& run, Subnormals subnormals = Subnormals::kKept) {
   const nb::gil_scoped_release release;
   for_each_chunk(n, threads, [&](std::size_t chunk) {
-    const IeeeArithmetic ieee;
+    const Arithmetic arithmetic(subnormals);
     const std::size_t at = chunk * kChunk;
     run(at, std::min(kChunk, n - at));
   });
@@ -163,17 +184,18 @@ void check_sums(const OutSums& sums, std::size_t n) {
 }
 
 template <class Run>
-std::uint32_t over_chunks(std::size_t n, unsigned threads, const OutSums& sums, const Rounding& rounding,
+std::uint32_t over_chunks(std::size_t n, unsigned threads, Format format, const OutSums& sums, const Rounding& rounding,
                           const Run& run) {
   std::vector<std::uint32_t> largest((n + kChunk - 1) / kChunk);
-  in_chunks(n, threads, [&](std::size_t at, std::size_t count) {
+  const auto over_chunk = [&](std::size_t at, std::size_t count) {
     const std::size_t chunk = at / kChunk;
     Rounding here = rounding;
     here.start += at;
     Found found{sums.shape(0) ? sums.data() + chunk * kSums : nullptr, 0};
     run(at, count, here, found);
     largest[chunk] = found.largest;
-  });
+  };
+  in_chunks(n, threads, over_chunk, format.exponent_bits == 8 ? Subnormals::kKept : Subnormals::kZero);
   std::uint32_t result = 0;
   for (const std::uint32_t some : largest) result = std::max(result, some);
   return result;
@@ -187,7 +209,7 @@ std::uint32_t encode(const InValues& values, unsigned e, unsigned m, int exponen
   check_exponent(exponent, format);
   check_sums(sums, n);
   check_apart(values, words);
-  return over_chunks(n, threads, sums, {exponent, stochastic, seed, start},
+  return over_chunks(n, threads, format, sums, {exponent, stochastic, seed, start},
                      [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
                        current()->encode(values.data() + at, count, format, rounding,
                                          unsigned_words(words.data()) + at_word(at, format), found);
@@ -205,7 +227,7 @@ std::uint32_t update(const InWords& words, unsigned e, unsigned m, float scale, 
   check_sums(sums, n);
   check_apart(words, out);
   check_apart(gradient, out);
-  return over_chunks(n, threads, sums, {exponent, stochastic, seed, 0},
+  return over_chunks(n, threads, format, sums, {exponent, stochastic, seed, 0},
                      [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
                        const Packed packed{unsigned_words(words.data()) + at_word(at, format), format, scale, offset};
                        current()->update(packed, gradient.data() + at, alpha, count, rounding,

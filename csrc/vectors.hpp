@@ -15,7 +15,10 @@ namespace fedomc::FEDOMC_LEVEL {
 namespace {
 
 constexpr std::size_t kBytes = FEDOMC_VECTOR_BYTES;
-constexpr std::size_t kWidth = kBytes / 4;  // lanes of a vector
+constexpr std::size_t kWidth = kBytes / 4;              // lanes of a vector
+constexpr std::size_t kColumns = kBytes == 64 ? 2 : 1;  // how many vectors' sums fit into the registers
+
+constexpr std::uint32_t kSign = 1u << 31, kExponent = 0x7F800000u, kOneExponent = 1u << 23;  // of a float32
 
 using U = std::uint32_t __attribute__((vector_size(kBytes)));
 using I = std::int32_t __attribute__((vector_size(kBytes)));
@@ -47,8 +50,21 @@ inline U splat(std::uint32_t x) { return U{} + x; }
 inline F splat(float x) { return F{} + x; }
 // All that is compared is below 2**31, and there are instructions for signed comparison everywhere.
 inline I below(U a, U b) { return cast<I>(a) < cast<I>(b); }
+
+// Smallest and largest, of integers below 2**31. The compiler does not see that there are instructions for them.
+#if defined(__AVX512F__)
+inline U min(U a, U b) { return cast<U>(_mm512_min_epu32(cast<__m512i>(a), cast<__m512i>(b))); }
+inline U max(U a, U b) { return cast<U>(_mm512_max_epu32(cast<__m512i>(a), cast<__m512i>(b))); }
+inline F min(F a, F b) { return cast<F>(_mm512_min_ps(cast<__m512>(a), cast<__m512>(b))); }
+#elif defined(__AVX2__)
+inline U min(U a, U b) { return cast<U>(_mm256_min_epu32(cast<__m256i>(a), cast<__m256i>(b))); }
+inline U max(U a, U b) { return cast<U>(_mm256_max_epu32(cast<__m256i>(a), cast<__m256i>(b))); }
+inline F min(F a, F b) { return cast<F>(_mm256_min_ps(cast<__m256>(a), cast<__m256>(b))); }
+#else
 inline U min(U a, U b) { return below(a, b) ? a : b; }
 inline U max(U a, U b) { return below(a, b) ? b : a; }
+inline F min(F a, F b) { return a < b ? a : b; }
+#endif
 
 // A shift that is the same for all lanes: a vector of counts where there is an instruction for that, which is faster.
 #if defined(__AVX2__)
@@ -66,17 +82,6 @@ inline D widen(H v) {
   return cast<D>(_mm256_cvtps_pd(cast<__m128>(v)));
 #else
   return __builtin_convertvector(v, D);
-#endif
-}
-
-// sum + a * b. The product of two widened floats is exact, so that fusing it changes nothing.
-inline D add_product(D sum, D a, D b) {
-#if defined(__AVX512F__)
-  return cast<D>(_mm512_fmadd_pd(cast<__m512d>(a), cast<__m512d>(b), cast<__m512d>(sum)));
-#elif defined(__FMA__)
-  return cast<D>(_mm256_fmadd_pd(cast<__m256d>(a), cast<__m256d>(b), cast<__m256d>(sum)));
-#else
-  return sum + a * b;
 #endif
 }
 

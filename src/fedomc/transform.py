@@ -232,7 +232,9 @@ class Packed:
 
     def _present_exponent(self) -> int:
         scale = abs(float(self.affine[0]))
-        return max(-254, min(-round(math.log2(scale)), _most_exponent(self.format))) if scale > 0 else 0
+        if scale == 0:
+            return 0
+        return _bounded(-round(math.log2(scale)), self.format)
 
 
 def encode(
@@ -268,11 +270,13 @@ def scaling_exponent(magnitude_bits: int, format: FloatFormat) -> int:
         return 0
     field = magnitude_bits >> 23
     binade = field - 127 if field else magnitude_bits.bit_length() - 150
-    return min(format.top_exponent - binade, _most_exponent(format))
+    return _bounded(format.top_exponent - binade, format)
 
 
-def _most_exponent(format: FloatFormat) -> int:
-    return max(0, 120 - format.bias - format.mantissa_bits)
+def _bounded(exponent: int, format: FloatFormat) -> int:
+    least = min(0, format.top_exponent - 127)
+    most = max(0, 120 - format.bias - format.mantissa_bits)
+    return max(least, min(exponent, most))
 
 
 def fit(sums: Tensor, numel: int) -> tuple[float, float]:
@@ -280,25 +284,33 @@ def fit(sums: Tensor, numel: int) -> tuple[float, float]:
 
     Args:
         sums: float64 ``[chunks, 5]``: of D, D*D, D*R, R*R and R by chunk, where ``D = V - R``. With D instead of V
-            nothing cancels: the fit is of what the codes miss.
+            nothing cancels: the fit is of what the codes miss. Each is good to 2**-19 of the sum of its terms'
+            magnitudes, as 32 of them are added in float32.
         numel: how many values.
 
     Returns:
-        s and b, rounded to float32. (1, 0) where that is as good; (1, mean error) where R is constant.
+        s and b, rounded to float32. (1, 0) where that is as good; (1, mean error) where R hardly varies.
     """
-    d, dd, dr, rr, r = (math.fsum(column) for column in sums.T.tolist())
-    if dd == 0:
+    d, dd, dr, rr, r = (_total(column) for column in sums.T.tolist())
+    if dd == 0 or not math.isfinite(d + dd + dr + rr + r):
         return 1.0, 0.0
     spread = numel * rr - r * r
-    gain = (numel * dr - d * r) / spread if spread > 1e-12 * numel * rr else 0.0
+    gain = (numel * dr - d * r) / spread if spread > 2.0**-12 * numel * rr else 0.0
     s, b = _float32(1 + gain), _float32((d - gain * r) / numel)
     if abs(b) < 2.0**-126:  # a subnormal, which flush-to-zero modes would not add
         b = 0.0
-    error = dd + (s - 1) ** 2 * rr + numel * b * b - 2 * (s - 1) * dr - 2 * b * d + 2 * (s - 1) * b * r
-    # What rounding in float32 costs when s and b are applied must not eat what they gain: at most 2**-24 of each R,
-    # in the worst case all in the direction of D.
+    gained = 2 * (s - 1) * dr + 2 * b * d - (s - 1) ** 2 * rr - numel * b * b - 2 * (s - 1) * b * r
+    # What the sums are uncertain by must not be what is gained, ...
+    change = abs(s - 1) * math.sqrt(rr) + abs(b) * math.sqrt(numel)
+    doubt = 2.0**-19 * change * (2 * math.sqrt(dd) + change)
+    # ... nor what rounding in float32 costs when s and b are applied: at most 2**-24 of each R, in the worst case all
+    # in the direction of D.
     cost = 2.0**-22 * math.sqrt(dd * rr) + 2.0**-46 * rr
-    return (s, b) if error + cost < dd else (1.0, 0.0)
+    return (s, b) if gained > doubt + cost else (1.0, 0.0)
+
+
+def _total(values: list[float]) -> float:
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def draw_seed(seed: int, name: str, count: int) -> int:

@@ -203,7 +203,9 @@ def test_sums_are_those_of_numpy() -> None:
     d = (x - quantize(x, "S1E2M3")).double().numpy()
     terms = (d, d * d, d * r, r * r, r)
     expected = [[term[i : i + codec.CHUNK].sum() for term in terms] for i in range(0, len(x), codec.CHUNK)]
-    np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-12, atol=1e-10)
+    magnitudes = [[abs(term[i : i + codec.CHUNK]).sum() for term in terms] for i in range(0, len(x), codec.CHUNK)]
+    # 32 terms are added in float32, the rest in float64.
+    assert (np.abs(sums.numpy() - expected) <= 2.0**-19 * np.array(magnitudes)).all()
 
 
 class TestStochastic:

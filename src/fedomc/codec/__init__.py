@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fedomc.codec import native, reference
-from fedomc.codec.layout import BLOCK, CHUNK, words_of
+from fedomc.codec.layout import BLOCK, CHUNK, SUMS, words_of
 from fedomc.formats import FloatFormat
 
 __all__ = [
     "BLOCK",
     "CHUNK",
     "INFINITY_BITS",
+    "SUMS",
     "backend",
     "decode",
     "decode_add",
@@ -28,9 +29,6 @@ __all__ = [
 
 INFINITY_BITS = 0x7F800000
 """The bits of a float32 infinity; the magnitude bits of every finite value are smaller."""
-
-SUMS = 5
-"""How many sums the least-squares fit takes: D, D*D, D*R, R*R, R with ``R = 2**-k Q`` and ``D = V - R``."""
 
 _SCHEMAS = {
     "largest": "(Tensor values, Tensor(a!) out) -> ()",
@@ -127,7 +125,7 @@ def encode(
     Args:
         values: float32 ``[n]``, contiguous.
         format: the number format.
-        exponent: the k of the scaling; at most ``120 - bias - mantissa_bits`` or 0.
+        exponent: the k of the scaling: from ``top_exponent - 127`` to ``120 - bias - mantissa_bits``, or 0.
         words: int32 ``[words_of(n, bits)]``, written.
         start: where the values stand in their variable, a multiple of ``BLOCK``: the counter of stochastic rounding.
         seed: of stochastic rounding, 63 bits; None rounds to nearest, ties to the even code.

@@ -12,6 +12,9 @@ BLOCK = LANES * ROWS
 CHUNK = 64 * BLOCK
 """Values that are worked on at a time: their temporaries stay in the cache, and one thread takes them."""
 
+SUMS = 5
+"""How many sums the least-squares fit takes: D, D*D, D*R, R*R, R with ``R = 2**-k Q`` and ``D = V - R``."""
+
 
 def words_of(numel: int, bits: int) -> int:
     """Count the 32-bit words that hold ``numel`` codes of ``bits`` bits."""

@@ -1,4 +1,7 @@
-"""The kernels in C++, for CPU tensors; ``FEDOMC_NATIVE=0`` keeps to the reference, ``1`` insists on the kernels."""
+"""The kernels in C++, for CPU tensors; ``FEDOMC_NATIVE=0`` keeps to the reference, ``1`` insists on the kernels.
+
+Tensors are handed over as DLPack capsules: asking them through ``__dlpack__`` takes longer than a small kernel.
+"""
 
 import importlib
 import os
@@ -7,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 
 def load(wanted: str) -> ModuleType | None:
@@ -43,12 +47,12 @@ extension = load(os.environ.get("FEDOMC_NATIVE", "auto"))
 
 def largest(values: Tensor, out: Tensor) -> None:
     """See ``reference.largest``."""
-    out.fill_(_extension().largest(values, torch.get_num_threads()))
+    out.fill_(_extension().largest(to_dlpack(values), torch.get_num_threads()))
 
 
 def decode(words: Tensor, e: int, m: int, scale: float, offset: float, out: Tensor) -> None:
     """See ``reference.decode``."""
-    _extension().decode(words, e, m, scale, offset, out, torch.get_num_threads())
+    _extension().decode(to_dlpack(words), e, m, scale, offset, to_dlpack(out), torch.get_num_threads())
 
 
 def decode_sum(
@@ -57,14 +61,14 @@ def decode_sum(
 ) -> None:  # fmt: skip
     """See ``reference.decode_sum``."""
     _extension().decode_sum(
-        words, e, m, scale, offset, update_words, update_e, update_m, update_scale, update_offset, out,
-        torch.get_num_threads(),
+        to_dlpack(words), e, m, scale, offset, to_dlpack(update_words), update_e, update_m, update_scale, update_offset,
+        to_dlpack(out), torch.get_num_threads(),
     )  # fmt: skip
 
 
 def decode_add(words: Tensor, e: int, m: int, scale: float, offset: float, weight: float, out: Tensor) -> None:
     """See ``reference.decode_add``."""
-    _extension().decode_add(words, e, m, scale, offset, weight, out, torch.get_num_threads())
+    _extension().decode_add(to_dlpack(words), e, m, scale, offset, weight, to_dlpack(out), torch.get_num_threads())
 
 
 def encode(
@@ -73,7 +77,16 @@ def encode(
 ) -> None:  # fmt: skip
     """See ``reference.encode``."""
     found = _extension().encode(
-        values, e, m, exponent, seed is not None, seed or 0, start, words, sums, torch.get_num_threads()
+        to_dlpack(values),
+        e,
+        m,
+        exponent,
+        seed is not None,
+        seed or 0,
+        start,
+        to_dlpack(words),
+        to_dlpack(sums),
+        torch.get_num_threads(),
     )
     largest.fill_(found)
 
@@ -84,8 +97,8 @@ def update(
 ) -> None:  # fmt: skip
     """See ``reference.update``."""
     found = _extension().update(
-        words, e, m, scale, offset, gradient, alpha, exponent, seed is not None, seed or 0, out, sums,
-        torch.get_num_threads(),
+        to_dlpack(words), e, m, scale, offset, to_dlpack(gradient), alpha, exponent, seed is not None, seed or 0,
+        to_dlpack(out), to_dlpack(sums), torch.get_num_threads(),
     )  # fmt: skip
     largest.fill_(found)
 

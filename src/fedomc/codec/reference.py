@@ -4,8 +4,12 @@
 A float32 is a sign and the integer ``u = exponent << 23 | mantissa``, and codes have the same structure with fewer
 bits, so rounding to a format is rounding ``u``, moved to the format's bias, to its upper bits; a carry walks from the
 mantissa into the exponent by itself. Below the smallest normal value the significand moves right by as many places as
-the exponent is short. Nothing here computes with a subnormal float, so results do not depend on flush-to-zero modes,
-and nothing is rounded twice.
+the exponent is short. Nothing is rounded twice.
+
+[Note: subnormals are zero]
+Except with eight exponent bits, which are those of float32, what is subnormal in float32 is far below half a step of
+the format, in the values as they are and in the format's units. It counts as zero, so that nothing depends on
+flush-to-zero modes.
 """
 
 import functools
@@ -14,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedomc.codec.layout import BLOCK, CHUNK, LANES, ROWS, words_of
+from fedomc.codec.layout import BLOCK, CHUNK, LANES, ROWS, SUMS, words_of
 from fedomc.codec.random import random_bits
 from fedomc.formats import FloatFormat
 
@@ -74,7 +78,10 @@ def update(
     largest.zero_()
     for at, part in _chunks(gradient):
         values = _decoded(_stretch(words, format, at, part), format, scale, offset, part.numel())
-        values.add_(part, alpha=alpha)
+        if format.exponent_bits < 8:
+            values = _flushed(_flushed(values).add_(_flushed(part), alpha=alpha))
+        else:
+            values.add_(part, alpha=alpha)
         row = sums[at // CHUNK] if len(sums) else None
         _encode_chunk(values, format, exponent, seed, at, _stretch(out, format, at, part), row, largest)
 
@@ -97,13 +104,29 @@ def _encode_chunk(
     words: Tensor, sums: Tensor | None, largest: Tensor,
 ) -> None:  # fmt: skip
     """Encode a chunk; write its words and, if wanted, its five sums; raise ``largest`` to its largest magnitude."""
-    codes = _round(values, format, exponent, seed, start, largest)
+    torch.maximum(largest, (values.view(torch.int32) & 0x7FFFFFFF).max(), out=largest)
+    bias, scale = _working_bias(format), 1.0
+    if format.exponent_bits < 8:
+        scale = 2.0 ** (exponent + format.bias - bias)
+        values = _flushed(_flushed(values) * scale)
+    codes = _round(values, format, bias, seed, start)
     blocks = -(-values.numel() // BLOCK)
     codes = _pad(codes, blocks * BLOCK)
     _pack(codes.view(blocks, ROWS, LANES), format.bits, words)
     if sums is not None:
-        represented = _values(codes, format, float(2.0**-exponent), 0.0)
-        sums.copy_(_sums(_pad(values, blocks * BLOCK) - represented, represented, blocks))
+        represented = _values(codes, format, 2.0 ** (format.bias - bias), 0.0)
+        found = _sums(_pad(values, blocks * BLOCK) - represented, represented, blocks)
+        sums.copy_(found / torch.tensor([1, scale, scale, scale, 1], dtype=torch.float64) / scale)
+
+
+def _working_bias(format: FloatFormat) -> int:
+    """The bias of the units in which values are rounded and summed: a block's sum of squares must stay finite."""
+    return format.bias + 4 if format.exponent_bits == 7 else format.bias
+
+
+def _flushed(values: Tensor) -> Tensor:
+    bits = values.view(torch.int32)
+    return torch.where((bits & 0x7FFFFFFF) < 1 << 23, bits & -(1 << 31), bits).view(torch.float32)
 
 
 def _decoded(words: Tensor, format: FloatFormat, scale: float, offset: float, numel: int) -> Tensor:
@@ -115,13 +138,12 @@ def _pad(flat: Tensor, size: int) -> Tensor:
     return flat if flat.numel() == size else torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
-def _round(values: Tensor, format: FloatFormat, exponent: int, seed: int | None, start: int, largest: Tensor) -> Tensor:
+def _round(values: Tensor, format: FloatFormat, bias: int, seed: int | None, start: int) -> Tensor:
     bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
-    torch.maximum(largest, magnitude.max(), out=largest)
     field = (magnitude >> 23).clamp_(min=1)  # the exponent field; a subnormal has that of the smallest normal value
     significand = magnitude.sub_((field - 1) << 23)  # [n], below 2**24, hidden bit included
-    target = field.add_(exponent + format.bias - 127)  # the exponent field in the format, not positive if subnormal
+    target = field.add_(bias - 127)  # the exponent field in the format, not positive if subnormal
     normal = target.clamp(min=1)
     shift = normal.sub(target).add_(23 - format.mantissa_bits)  # how many bits the format drops
     integer = significand.add_(normal.sub_(1) << 23)
@@ -166,21 +188,21 @@ def _values(codes: Tensor, format: FloatFormat, scale: float, offset: float) -> 
 def _sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:
     """Sum D, D*D, D*R, R*R and R over a chunk, in one order on every device and for any number of threads.
 
-    In each lane the rows of a block, then the blocks, then the lanes by halves.
+    In each lane the rows of a block, in float32; then, in float64, the blocks, then the lanes by halves.
     """
-    d, r = difference.double(), represented.double()
-    terms = torch.stack((d, d * d, d * r, r * r, r)).view(5, blocks, ROWS, LANES)
-    lanes = torch.zeros(5, blocks, LANES, dtype=torch.float64, device=d.device)
+    d, r = difference, represented
+    terms = torch.stack((d, d * d, d * r, r * r, r)).view(SUMS, blocks, ROWS, LANES)
+    rows = torch.zeros(SUMS, blocks, LANES, device=d.device)
     for row in range(ROWS):
-        lanes += terms[:, :, row]
-    total = torch.zeros(5, LANES, dtype=torch.float64, device=d.device)
+        rows += terms[:, :, row]
+    lanes = torch.zeros(SUMS, LANES, dtype=torch.float64, device=d.device)
     for block in range(blocks):
-        total += lanes[:, block]
+        lanes += rows[:, block]
     width = LANES
     while width > 1:
         width //= 2
-        total = total[:, :width] + total[:, width:]
-    return total[:, 0]
+        lanes = lanes[:, :width] + lanes[:, width:]
+    return lanes[:, 0]
 
 
 @functools.lru_cache(maxsize=64)
