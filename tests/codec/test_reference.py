@@ -1,5 +1,7 @@
 import functools
 import itertools
+from collections.abc import Callable
+from functools import partial
 
 import gfloat
 import ml_dtypes
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedomc import FloatFormat, codec
+from fedomc.codec import reference
 from tests.conftest import bits_of, flushed_denormals, gfloat_format, pack_by_design, randn, same_bits, threads
 
 NAMES = (
@@ -261,3 +264,21 @@ class TestStochastic:
         up = quantize(torch.full((self.DRAWS,), 1.0625), "S1E2M3", seed=1) > 1.0625  # halfway between 1 and 1.125
         agree = float((up[1:] == up[:-1]).double().mean())
         assert abs(agree - 0.5) < 5 * 0.5 / self.DRAWS**0.5
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_it_runs_under_torch_compile(seed: int | None) -> None:
+    n = codec.CHUNK + 1500
+    x, gradient = randn(n), randn(n)
+
+    def run(at: Callable[[Callable[..., None]], Callable[..., None]]) -> list[Tensor]:
+        words, sums = torch.zeros(codec.words_of(n, 11), dtype=torch.int32), torch.empty(2, codec.SUMS).double()
+        again, largest, out = words.clone(), torch.zeros(1, dtype=torch.int64), torch.empty(n)
+        at(reference.encode)(x, 3, 7, 3, seed, 0, words, sums, largest)
+        at(reference.update)(words, 3, 7, 0.5, 0.1, gradient, -0.1, 3, seed, again, sums.clone(), largest.clone())
+        at(reference.decode_sum)(words, 3, 7, 0.5, 0.1, again, 3, 7, 0.5, 0.1, out)
+        at(reference.decode_add)(words, 3, 7, 0.5, 0.1, 0.25, out)
+        return [words, sums, again, largest, out]
+
+    compiled = run(partial(torch.compile, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(run(lambda function: function), compiled, strict=True))
