@@ -169,6 +169,15 @@ def test_what_is_accepted_can_be_used() -> None:
         assert torch.isfinite(p.dequantize()).all()
 
 
+def test_what_only_rounding_makes_infinite_is_refused() -> None:
+    """Exactly, factor * 7.5 + offset is the largest float32; but the product is rounded up, and then the sum."""
+    factor, offset = float.fromhex("0x1.fae15p+124"), float.fromhex("0x1.266618p+124")
+    assert factor * 7.5 + offset <= torch.finfo(torch.float32).max
+    assert torch.tensor(factor) * 7.5 + offset == math.inf
+    with pytest.raises(PayloadError, match=r"^x: .*range of float32"):
+        frame.from_bytes(with_shape((1,), bytes(128), factor=factor, offset=offset), "x")
+
+
 def test_extreme_factors_can_be_used() -> None:
     for factor in (1e-45, 1e-38, -1e30, 0.0):
         found = frame.from_bytes(with_shape((3,), bytes(128), factor=factor, offset=0.25))
@@ -226,5 +235,5 @@ def test_mutated_frames(data: st.DataObject) -> None:
 
 
 def test_too_many_dimensions_cannot_be_written() -> None:
-    with pytest.raises(PayloadError, match="9 dimensions"):
-        frame.to_bytes(encode(torch.ones(1), FloatFormat(2, 3)), (1,) * 9)
+    with pytest.raises(PayloadError, match="^x has 9 dimensions"):
+        frame.to_bytes(encode(torch.ones(1), FloatFormat(2, 3)), (1,) * 9, name="x")

@@ -31,7 +31,7 @@ from torch import Tensor
 from fedomc.codec import words_of
 from fedomc.errors import FormatError, PayloadError
 from fedomc.formats import FloatFormat
-from fedomc.transform import Packed
+from fedomc.transform import Packed, stays_finite
 
 MAGIC = b"FOMC"
 VERSION = 1
@@ -41,7 +41,6 @@ MAX_DIMENSIONS = 8
 _HEADER = struct.Struct("<4sBBBBffII")
 _CHECKSUM = slice(16, 20)
 _MAX_NUMEL = 2**48
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,20 @@ class Frame:
     kind: int
 
 
-def to_bytes(packed: Packed, shape: Sequence[int], kind: int = VARIABLE) -> bytes:
+def to_bytes(packed: Packed, shape: Sequence[int], kind: int = VARIABLE, name: str = "variable") -> bytes:
     """Write a variable as a frame; the same variable always gives the same bytes.
+
+    Args:
+        packed: the variable.
+        shape: its shape.
+        kind: ``VARIABLE`` or ``UPDATE``.
+        name: of the variable, for errors.
 
     Raises:
         PayloadError: more than 8 dimensions.
     """
     if len(shape) > MAX_DIMENSIONS:
-        raise PayloadError(f"a variable of {len(shape)} dimensions cannot be sent: {MAX_DIMENSIONS} at most")
+        raise PayloadError(f"{name} has {len(shape)} dimensions and cannot become a frame: {MAX_DIMENSIONS} at most")
     scale, offset = packed.affine.tolist()
     fmt = packed.format
     fixed = (MAGIC, VERSION, kind, fmt.exponent_bits, fmt.mantissa_bits, scale, offset)
@@ -116,7 +121,7 @@ def from_bytes(data: bytes | bytearray | memoryview, name: str = "variable", *, 
         raise PayloadError(f"{name}: {len(view)} bytes, but {fmt} codes of shape {shape} make {expected}")
     if not (math.isfinite(scale) and math.isfinite(offset)):
         raise PayloadError(f"{name}: factor {scale} or offset {offset} is not finite")
-    if abs(scale) * fmt.max_value + abs(offset) > _FLOAT32_MAX:
+    if not stays_finite(fmt, scale, offset):
         raise PayloadError(f"{name}: factor {scale} and offset {offset} leave the range of float32")
     if checksum != _checksum(view[:begin], view[begin:]):
         raise PayloadError(f"{name}: checksum does not match: the bytes were damaged on the way")

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from fedomc.tensor import OPERATORS, CompressedTensor, is_compressed
-from fedomc.transform import Packed
+from fedomc.transform import Packed, stays_finite
 
 _aten = torch.ops.aten
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 _ADDITIVE = {_aten.add_.Tensor, _aten.add_.Scalar, _aten.sub_.Tensor, _aten.sub_.Scalar}
 _ELEMENTWISE = _ADDITIVE | {
@@ -128,9 +127,9 @@ def _scale(target: CompressedTensor, factor: Any) -> bool:
     if isinstance(factor, Tensor) and factor.dim():
         return False
     affine: Tensor = target.base.affine * (factor.dequantize() if is_compressed(factor) else factor)
-    scale, offset = (abs(value) for value in affine.tolist())
+    scale, offset = affine.tolist()
     # A factor near zero would leave the range of normal floats; the general way rounds that rightly.
-    if not (2.0**-120 < scale and scale * target.format.max_value + offset <= _FLOAT32_MAX):
+    if not (2.0**-120 < abs(scale) and stays_finite(target.format, scale, offset)):
         return False
     target.base.affine.copy_(affine)
     target.base.rewrites += 1

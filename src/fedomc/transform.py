@@ -22,8 +22,6 @@ from fedomc.formats import FloatFormat
 TRANSFORMS = ("none", "affine", "scaled-affine")
 ROUNDINGS = ("nearest", "stochastic")
 
-_FLOAT32_MAX = torch.finfo(torch.float32).max
-
 
 @dataclass(frozen=True)
 class Encoding:
@@ -200,7 +198,7 @@ class Packed:
             exponent = wanted
         s, b = (1.0, 0.0) if transform == "none" else fit(sums, self.numel)
         scale = s * 2.0**-exponent
-        if abs(scale) * self.format.max_value + abs(b) > _FLOAT32_MAX:
+        if not stays_finite(self.format, scale, b):
             scale, b = 2.0**-exponent, 0.0
         self.codes.copy_(codes)
         self.affine.copy_(torch.tensor([scale, b]))
@@ -259,6 +257,11 @@ def encode(
 
     packed._rewrite(encoded, lambda: codec.magnitude_bits(flat), transform, rounding, seed, name)
     return packed
+
+
+def stays_finite(format: FloatFormat, scale: float, offset: float) -> bool:
+    """Tell whether every code decodes to a finite value, rounding in float32 as decoding does."""
+    return math.isfinite(_float32(_float32(abs(scale) * format.max_value) + abs(offset)))
 
 
 def scaling_exponent(magnitude_bits: int, format: FloatFormat) -> int:
