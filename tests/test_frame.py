@@ -235,5 +235,5 @@ def test_mutated_frames(data: st.DataObject) -> None:
 
 
 def test_too_many_dimensions_cannot_be_written() -> None:
-    with pytest.raises(PayloadError, match="^x has 9 dimensions"):
+    with pytest.raises(PayloadError, match=r"^x has 9 dimensions"):
         frame.to_bytes(encode(torch.ones(1), FloatFormat(2, 3)), (1,) * 9, name="x")

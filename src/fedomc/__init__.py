@@ -1,6 +1,7 @@
 """Online Model Compression: parameters stay bit-packed in memory, on the wire and on disk while a model trains."""
 
 from fedomc import fallback, inplace, ops  # noqa: F401  (they register what CompressedTensor does)
+from fedomc.checkpoint import load_model, materialize_, save_model
 from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
 from fedomc.formats import FloatFormat
 from fedomc.model import ParameterBytes, compress_, decompress_, parameter_bytes
@@ -26,6 +27,9 @@ __all__ = [
     "StepInBackward",
     "compress_",
     "decompress_",
+    "load_model",
+    "materialize_",
     "parameter_bytes",
+    "save_model",
     "step_in_backward",
 ]

@@ -21,7 +21,7 @@ import struct
 import sys
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from fedomc.codec import words_of
-from fedomc.errors import FormatError, PayloadError
+from fedomc.errors import FormatError, OMCError, PayloadError
 from fedomc.formats import FloatFormat
-from fedomc.transform import Packed, stays_finite
+from fedomc.transform import Encoding, Packed, stays_finite
 
 MAGIC = b"FOMC"
 VERSION = 1
@@ -82,6 +82,11 @@ def to_bytes(packed: Packed, shape: Sequence[int], kind: int = VARIABLE, name: s
     return b"".join((header, codes.data))
 
 
+def size_of(packed: Packed, shape: Sequence[int]) -> int:
+    """Count the bytes of a variable's frame."""
+    return _HEADER.size + 8 * len(shape) + packed.codes.nbytes
+
+
 def from_bytes(data: bytes | bytearray | memoryview, name: str = "variable", *, copy: bool = True) -> Frame:
     """Parse a frame; everything is checked before anything is allocated.
 
@@ -127,6 +132,41 @@ def from_bytes(data: bytes | bytearray | memoryview, name: str = "variable", *, 
         raise PayloadError(f"{name}: checksum does not match: the bytes were damaged on the way")
     packed = Packed(_codes(view[begin:], copy), torch.tensor([scale, offset]), fmt, numel)
     return Frame(packed, shape, kind)
+
+
+def encoding_fields(encoding: Encoding) -> dict[str, str | int]:
+    """Write an encoding as plain fields, for the record or file that goes with a frame."""
+    update = {} if encoding.update_format is None else {"update_format": str(encoding.update_format)}
+    return {
+        "format": str(encoding.format),
+        **update,
+        "transform": encoding.transform,
+        "rounding": encoding.rounding,
+        "seed": encoding.seed,
+    }
+
+
+def read_encoding(fields: Mapping[str, Any]) -> Encoding:
+    """Read an encoding.
+
+    Raises:
+        PayloadError: a field is missing or wrong.
+    """
+    try:
+        update, seed = fields.get("update_format"), fields["seed"]
+        if type(seed) is not int:
+            raise PayloadError(f"seed={seed!r} is not a whole number")
+        return Encoding(
+            FloatFormat.parse(fields["format"]),
+            None if update is None else FloatFormat.parse(update),
+            fields["transform"],
+            fields["rounding"],
+            seed,
+        )
+    except KeyError as error:
+        raise PayloadError(f"the encoding has no {error}") from None
+    except (OMCError, TypeError) as error:
+        raise PayloadError(f"the encoding is wrong: {error}") from None
 
 
 def _codes(view: memoryview, copy: bool) -> Tensor:

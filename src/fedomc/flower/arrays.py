@@ -11,9 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor, nn
 
 from fedomc import frame
-from fedomc.errors import OMCError, PayloadError
-from fedomc.formats import FloatFormat
-from fedomc.model import replace_parameters
+from fedomc.errors import PayloadError
+from fedomc.state import check_names, fill_, some, state_of
 from fedomc.tensor import CompressedTensor
 from fedomc.transform import Encoding, Packed
 
@@ -68,15 +67,7 @@ def read_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
 
 def to_config(encoding: Encoding) -> ConfigRecord:
     """Write an encoding for a client."""
-    return ConfigRecord(
-        {
-            "format": str(encoding.format),
-            "update-format": str(encoding.update_format or ""),
-            "transform": encoding.transform,
-            "rounding": encoding.rounding,
-            "seed": encoding.seed,
-        }
-    )
+    return ConfigRecord({**frame.encoding_fields(encoding)})
 
 
 def from_config(config: Mapping[str, Any]) -> Encoding:
@@ -86,18 +77,9 @@ def from_config(config: Mapping[str, Any]) -> Encoding:
         PayloadError: a field is missing or wrong.
     """
     try:
-        update = config["update-format"]
-        return Encoding(
-            FloatFormat.parse(config["format"]),
-            FloatFormat.parse(update) if update else None,
-            str(config["transform"]),
-            str(config["rounding"]),
-            int(config["seed"]),
-        )
-    except KeyError as error:
-        raise PayloadError(f"the message's {CONFIG!r} record has no {error}") from None
-    except (OMCError, TypeError, ValueError, OverflowError) as error:
-        raise PayloadError(f"the message's {CONFIG!r} record is wrong: {error}") from None
+        return frame.read_encoding(config)
+    except PayloadError as error:
+        raise PayloadError(f"the message's {CONFIG!r} record: {error}") from None
 
 
 def install(model: nn.Module, message: Message | RecordDict) -> nn.Module:
@@ -121,25 +103,12 @@ def install(model: nn.Module, message: Message | RecordDict) -> nn.Module:
         raise PayloadError(f"the message has {len(records)} array records, one expected")
     config = content.config_records.get(CONFIG)
     encoding = None if config is None else from_config(config)
-    state, aliases = _state(model)
-    _check_names(state, aliases, records[0])
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    for name, old in state.items():
-        value = _read(records[0][name], name, old, encoding)
-        if isinstance(old, nn.Parameter):
-            parameters[name] = value
-        else:
-            buffers[name] = value.dequantize() if isinstance(value, CompressedTensor) else value
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in buffers:
-            raise PayloadError(
-                f"buffer {name} lies on the meta device and is not part of any message: compute it first"
-            )
-    replace_parameters(model, ((name, parameters.pop(name)) for name in list(parameters)))
-    for name, value in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = value
+    state, aliases = state_of(model)
+    tied = [name for name in records[0] if name in aliases]
+    if tied:
+        raise PayloadError(f"{some(tied)} is tied to another variable and travels under one name: send collect(model)")
+    check_names(model, records[0].keys())
+    fill_(model, ((name, _read(array, name, state[name], encoding)) for name, array in records[0].items()))
     return model
 
 
@@ -158,7 +127,7 @@ def collect(model: nn.Module) -> ArrayRecord:
         PayloadError: a variable of a dtype that numpy does not have.
     """
     record = ArrayRecord()
-    for name, tensor in _state(model)[0].items():
+    for name, tensor in state_of(model)[0].items():
         if isinstance(tensor, CompressedTensor):
             kind = frame.VARIABLE if tensor.update is None else frame.UPDATE
             record[name] = packed_array(tensor.parts[-1], tuple(tensor.shape), kind)
@@ -172,43 +141,14 @@ def collect(model: nn.Module) -> ArrayRecord:
     return record
 
 
-def _state(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
-    """Return parameters and persistent buffers by name, and the further names of tied ones."""
-    state: dict[str, Tensor] = {}
-    aliases, seen = set(), set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            aliases.add(name)
-        else:
-            seen.add(id(tensor))
-            state[name] = tensor
-    return state, aliases
-
-
-def _check_names(state: Mapping[str, Tensor], aliases: set[str], record: ArrayRecord) -> None:
-    missing = [name for name in state if name not in record]
-    tied = [name for name in record if name in aliases]
-    if tied:
-        raise PayloadError(f"{_some(tied)} is tied to another variable and travels under one name: send collect(model)")
-    unknown = [name for name in record if name not in state]
-    if missing or unknown:
-        raise PayloadError(f"the message is of another model: {_some(missing)} missing, {_some(unknown)} unknown")
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 3 else ", ".join(names) or "none"
-
-
 def _read(array: Array, name: str, old: Tensor, encoding: Encoding | None) -> Tensor:
     if tuple(array.shape) != tuple(old.shape):
         raise PayloadError(f"{name}: shape {tuple(array.shape)}, but the model's is {tuple(old.shape)}")
     if array.stype != STYPE:
-        values = torch.from_numpy(read_dense(array, name).copy(order="C"))
-        if values.dtype != old.dtype:
-            raise PayloadError(f"{name}: dtype {values.dtype}, but the model's is {old.dtype}")
-        return values
-    if old.dtype is not torch.float32:
-        raise PayloadError(f"{name} is compressed, but the model's is {old.dtype}")
+        try:
+            return torch.from_numpy(read_dense(array, name))
+        except TypeError as error:
+            raise PayloadError(f"{name}: {error}") from None
     if encoding is None:
         raise PayloadError(f"{name} is compressed, but the message has no {CONFIG!r} config record")
     # A base is never rewritten and may lie in the message; a variable in one part needs memory of its own.
