@@ -15,7 +15,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from fedomc.codec import BLOCK
 from fedomc.formats import FloatFormat
+from fedomc.scratch import PANEL_BYTES, scratch
 from fedomc.transform import Encoding, Packed, encode
 
 
@@ -110,8 +112,28 @@ class CompressedTensor(Tensor):
 
     def dequantize(self) -> Tensor:
         """Decode to a fresh dense float32 tensor, outside of autograd."""
+        return self._decoded(torch.empty(self.base.numel, device=self.base.codes.device))
+
+    def decode(self) -> Tensor:
+        """Decode as ``dequantize`` does, but into scratch memory: for a moment."""
+        return self._decoded(self.empty(0, self.base.numel))
+
+    def decode_rows(self, start: int, stop: int) -> Tensor:
+        """Decode the rows ``[start, stop)`` of a matrix (or of the first dimension) into scratch memory."""
+        width = self.base.numel // self.shape[0]
+        begin = start * width // BLOCK * BLOCK
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            return self.decode_range(0, self.base.numel).view(self.shape)
+            return self.decode_range(begin, stop * width)[start * width - begin :].view(-1, *self.shape[1:])
+
+    def panels(self) -> list[tuple[int, int]]:
+        """Cut the first dimension so that the decoded values of each piece fit into ``PANEL_BYTES``."""
+        rows = self.shape[0]
+        height = max(1, PANEL_BYTES // max(1, 4 * self.base.numel // rows)) if rows else 1
+        return [(start, min(start + height, rows)) for start in range(0, rows, height)]
+
+    def _decoded(self, out: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            return self._decode_into(out, 0).view(self.shape)
 
     def rewrite(self, produce: Callable[[int, int], Tensor]) -> None:
         """Encode new values in place, chunk by chunk; two parts rewrite the update alone.
@@ -136,8 +158,8 @@ class CompressedTensor(Tensor):
         self.parts[-1].rewrite(produce, how.transform, how.rounding, how.seed, self.variable)
 
     def empty(self, start: int, stop: int) -> Tensor:
-        """Make room for ``stop - start`` values."""
-        return torch.empty(stop - start, device=self.base.codes.device)
+        """Make room for ``stop - start`` values, in scratch memory."""
+        return scratch.empty(stop - start, self.base.codes.device)
 
     def rewrite_from(self, values: Tensor) -> None:
         """Encode new values in place.
@@ -156,7 +178,9 @@ class CompressedTensor(Tensor):
 
     def decode_range(self, start: int, stop: int) -> Tensor:
         """Decode the values ``[start, stop)`` of the flat variable; start is a multiple of the block."""
-        values = self.empty(start, stop)  # [n]
+        return self._decode_into(self.empty(start, stop), start)
+
+    def _decode_into(self, values: Tensor, start: int) -> Tensor:
         if self.update is None or not self.update.rewrites:  # before the first step the update is zero
             return self.base.decode(values, start)
         return self.base.decode_with(self.update, values, start)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedomc import codec
 from fedomc.errors import NonFiniteError, PolicyError
 from fedomc.formats import FloatFormat
+from fedomc.scratch import scratch
 
 TRANSFORMS = ("none", "affine", "scaled-affine")
 ROUNDINGS = ("nearest", "stochastic")
@@ -159,7 +160,7 @@ class Packed:
         scale, offset = self.affine.tolist()
 
         def encoded(exponent: int, draw: int | None, sums: bool) -> _Encoded:
-            codes = torch.empty_like(self.codes)
+            codes = self._room()
             found, largest = codec.update(
                 self.codes, self.format, scale, offset, gradient, alpha, exponent, codes, seed=draw, sums=sums
             )
@@ -207,7 +208,7 @@ class Packed:
     def _encode_chunks(
         self, produce: Callable[[int, int], Tensor], exponent: int, seed: int | None, sums: bool
     ) -> _Encoded:
-        codes, found, largest = torch.empty_like(self.codes), [], 0
+        codes, found, largest = self._room(), [], 0
         for start in range(0, self.numel, codec.CHUNK):
             stop = min(start + codec.CHUNK, self.numel)
             values = produce(start, stop)
@@ -221,6 +222,10 @@ class Packed:
             if largest >= codec.INFINITY_BITS:
                 break
         return codes, torch.cat(found) if found else torch.empty(0, codec.SUMS), largest
+
+    def _room(self) -> Tensor:
+        """Room for other codes: a wrong power of two must not destroy the present ones."""
+        return scratch.empty(self.codes.numel(), self.codes.device).view(torch.int32)
 
     def _words(self, start: int, out: Tensor) -> Tensor:
         if start == 0 and out.numel() == self.numel:

@@ -1,4 +1,4 @@
-"""The functions that use a whole compressed weight for one moment and keep only its codes for the backward pass.
+"""Any function of torch, on whole decoded weights; what it saves of them for the backward pass is their codes.
 
 [Note: saving the codes, not the weight]
 Autograd saves a linear layer's weight for the backward pass, and a decoded copy saved like that would live as long as
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fedomc.tensor import FUNCTIONS, CompressedTensor
+from fedomc.tensor import CompressedTensor, is_compressed
 
 
 class _Decode(torch.autograd.Function):
@@ -26,7 +25,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: CompressedTensor) -> Tensor:
-        return weight.dequantize()
+        return weight.decode()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -34,13 +33,18 @@ class _Decode(torch.autograd.Function):
 
 
 @dataclass
-class _Saved:
+class Saved:
     """A tensor that autograd saved, as it is, and its version then."""
 
     tensor: Tensor
     version: int
 
     def load(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            RuntimeError: it was changed in place since.
+        """
         if self.tensor._version != self.version:
             what = self.tensor.variable if isinstance(self.tensor, CompressedTensor) else "a tensor"
             raise RuntimeError(
@@ -52,15 +56,16 @@ class _Saved:
 
 
 @dataclass
-class _SavedWeight(_Saved):
-    """A view of a decoded weight that autograd saved, as the compressed weight and the view's geometry."""
+class _SavedWeight(Saved):
+    """A view of a decoded weight that autograd saved, as the compressed weight and the view's dtype and geometry."""
 
+    dtype: torch.dtype
     geometry: tuple[Any, ...]
 
     def load(self) -> Tensor:
         weight = super().load()
         assert isinstance(weight, CompressedTensor)
-        return weight.dequantize().as_strided(*self.geometry)
+        return weight.decode().to(self.dtype).as_strided(*self.geometry)
 
 
 @dataclass
@@ -74,27 +79,29 @@ class _SavedElsewhere:
         return self.unpack(self.packed)
 
 
-def with_decoded_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function of torch on decoded weights, none of which outlives the call."""
+def with_decoded_weights(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> Any:
+    """Call a function of torch on decoded weights of some dtype, none of which outlives the call."""
     weights: dict[int, CompressedTensor] = {}  # by address of the decoded values
 
     def decode(x: Any) -> Any:
-        if not isinstance(x, CompressedTensor):
+        if not is_compressed(x):
             return x
-        values: Tensor = _Decode.apply(x)  # type: ignore[no-untyped-call]
+        values: Tensor = _Decode.apply(x).to(dtype)  # type: ignore[no-untyped-call]
         weights[values.untyped_storage().data_ptr()] = x
         return values
 
-    def pack(saved: Tensor) -> _Saved | _SavedElsewhere:
+    def pack(saved: Tensor) -> Saved | _SavedElsewhere:
         weight = weights.get(saved.untyped_storage().data_ptr()) if type(saved) is Tensor else None
         if weight is not None:
             geometry = (saved.size(), saved.stride(), saved.storage_offset())
-            return _SavedWeight(weight, weight._version, geometry)
+            return _SavedWeight(weight, weight._version, saved.dtype, geometry)
         if outer is not None:
             return _SavedElsewhere(outer[0](saved), outer[1])
-        return _Saved(saved, saved._version)
+        return Saved(saved, saved._version)
 
-    def unpack(saved: _Saved | _SavedElsewhere) -> Tensor:
+    def unpack(saved: Saved | _SavedElsewhere) -> Tensor:
         return saved.load()
 
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -104,44 +111,20 @@ def with_decoded_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs
         return func(*args, **kwargs)
 
 
-def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    max_norm = kwargs.get("max_norm", args[3] if len(args) > 3 else None)
-    if max_norm is not None:  # writes to the weight, which the dispatcher encodes again
-        return func(*args, **kwargs)
-    return with_decoded_weights(func, args, kwargs)
+def with_autocast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same for functions that autocast runs in its lower precision.
+
+    Autocast would cast the decoded weight and autograd save that copy.
+    """
+    return with_decoded_weights(func, args, kwargs, autocast_dtype(args, kwargs) or torch.float32)
 
 
-FUNCTIONS.update(
-    dict.fromkeys(
-        (
-            F.linear,
-            F.bilinear,
-            F.conv1d,
-            F.conv2d,
-            F.conv3d,
-            F.conv_transpose1d,
-            F.conv_transpose2d,
-            F.conv_transpose3d,
-            F.multi_head_attention_forward,
-            torch.matmul,
-            torch.mm,
-            torch.bmm,
-            torch.addmm,
-            torch.baddbmm,
-            torch.einsum,
-            torch.lstm,
-            torch.gru,
-            torch.rnn_tanh,
-            torch.rnn_relu,
-            torch.lstm_cell,
-            torch.gru_cell,
-            torch.rnn_tanh_cell,
-            torch.rnn_relu_cell,
-            Tensor.matmul,
-            Tensor.__matmul__,
-            Tensor.__rmatmul__,
-        ),
-        with_decoded_weights,
-    )
-)
-FUNCTIONS[F.embedding] = _embedding
+def autocast_dtype(*operands: Any) -> torch.dtype | None:
+    """Return what autocast, if it is on, casts operands of these devices to."""
+    device = next(x.device.type for x in tree_leaves(operands) if is_compressed(x))
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def in_transform() -> bool:
+    """Tell whether torch.func or forward-mode differentiation is at work: torch's own formulas know them all."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0

@@ -1,0 +1,215 @@
+"""What a training step of a large model takes: memory and time, against FP32, bfloat16 and torchao's int8.
+
+    python -m benchmarks.training [--json out.json] [--rounds 5] [--steps 4] [--variants fp32 S1E3M7]
+
+The model is the application's FastConformer-Large (about 115 M parameters, CTC head), the batch one utterance of four
+seconds, one thread. Each variant runs in a process of its own, again in every round, so that what else the machine
+does falls on all of them. Rows ``{variant, checkpointing, parameters, parameter_bytes, peak_rss_bytes,
+step_seconds_median, speed_ratio}``: the peak is that of the process above its level after the imports, and the ratio
+is the median over rounds of the time of ``fp32`` by the variant's; more than 1 is faster.
+
+A second table shows how cost grows: a stack of linear layers of hidden size 256 to 2048.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+VARIANTS = {
+    "fp32": "backward, then a step of SGD",
+    "fp32-in-backward": "each variable stepped, its gradient dropped, in backward",
+    "bf16": "parameters in bfloat16",
+    "torchao-int8": "int8 per row, stochastic rounding",
+    "S1E4M14": "90 % of the weights",
+    "S1E3M7": "90 % of the weights",
+    "S1E4M3": "90 % of the weights",
+    "S1E2M3": "90 % of the weights",
+    "S1E2M3+S1E2M1": "all weights, base and update",
+}
+IN_TABLE_OF_SIZES = ("fp32", "fp32-in-backward", "S1E3M7", "S1E2M3+S1E2M1")
+SIZES = (256, 512, 1024, 2048)
+LAYERS = 8
+LEARNING_RATE = 1e-3
+FRAMES, TOKENS, VOCABULARY = 400, 40, 1024
+
+
+def main() -> None:
+    """Run all variants in turn, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each variant runs")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of a run, after one that is not")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="fp32 always runs")
+    parser.add_argument("--no-sizes", action="store_true", help="without the second table")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(run(**json.loads(options.worker), steps=options.steps)))
+        return
+    variants = list(dict.fromkeys(("fp32", *options.variants)))
+    large = [{"variant": v, "checkpointing": c} for c in (False, True) for v in variants]
+    stacks = [{"variant": v, "hidden": h} for h in SIZES for v in variants if v in IN_TABLE_OF_SIZES]
+    jobs = large + ([] if options.no_sizes else stacks)
+    print(f"{len(jobs)} set-ups x {options.rounds} rounds, 5 to 15 seconds each, up to 1.5 GB of memory", flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {json.dumps(job): [] for job in jobs}
+    missing: dict[str, str] = {}
+    for number in range(1, options.rounds + 1):
+        for job in jobs:
+            key = json.dumps(job)
+            if key in missing:
+                continue
+            done = subprocess.run(  # noqa: S603
+                [sys.executable, "-m", "benchmarks.training", "--worker", key, "--steps", str(options.steps)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                missing[key] = done.stderr.strip().splitlines()[-1]
+                print(f"{key} left out: {missing[key]}", flush=True)
+                continue
+            runs[key].append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"round {number} of {options.rounds} done", flush=True)
+    rows = [row(job, runs) for job in jobs if runs[json.dumps(job)]]
+    for line in table(rows):
+        print(line)
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows}, indent=2))
+
+
+def row(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Sum up the runs of a set-up, against those of fp32 in the same rounds."""
+    mine, fp32 = runs[json.dumps(job)], runs[json.dumps({**job, "variant": "fp32"})]
+    seconds = [one["step_seconds"] for one in mine]
+    return {
+        **job,
+        "parameters": mine[0]["parameters"],
+        "parameter_bytes": mine[0]["parameter_bytes"],
+        "peak_rss_bytes": statistics.median(one["peak_rss_bytes"] for one in mine),
+        "step_seconds_median": statistics.median(seconds),
+        "speed_ratio": statistics.median(b["step_seconds"] / a for a, b in zip(seconds, fp32, strict=True)),
+        "parameter_ratio": mine[0]["parameter_bytes"] / fp32[0]["parameter_bytes"],
+        "peak_ratio": statistics.median(
+            a["peak_rss_bytes"] / b["peak_rss_bytes"] for a, b in zip(mine, fp32, strict=True)
+        ),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Give the lines of both tables."""
+    yield f"{'':<34} {'parameters':>18} {'peak':>16} {'step':>9} {'speed':>7}"
+    for r in rows:
+        name = f"linear {r['hidden']}" if "hidden" in r else "checkpointed" if r["checkpointing"] else "large"
+        yield (
+            f"{name:<15}{r['variant']:<19} {r['parameter_bytes'] / 1e6:>8.1f} MB {r['parameter_ratio']:>6.1%} "
+            f"{r['peak_rss_bytes'] / 1e6:>7.0f} MB {r['peak_ratio']:>5.0%} {r['step_seconds_median']:>7.3f} s "
+            f"{r['speed_ratio']:>6.2f}x"
+        )
+
+
+# ---- one variant, in its own process -------------------------------------------------------------------------------
+
+
+def run(variant: str, steps: int, checkpointing: bool = False, hidden: int = 0) -> dict[str, Any]:
+    """Train a few steps; report the median time of one and the peak of memory."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    step, parameters, held, start = prepare(variant, checkpointing, hidden)
+    seconds = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return {
+        "step_seconds": statistics.median(seconds[1:]),
+        "peak_rss_bytes": memory("VmHWM") - start,
+        "parameters": parameters,
+        "parameter_bytes": held,
+    }
+
+
+def prepare(variant: str, checkpointing: bool, hidden: int) -> tuple[Callable[[], None], int, int, int]:
+    """Build the model and its step; give also the count and bytes of its parameters and the memory before them."""
+    import torch
+    from torch import nn
+
+    import fedomc
+
+    if hidden:
+        with torch.device("meta"):
+            model: nn.Module = nn.Sequential(*(nn.Linear(hidden, hidden) for _ in range(LAYERS)))
+        batch = torch.randn(32, hidden)
+    else:
+        from fedomc_speech.model import build
+
+        model = build("large", VOCABULARY)
+        if checkpointing:
+            model.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = torch.randn(1, FRAMES, model.mels)
+        targets = [torch.randint(1, VOCABULARY, (TOKENS,)).tolist()]
+    if variant == "torchao-int8":
+        from torchao.prototype.quantized_training import int8_weight_only_quantized_training
+        from torchao.quantization import quantize_
+
+    start = memory("VmRSS")
+    dtype = torch.bfloat16 if variant == "bf16" else torch.float32
+    selection: dict[str, fedomc.Encoding] = {}
+    if variant.startswith("S1"):
+        format, _, update = variant.partition("+")
+        fraction = 1.0 if update else 0.9
+        policy = fedomc.CompressionPolicy(format=format, update_format=update or None, fraction=fraction)
+        selection = policy.select(model)
+    fedomc.materialize_(model.to(dtype), values(model), selection)
+    if variant == "torchao-int8":
+        quantize_(model, int8_weight_only_quantized_training())
+    model.train()
+
+    stepped = not (variant == "fp32" or variant == "bf16" or variant == "torchao-int8")
+    optimizer = None
+    if stepped:
+        fedomc.step_in_backward(model, torch.optim.SGD, lr=LEARNING_RATE)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+    def loss() -> torch.Tensor:
+        if hidden:
+            return model(batch).square().mean()
+        return model.ctc_loss(batch.to(dtype), torch.tensor([FRAMES]), targets).float()  # type: ignore[operator]
+
+    def step() -> None:
+        loss().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    held = fedomc.parameter_bytes(model)
+    return step, sum(p.numel() for p in model.parameters()), held.total, start
+
+
+def values(model: Any) -> Iterator[tuple[str, Any]]:
+    """Give values of a trained model's size for one parameter or buffer after the other."""
+    import torch
+
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.dim() > 1:
+            yield name, torch.randn(tensor.shape).mul_(tensor[0].numel() ** -0.5).to(tensor.dtype)
+        elif tensor.is_floating_point():
+            yield name, torch.full(tensor.shape, float("weight" in name), dtype=tensor.dtype)
+        else:
+            yield name, torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def memory(field: str) -> int:
+    """Read a size of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(field + ":")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

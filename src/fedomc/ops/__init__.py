@@ -1,0 +1,48 @@
+"""The functions of torch that use a compressed weight for one moment, and how each does it.
+
+``linear``, ``convolution`` and ``embedding`` decode no more of a weight at a time than ``scratch.PANEL_BYTES``; the
+others decode it as a whole (``whole``). What a module of this package does not know is left to the dispatcher; see
+``tensor``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedomc.ops.convolution import CONVOLUTIONS, convolution
+from fedomc.ops.embedding import embedding
+from fedomc.ops.linear import linear
+from fedomc.ops.whole import with_autocast, with_decoded_weights
+from fedomc.tensor import FUNCTIONS
+
+_LOWER_PRECISION = (
+    F.multi_head_attention_forward,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+)
+"""What autocast runs in its lower precision."""
+
+_WHOLE = (
+    F.bilinear,
+    torch.lstm,
+    torch.gru,
+    torch.rnn_tanh,
+    torch.rnn_relu,
+    torch.lstm_cell,
+    torch.gru_cell,
+    torch.rnn_tanh_cell,
+    torch.rnn_relu_cell,
+)
+
+FUNCTIONS.update(dict.fromkeys(_LOWER_PRECISION, with_autocast))
+FUNCTIONS.update(dict.fromkeys(_WHOLE, with_decoded_weights))
+FUNCTIONS.update(dict.fromkeys(CONVOLUTIONS, convolution))
+FUNCTIONS[F.linear] = linear
+FUNCTIONS[F.embedding] = embedding
