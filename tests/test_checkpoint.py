@@ -419,6 +419,17 @@ def test_metadata_that_are_none(path: Path, text: str) -> None:
         load_model(nn.Linear(2, 2), path)
 
 
+def test_metadata_of_any_depth(path: Path) -> None:
+    """Somewhere the parser gives up, and what shows a value in an error must not do so earlier."""
+    for depth in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit() + 5):
+        shape = "[" * depth + "]" * depth
+        text = '{"version":1,"tied":{},"variables":{"weight":{"format":"S1E2M3","seed":0,"transform":"none",'
+        text += f'"rounding":"nearest","rewrites":[0],"shape":{shape}}}}}}}'
+        save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path, {"fedomc": text})
+        with pytest.raises(PayloadError):
+            load_model(nn.Linear(2, 2), path)
+
+
 def test_a_sum_of_two_parts_that_leaves_the_range_is_refused(path: Path) -> None:
     """Each part is finite, the sum is not."""
     model = nn.Linear(40, 40, bias=False)
