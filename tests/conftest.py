@@ -87,9 +87,22 @@ def allocations(function: Callable[[], object]) -> list[int]:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    tree = list(profiler.profiler.kineto_results.experimental_event_tree())
+    events = []
+    while tree:
+        event = tree.pop()
+        tree += event.children
+        if event.name == "[memory]":
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
     del result
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    sizes, known = [], set()
+    for _, address, size in sorted(events, key=lambda event: event[0]):
+        # The profiler also reports what is freed at an address that it knows from another run.
+        if size > 0:
+            known.add(address)
+        if address in known:
+            sizes.append(size)
+    return sizes
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from fedomc import (
     NonFiniteError,
     PayloadError,
     PolicyError,
+    checkpoint,
     frame,
     load_model,
     materialize_,
@@ -136,6 +137,18 @@ def test_a_file_is_safetensors_with_readable_metadata(path: Path) -> None:
     assert torch.equal(tensors["inner.1.running_mean"], model.inner[1].running_mean)
     part = model.embedding.weight.update
     assert bytes(tensors["embedding.weight.update"].tolist()) == frame.to_bytes(part, (50, 40), frame.UPDATE)
+
+
+@pytest.mark.parametrize("dtype", checkpoint._DTYPES)
+def test_every_dtype_is_stored_as_it_is(path: Path, dtype: torch.dtype) -> None:
+    model, other = nn.Module(), nn.Module()
+    model.register_buffer("values", torch.tensor([[1, 0, 2], [3, 1, 7]]).to(dtype).T)  # not contiguous
+    other.register_buffer("values", torch.zeros(3, 2).to(dtype))
+    save_model(model, path)
+    stored = load_file(path)["values"]
+    load_model(other, path)
+    assert stored.dtype == other.values.dtype == dtype
+    assert torch.equal(other.values.float(), model.values.float()) and torch.equal(stored.float(), model.values.float())
 
 
 def test_a_file_is_as_small_as_the_model(path: Path) -> None:

@@ -162,5 +162,9 @@ def test_only_float32_and_only_selections_are_taken() -> None:
     layer = nn.Linear(8, 8, dtype=torch.bfloat16)
     with pytest.raises(PolicyError, match="bfloat16"):
         compress_(layer, POLICY.select(layer))
+    with torch.device("meta"):
+        layer = nn.Linear(8, 8)
+    with pytest.raises(PolicyError, match=r"weight lies on the meta device.*materialize_"):
+        compress_(layer, POLICY.select(layer))
     with pytest.raises(PolicyError, match="select"):
         compress_(layer, POLICY)  # type: ignore[arg-type]

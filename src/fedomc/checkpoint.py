@@ -88,7 +88,8 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Make a model what ``save_model`` wrote: its parameters and persistent buffers are replaced.
 
     Args:
-        model: plain, compressed or on the meta device. Weights that were tied in the file are tied afterwards.
+        model: plain, compressed or on the meta device; until all is checked there is memory for the old state and the
+            new one. Weights that were tied in the file are tied afterwards.
         path: of the file.
 
     Returns:

@@ -22,8 +22,8 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
         The model.
 
     Raises:
-        PolicyError: a name that the model does not have, a variable that is compressed already, is not float32, or is
-            stepped in backward: call ``step_in_backward`` after ``compress_``.
+        PolicyError: a name that the model does not have, a variable that is compressed already, is not float32, has no
+            values (meta device), or is stepped in backward: call ``step_in_backward`` after ``compress_``.
         NonFiniteError: a value is NaN or infinite; the variables before it are compressed, none is lost.
     """
     if not isinstance(selection, Mapping):
@@ -34,6 +34,8 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
             raise PolicyError(f"the model has no parameter {name!r}: select from this model")
         if isinstance(parameters[name], CompressedTensor):
             raise PolicyError(f"{name} is compressed already: decompress_ the model first")
+        if parameters[name].is_meta:
+            raise PolicyError(f"{name} lies on the meta device and has no values: materialize_ fills and compresses")
         if parameters[name].dtype is not torch.float32:
             raise PolicyError(
                 f"{name} is {parameters[name].dtype}: only float32 is compressed; call model.float() first"

@@ -97,7 +97,6 @@ def fill_(
                 new[name] = value
             elif not _same(value, new[name]):
                 raise PayloadError(f"{given} comes twice, or is tied to {name}, and the values differ")
-            del value  # or it would live on while the next one is made
         missing = [name for name in state if name not in new]
         if missing:
             raise PayloadError(f"not the state of this model: {some(missing)} missing")

@@ -134,6 +134,7 @@ def claiming(shape: tuple[int, ...]) -> bytes:
         (lambda m: replaced(m, W, Array(np.zeros((64, 41), np.float32))), "shape"),
         (lambda m: replaced(m, W, Array(np.zeros((64, 40), np.float64))), "dtype"),
         (lambda m: replaced(m, W, Array(np.full((64, 40), np.nan, np.float32))), "NaN"),
+        (lambda m: replaced(m, W, Array(np.zeros((64, 40), np.longdouble))), f"{W}: .*type"),
         (lambda m: replaced(m, W, Array("float32", (64, 40), STYPE, m["arrays"][W].data[:-1])), W),
         (lambda m: replaced(m, W, Array("float32", (64, 40), "pickle", b"\x80\x04N.")), "unknown"),
         (lambda m: replaced(m, W, Array("float32", (64, 40), "numpy.ndarray", b"\x80\x04N." * 999)), "not a numpy"),
