@@ -279,14 +279,14 @@ class _File:
         how = self._variables.get(name)
         if how is None:
             return self._tensor(name, name)
-        base, update = self._packed(name, name, how, frame.VARIABLE, how.encoding.format), None
+        base = self._packed(name, name, how, frame.VARIABLE, how.encoding.format)
         base.rewrites = how.rewrites[0]
-        if how.updated:
-            assert how.encoding.update_format is not None
-            update = self._packed(name + _UPDATE, name, how, frame.UPDATE, how.encoding.update_format)
-            update.rewrites = how.rewrites[1]
-            return CompressedTensor(base, update, how.encoding, how.shape, name)
-        return CompressedTensor.from_packed(base, how.encoding, how.shape, name)
+        if not how.updated:
+            return CompressedTensor.from_packed(base, how.encoding, how.shape, name)
+        assert how.encoding.update_format is not None
+        update = self._packed(name + _UPDATE, name, how, frame.UPDATE, how.encoding.update_format)
+        update.rewrites = how.rewrites[1]
+        return CompressedTensor(base, update, how.encoding, how.shape, name)
 
     def _packed(self, key: str, name: str, how: _Described, kind: int, format: FloatFormat) -> Packed:
         data = self._tensor(key, name)
