@@ -547,8 +547,9 @@ def test_forged_headers_are_refused_or_harmless(small: tuple[Path, bytes], data:
     length = int.from_bytes(original[:8], "little")
     header = json.loads(original[8 : 8 + length])
     content = json.loads(header["__metadata__"]["fedomc"])
+    places = [header, content, content["variables"], *content["variables"].values()]
     for _ in range(data.draw(st.integers(1, 3))):
-        where = data.draw(st.sampled_from([header, content, content["variables"], *content["variables"].values()]))
+        where = data.draw(st.sampled_from(places))
         key = data.draw(st.sampled_from(sorted(where)) | st.sampled_from(NAMES))
         if key != "__metadata__":
             where[key] = data.draw(JSON if where is not header else headers())
