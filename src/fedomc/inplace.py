@@ -1,10 +1,11 @@
-"""Operations that keep the packed form: sharing, copying, and element-wise changes in place, a chunk at a time."""
+"""Operations without a dense copy: sharing, copying, element-wise changes in place and sums, a chunk at a time."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedomc import codec
 from fedomc.tensor import OPERATORS, CompressedTensor, is_compressed
 from fedomc.transform import Packed, stays_finite
 
@@ -96,6 +97,21 @@ def _add(func: Any, target: CompressedTensor, operand: Any, alpha: Any) -> bool:
     return True
 
 
+def _add_decoded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Add a compressed tensor to a dense one, chunk by chunk: weight decay, whose sum is the new gradient."""
+    dense, x = args
+    if is_compressed(dense) or not is_compressed(x) or not _fits(dense, x) or dense.dim() == 0:
+        return NotImplemented
+    if dense.dtype is not torch.float32 or dense.device != x.device:
+        return NotImplemented
+    result = dense.clone(memory_format=torch.contiguous_format)
+    flat = result.view(-1)
+    for start in range(0, len(flat), codec.CHUNK):
+        chunk = flat[start : start + codec.CHUNK]
+        chunk.add_(x.decode_range(start, start + len(chunk)), **kwargs)
+    return result
+
+
 def _fits(x: Any, target: CompressedTensor) -> bool:
     if not isinstance(x, Tensor):
         return True
@@ -138,6 +154,7 @@ def _scale(target: CompressedTensor, factor: Any) -> bool:
 
 OPERATORS.update(dict.fromkeys((_aten.detach.default, _aten.alias.default), _share))
 OPERATORS.update(dict.fromkeys(_ELEMENTWISE, _elementwise))
+OPERATORS[_aten.add.Tensor] = _add_decoded
 OPERATORS[_aten.clone.default] = _clone
 OPERATORS[_aten._to_copy.default] = _move
 for _name in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"):

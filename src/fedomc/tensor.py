@@ -197,6 +197,21 @@ class CompressedTensor(Tensor):
             f"transform={self.encoding.transform}, nbytes={self.nbytes}, requires_grad={self.requires_grad})"
         )
 
+    def _use_count(self) -> int:
+        """Answer ``torch.utils.swap_tensors``, by which ``Module.to`` moves a parameter and loses its hooks.
+
+        Raises:
+            RuntimeError: it has hooks.
+        """
+        if self._backward_hooks or self._post_accumulate_grad_hooks:
+            raise RuntimeError(
+                f"{self.variable} has hooks that it would lose: move the model first, and call step_in_backward (or "
+                "register hooks) afterwards. remove() takes those of step_in_backward away"
+            )
+        # An empty set of hooks would take new ones after the move, and never call them.
+        self._backward_hooks = self._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        return int(super()._use_count())  # type: ignore[misc]
+
     def numpy(self, *, force: bool = False) -> Any:
         """Decode to a numpy array."""
         return self.dequantize().numpy(force=force)
