@@ -173,6 +173,59 @@ def scaler() -> torch.amp.GradScaler:
     return result
 
 
+class TestTorchao:
+    """Optimizers of torchao keep their state in 8 or 4 bits; they compile their step, which is long for a test."""
+
+    @pytest.fixture(params=["AdamW8bit", "AdamW4bit", "_AdamW"])
+    def optimizer(self, request: pytest.FixtureRequest) -> Callable[..., optim.Optimizer]:
+        return getattr(pytest.importorskip("torchao.optim"), request.param)
+
+    @staticmethod
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 128, bias=False), nn.Tanh(), nn.Linear(128, 64, bias=False))
+
+    @staticmethod
+    def loss(module: nn.Module, step: int) -> torch.Tensor:
+        return module(randn(4, 64, seed=step)).square().sum()
+
+    def test_is_ordinary_training(self, optimizer: Callable[..., optim.Optimizer]) -> None:
+        plain, packed, stepped = self.model(), compressed(self.model()), compressed(self.model())
+        ordinary = [optimizer(m.parameters(), lr=0.01) for m in (plain, packed)]
+        stepping = step_in_backward(stepped, optimizer, lr=0.01)
+        rates = [schedules.StepLR(o, 2, 0.5) for o in (*ordinary, stepping.optimizer)]
+        for step in range(4):
+            with torch.compiler.set_stance("force_eager"):
+                for m, o in zip((plain, packed), ordinary, strict=True):
+                    o.zero_grad()
+                    self.loss(m, step).backward()
+                    o.step()
+            self.loss(stepped, step).backward()
+            for rate in rates:
+                rate.step()
+        assert_same_parameters(plain, packed)
+        assert_same_parameters(plain, stepped)
+
+    def test_saved_and_resumed_is_as_if_never_stopped(self, optimizer: Callable[..., optim.Optimizer]) -> None:
+        module = compressed(self.model(), "S1E3M7", "scaled-affine")
+        stepper = step_in_backward(module, optimizer, lr=0.01).optimizer
+        self.loss(module, 0).backward()
+        file = io.BytesIO()
+        torch.save([module.state_dict(), stepper.state_dict()], file)
+        state_bytes = sum(x.nbytes for s in stepper.state.values() for x in s.values() if type(x) is torch.Tensor)
+        self.loss(module, 1).backward()
+
+        resumed = compressed(self.model(), "S1E3M7", "scaled-affine")
+        stepper = step_in_backward(resumed, optimizer, lr=0.01).optimizer
+        file.seek(0)
+        for thing, state in zip((resumed, stepper), torch.load(file, weights_only=True), strict=True):
+            thing.load_state_dict(state)
+        self.loss(resumed, 1).backward()
+        assert_same_parameters(module, resumed)
+        if "bit" in optimizer.__name__:  # all that is kept in float32 is the count of steps
+            assert state_bytes == 2 * 4
+
+
 class TestAccumulation:
     @pytest.mark.parametrize("clip", [None, 0.05])
     def test_passes_inside_are_one_step(self, clip: float | None) -> None:

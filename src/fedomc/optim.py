@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import unserializable_hook
 
 from fedomc.errors import PolicyError
+from fedomc.tensor import is_compressed
 
 
 class StepInBackward:
@@ -106,7 +107,9 @@ class StepInBackward:
             try:
                 if self._clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_([parameter], self._clip_norm)
-                self.optimizer.step()
+                # Optimizers that compile their step, as torchao's do, cannot trace how a variable is encoded.
+                with torch.compiler.set_stance("force_eager") if is_compressed(parameter) else nullcontext():
+                    self.optimizer.step()
             finally:
                 self.optimizer.param_groups = groups
                 parameter.grad = SpentGradient(parameter, name)
@@ -127,7 +130,7 @@ def step_in_backward(
     Args:
         model: plain or compressed; its parameters that require a gradient are trained. Compress, install or move it
             first: new parameters need a new call.
-        optimizer_class: from ``torch.optim``, one that works parameter by parameter.
+        optimizer_class: from ``torch.optim`` or ``torchao.optim``, one that works parameter by parameter.
         clip_norm: scales the gradient of each variable down to this Euclidean norm. (A norm over all variables does
             not exist in the backward pass: when the last gradient is complete the first is gone.)
         **kwargs: for the optimizer.
