@@ -77,11 +77,11 @@ def test_ties_stay_tied() -> None:
 
 
 def test_gradients_are_kept() -> None:
-    layer = nn.Linear(4, 5)
-    layer.weight.grad = torch.ones(5, 4)
+    layer = nn.Linear(10, 12)
+    layer.weight.grad = torch.ones(12, 10)
     compress_(layer, POLICY.select(layer))
-    assert torch.equal(layer.weight.grad, torch.ones(5, 4))
-    assert torch.equal(decompress_(layer).weight.grad, torch.ones(5, 4))
+    assert torch.equal(layer.weight.grad, torch.ones(12, 10))
+    assert torch.equal(decompress_(layer).weight.grad, torch.ones(12, 10))
 
 
 def test_frees_the_dense_values() -> None:
@@ -96,7 +96,7 @@ def test_frees_the_dense_values() -> None:
 
 
 def test_errors_change_nothing() -> None:
-    layer = nn.Linear(4, 5)
+    layer = nn.Linear(10, 12)
     selection = POLICY.select(layer)
     with pytest.raises(PolicyError, match=r"no parameter 'else\.weight'"):
         compress_(layer, {**selection, "else.weight": selection["weight"]})
@@ -109,7 +109,7 @@ def test_errors_change_nothing() -> None:
 
 
 def test_a_nan_names_its_variable_and_loses_none() -> None:
-    layers = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 7))
+    layers = nn.Sequential(nn.Linear(10, 11), nn.Linear(11, 12), nn.Linear(12, 13))
     values = [p.detach().clone() for p in layers.parameters()]
     with torch.no_grad():
         layers[1].weight[2, 3] = math.nan

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedomc import CompressionPolicy, Encoding, FloatFormat, FormatError, PolicyError, Selection
+from fedomc import CompressedTensor, CompressionPolicy, Encoding, FloatFormat, FormatError, PolicyError, Selection
 
 SHAPES = {f"layer{i}.{kind}": shape for i in range(12) for kind, shape in (("w", (30 + i, 40)), ("bias", (30 + i,)))}
 MATRICES = [name for name in SHAPES if name.endswith("w")]
@@ -141,12 +141,29 @@ def test_which_may_be_compressed(kwargs: dict[str, object], expected: list[str])
 @pytest.mark.parametrize(
     ("shape", "is_matrix"),
     [
-        ((), False), ((5,), False), ((1, 5), False), ((5, 1, 1), False), ((2, 2), True), ((1, 2, 1, 3), True),
-        ((0, 5, 5), False), ((3, 2, 3), True),
+        ((), False), ((500,), False), ((1, 500), False), ((500, 1, 1), False), ((20, 2), True), ((1, 20, 1, 3), True),
+        ((0, 5, 5), False), ((3, 20, 3), True),
     ],
 )  # fmt: skip
 def test_weight_matrices(shape: tuple[int, ...], is_matrix: bool) -> None:
-    assert ("x" in CompressionPolicy("S1E3M7").compressible({"x": shape, "matrix": (2, 2)})) == is_matrix
+    assert ("x" in CompressionPolicy("S1E3M7").compressible({"x": shape, "matrix": (20, 20)})) == is_matrix
+
+
+@pytest.mark.parametrize("update_format", [None, "S1E2M1"])
+@pytest.mark.parametrize("format", ["S1E1M0", "S1E2M1", "S1E2M3", "S1E3M7", "S1E5M10", "S1E5M21"])
+def test_matrices_that_would_not_become_smaller_stay_in_fp32(format: str, update_format: str | None) -> None:
+    shapes = {f"{size}": (2, size) for size in (*range(2, 200), 511, 512, 513, 5000)}
+    for matrices_only in (True, False):
+        policy = CompressionPolicy(format, update_format, weight_matrices_only=matrices_only)
+        found = policy.compressible(shapes)
+        for name, shape in shapes.items():
+            packed = CompressedTensor.from_dense(torch.ones(shape), format, update_format=update_format)
+            assert (name in found) == (packed.nbytes < packed.numel() * 4 or not matrices_only), name
+
+
+@pytest.mark.parametrize("formats", [("S1E8M23", None), ("S1E8M7", "S1E8M7")])
+def test_formats_that_save_nothing_at_any_size_are_taken_at_their_word(formats: tuple[str, str | None]) -> None:
+    assert CompressionPolicy(*formats).compressible({"x": (2, 2)}) == {"x": 4}
 
 
 def test_a_model_and_its_shapes_select_alike() -> None:

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 
 from torch import nn
 
+from fedomc import codec
 from fedomc.errors import PolicyError
 from fedomc.formats import FloatFormat
 from fedomc.transform import Encoding
@@ -48,7 +49,8 @@ class CompressionPolicy:
         update_format: keeps the local steps in a part of their own, in this format; None keeps one part.
         transform: ``none``, ``affine`` or ``scaled-affine``.
         weight_matrices_only: leave normalization, biases and scalars in FP32: everything without two or more
-            dimensions larger than 1.
+            dimensions larger than 1; and matrices of a few values, where the padding of the bit layout takes as many
+            bytes as the format saves.
         fraction: of the compressible parameters that is compressed; the rest, whole variables drawn at random for each
             client and round, stays FP32 (paper, partial parameter quantization).
         rounding: ``nearest`` or ``stochastic``: of variables in one part, or of the update part.
@@ -109,7 +111,8 @@ class CompressionPolicy:
         if not sizes:
             raise PolicyError(
                 f"no variable to compress among {len(shapes)}: include={list(self.include)}, "
-                f"exclude={list(self.exclude)}, weight_matrices_only={self.weight_matrices_only}. Loosen the patterns"
+                f"exclude={list(self.exclude)}, weight_matrices_only={self.weight_matrices_only}. "
+                "Loosen the patterns; matrices of a few values are compressed with weight_matrices_only=False alone"
             )
         return sizes
 
@@ -138,11 +141,18 @@ class CompressionPolicy:
         return Selection(dict.fromkeys(chosen, self.encoding(round=round, client=client)))
 
     def _may_compress(self, name: str, shape: Sequence[int]) -> bool:
-        if self.weight_matrices_only and sum(size > 1 for size in shape) < 2:
+        if self.weight_matrices_only and (sum(size > 1 for size in shape) < 2 or self._padding_eats_savings(shape)):
             return False
         if math.prod(shape) == 0 or (self.include and not _matches(name, self.include)):
             return False
         return not _matches(name, self.exclude)
+
+    def _padding_eats_savings(self, shape: Sequence[int]) -> bool:
+        """Tell whether a variable would hold no less than in FP32; never of formats that save nothing at any size."""
+        how, numel = self.encoding(), math.prod(shape)
+        bits = [fmt.bits for fmt in (how.format, how.update_format) if fmt is not None]
+        held = sum(4 * codec.words_of(numel, width) + 8 for width in bits)  # codes, and scale and offset
+        return sum(bits) < 32 and held >= 4 * numel
 
     def _left_in_full_precision(self, sizes: Mapping[str, int], round: int, client: str | int) -> set[str]:
         target = (1 - self.fraction) * sum(sizes.values())

@@ -303,7 +303,7 @@ def test_no_weight_no_model() -> None:
 
 
 def test_integer_counters_are_rounded() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 40))
     model[0].num_batches_tracked.fill_(7)
     wrapped = OMCStrategy(FedAvg(), policy())
     messages = configure(wrapped, collect(model)).values()
