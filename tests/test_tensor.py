@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fedomc import CompressedTensor, Encoding, FloatFormat, NonFiniteError, decompress_
 from fedomc.transform import Packed
@@ -384,14 +383,6 @@ class TestState:
             assert torch.equal(memory, before)
             assert torch.equal(dense(p), dense(q))
 
-    def test_parameter_vectors(self) -> None:
-        plain, packed = model(0), compressed(model(0))
-        vector = parameters_to_vector(packed.parameters())
-        assert torch.equal(vector, parameters_to_vector(plain.parameters()))
-        for m in (plain, packed):
-            vector_to_parameters(vector.detach() * 2, m.parameters())
-        assert_same_parameters(plain, packed)
-
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     def test_another_precision_needs_a_dense_model(self, dtype: torch.dtype) -> None:
         with pytest.raises(RuntimeError, match="decompress_"):
@@ -399,11 +390,6 @@ class TestState:
         plain, packed = model(0).to(dtype), decompress_(compressed(model(0))).to(dtype)
         x = randn(2, 6).to(dtype)
         assert torch.equal(packed(x), plain(x))
-
-    def test_meta_and_back(self) -> None:
-        packed = compressed(model(0)).to("meta").to_empty(device="cpu")
-        packed.load_state_dict(model(1).state_dict())
-        assert torch.equal(packed(randn(2, 6)), model(1)(randn(2, 6)))
 
 
 @pytest.mark.parametrize(

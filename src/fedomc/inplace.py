@@ -92,8 +92,7 @@ def _add(func: Any, target: CompressedTensor, operand: Any, alpha: Any) -> bool:
     if operand.dim() == 0 or operand.dtype is not torch.float32 or operand.device != target.device:
         return False
     factor = float(alpha) if func is _aten.add_.Tensor else -float(alpha)
-    how = target.encoding
-    target.parts[-1].add_(operand.reshape(-1), factor, how.transform, how.rounding, how.seed, target.variable)
+    target.add_part(operand.reshape(-1), factor)
     return True
 
 

@@ -200,7 +200,7 @@ class SpentGradient(Tensor):
             f"the gradient of {spent.variable} is gone: step_in_backward stepped with it and dropped it. Instead of "
             "clip_grad_norm_ pass clip_norm= to step_in_backward; what steps, scales or averages gradients itself "
             "(another optimizer, GradScaler, DistributedDataParallel) needs training without step_in_backward, or "
-            "backward passes in accumulate()"
+            "backward passes in accumulate(). zero_grad() takes away what is left here"
         )
 
 

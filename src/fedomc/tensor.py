@@ -14,8 +14,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fedomc.codec import BLOCK
+from fedomc import codec
 from fedomc.formats import FloatFormat
 from fedomc.scratch import PANEL_BYTES, scratch
 from fedomc.transform import Encoding, Packed, encode
@@ -121,7 +122,7 @@ class CompressedTensor(Tensor):
     def decode_rows(self, start: int, stop: int) -> Tensor:
         """Decode the rows ``[start, stop)`` of a matrix (or of the first dimension) into scratch memory."""
         width = self.base.numel // self.shape[0]
-        begin = start * width // BLOCK * BLOCK
+        begin = start * width // codec.BLOCK * codec.BLOCK
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             return self.decode_range(begin, stop * width)[start * width - begin :].view(-1, *self.shape[1:])
 
@@ -155,7 +156,22 @@ class CompressedTensor(Tensor):
     def rewrite_part(self, produce: Callable[[int, int], Tensor]) -> None:
         """Encode new values of the part that in-place operations change."""
         how = self.encoding
-        self.parts[-1].rewrite(produce, how.transform, how.rounding, how.seed, self.variable)
+        self.parts[-1].rewrite(produce, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+
+    def add_part(self, values: Tensor, alpha: float) -> None:
+        """Add ``alpha`` times flat float32 values to that part, in one pass."""
+        how = self.encoding
+        self.parts[-1].add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+
+    def _sum_is_finite(self, update: Packed) -> bool:
+        """Tell whether a new update and the base add up to finite values."""
+        if self.update is None or self.base.bound + update.bound < 2.0**127:
+            return True
+        ranges = ((start, min(start + codec.CHUNK, update.numel)) for start in range(0, update.numel, codec.CHUNK))
+        return all(
+            bool(self.base.decode_with(update, self.empty(start, stop), start).isfinite().all())
+            for start, stop in ranges
+        )
 
     def empty(self, start: int, stop: int) -> Tensor:
         """Make room for ``stop - start`` values, in scratch memory."""
@@ -257,8 +273,10 @@ class CompressedTensor(Tensor):
     ) -> Any:
         """Run the functions that ``ops`` knows; leave the others to the dispatcher."""
         handler = FUNCTIONS.get(func)
+        # Transforms of torch.func and forward-mode derivatives differentiate the operators that torch makes of it.
+        plainly = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         with torch._C.DisableTorchFunctionSubclass():
-            if handler is not None:
+            if handler is not None and not plainly:
                 return handler(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 

@@ -96,6 +96,12 @@ class Packed:
         """Bytes held."""
         return self.codes.nbytes + self.affine.nbytes
 
+    @property
+    def bound(self) -> float:
+        """A magnitude that no value exceeds."""
+        scale, offset = self.affine.tolist()
+        return abs(scale) * self.format.max_value + abs(offset)
+
     def decode(self, out: Tensor, start: int = 0) -> Tensor:
         """Decode ``len(out)`` values from ``start`` (a multiple of the block) into float32 ``out``."""
         scale, offset = self.affine.tolist()
@@ -122,6 +128,7 @@ class Packed:
         rounding: str = "nearest",
         seed: int = 0,
         name: str = "variable",
+        fits: Callable[["Packed"], bool] | None = None,
     ) -> None:
         """Encode new values in place, chunk by chunk; if one of them is not finite nothing is changed.
 
@@ -132,9 +139,10 @@ class Packed:
             rounding: which rounding.
             seed: of stochastic rounding, drawn afresh at every rewrite.
             name: of the variable, for the error and the seed.
+            fits: tells whether the new codes may take the place of the present ones.
 
         Raises:
-            NonFiniteError: a new value is NaN or infinite.
+            NonFiniteError: a new value is NaN or infinite, or the new codes do not fit.
         """
 
         def encoded(exponent: int, draw: int | None, sums: bool) -> _Encoded:
@@ -145,7 +153,7 @@ class Packed:
             bits = (codec.magnitude_bits(produce(start, min(start + codec.CHUNK, self.numel))) for start in starts)
             return max(bits, default=0)
 
-        self._rewrite(encoded, needed if not self.rewrites else None, transform, rounding, seed, name)
+        self._rewrite(encoded, needed if not self.rewrites else None, transform, rounding, seed, name, fits)
 
     def add_(
         self,
@@ -155,6 +163,7 @@ class Packed:
         rounding: str = "nearest",
         seed: int = 0,
         name: str = "variable",
+        fits: Callable[["Packed"], bool] | None = None,
     ) -> None:
         """Add ``alpha`` times a float32 ``[numel]`` in place, in one pass; the rest is as in ``rewrite``."""
         scale, offset = self.affine.tolist()
@@ -170,7 +179,7 @@ class Packed:
             bits = torch.tensor([codec.magnitude_bits(gradient)], dtype=torch.int32)
             return int((bits.view(torch.float32) * alpha).abs_().view(torch.int32))
 
-        self._rewrite(encoded, needed if not self.rewrites else None, transform, rounding, seed, name)
+        self._rewrite(encoded, needed if not self.rewrites else None, transform, rounding, seed, name, fits)
 
     def _rewrite(
         self,
@@ -180,6 +189,7 @@ class Packed:
         rounding: str,
         seed: int,
         name: str,
+        fits: Callable[["Packed"], bool] | None = None,
     ) -> None:
         """Encode with the right power of two: tried is that of the present values, or what ``needed`` finds."""
         draw = draw_seed(seed, name, self.rewrites) if rounding == "stochastic" else None
@@ -201,8 +211,14 @@ class Packed:
         scale = s * 2.0**-exponent
         if not stays_finite(self.format, scale, b):
             scale, b = 2.0**-exponent, 0.0
-        self.codes.copy_(codes)
-        self.affine.copy_(torch.tensor([scale, b]))
+        new = Packed(codes, torch.tensor([scale, b]), self.format, self.numel)
+        if fits is not None and not fits(new):
+            raise NonFiniteError(
+                f"{name} would have a base and an update whose sum is beyond float32; nothing was changed. "
+                "Look for a diverging loss, lower the learning rate or clip the gradient"
+            )
+        self.codes.copy_(new.codes)
+        self.affine.copy_(new.affine)
         self.rewrites += 1
 
     def _encode_chunks(
