@@ -466,11 +466,19 @@ class TestSavedAndMoved:
             packed.cuda()
         assert torch.equal(packed(x), plain(x))
 
-    def test_meta_and_back(self) -> None:
-        plain, packed, x = build()
-        packed.to("meta")
-        assert all(p.is_meta and isinstance(p, CompressedTensor) for p in packed.parameters())
-        packed.to_empty(device="cpu").load_state_dict(plain.state_dict())
+    @pytest.mark.parametrize("start", ["cpu", "meta"])
+    @pytest.mark.parametrize("how", [{}, {"update_format": "S1E8M23"}])
+    def test_emptied_and_filled(self, start: str, how: dict[str, str]) -> None:
+        plain, packed, x = build(**how)
+        packed.to(start)
+        assert all(p.device.type == start and isinstance(p, CompressedTensor) for p in packed.parameters())
+        packed.to_empty(device="cpu")
+        assert_compressed(packed)
+        assert len(packed[0].weight.parts) == 1 + len(how)
+        packed.load_state_dict(plain.state_dict())
+        if how:  # in two parts steps are added to the update
+            torch.testing.assert_close(packed(x), plain(x))
+            return
         train(plain, x)
         train(packed, x)
         assert_same_parameters(plain, packed)

@@ -44,6 +44,14 @@ def _move(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0].like([_copied(part, kwargs.get("device") or args[0].device) for part in args[0].parts])
 
 
+def _empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make room on a given device, as ``Module.to_empty`` does, for a tensor of the same kind; here it is all zeros."""
+    device = kwargs.get("device")
+    if device is None or kwargs.get("dtype") not in (None, torch.float32):
+        return _new_like(func, args, kwargs)
+    return args[0].like([Packed.empty(part.format, part.numel, device) for part in args[0].parts])
+
+
 def _new_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(torch.empty(args[0].shape, device=args[0].device), *args[1:], **kwargs)
 
@@ -156,5 +164,6 @@ OPERATORS.update(dict.fromkeys(_ELEMENTWISE, _elementwise))
 OPERATORS[_aten.add.Tensor] = _add_decoded
 OPERATORS[_aten.clone.default] = _clone
 OPERATORS[_aten._to_copy.default] = _move
-for _name in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"):
+OPERATORS[_aten.empty_like.default] = _empty
+for _name in ("zeros_like", "ones_like", "full_like", "rand_like", "randn_like"):
     OPERATORS[getattr(_aten, _name).default] = _new_like

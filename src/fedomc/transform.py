@@ -100,7 +100,7 @@ class Packed:
     def bound(self) -> float:
         """A magnitude that no value exceeds."""
         scale, offset = self.affine.tolist()
-        return abs(scale) * self.format.max_value + abs(offset)
+        return float(abs(scale) * self.format.max_value + abs(offset))
 
     def decode(self, out: Tensor, start: int = 0) -> Tensor:
         """Decode ``len(out)`` values from ``start`` (a multiple of the block) into float32 ``out``."""
