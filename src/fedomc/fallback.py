@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fedomc.tensor import FUNCTIONS, OTHERWISE, CompressedTensor, is_compressed
+from fedomc.tensor import METHODS, OTHERWISE, CompressedTensor, is_compressed
 
 
 class _Mirror:
@@ -181,6 +181,6 @@ def _setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 OTHERWISE.append(_on_dense)
-FUNCTIONS[Tensor.__setitem__] = _setitem
-FUNCTIONS[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
-FUNCTIONS[Tensor.share_memory_] = _share_memory
+METHODS[Tensor.__setitem__] = _setitem
+METHODS[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
+METHODS[Tensor.share_memory_] = _share_memory

@@ -271,12 +271,12 @@ class CompressedTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the functions that ``ops`` knows; leave the others to the dispatcher."""
-        handler = FUNCTIONS.get(func)
-        # Transforms of torch.func and forward-mode derivatives differentiate the operators that torch makes of it.
-        plainly = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        """Run the functions that a handler is for; leave the others to the dispatcher."""
+        handler = METHODS.get(func)
+        if handler is None and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+            handler = FUNCTIONS.get(func)
         with torch._C.DisableTorchFunctionSubclass():
-            if handler is not None and not plainly:
+            if handler is not None:
                 return handler(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
@@ -296,7 +296,11 @@ class CompressedTensor(Tensor):
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 FUNCTIONS: dict[Any, Handler] = {}
-"""Functions of ``torch`` that are run by a handler, above autograd."""
+"""Functions of ``torch`` that are run by a handler, above autograd; but not under the transforms of ``torch.func`` and
+in forward mode, which differentiate the operators that torch makes of them."""
+
+METHODS: dict[Any, Handler] = {}
+"""Methods of tensors that are run by a handler wherever they are called."""
 
 OPERATORS: dict[Any, Handler] = {}
 """Operators that are run by a handler, below autograd; it returns NotImplemented for arguments that it leaves."""
