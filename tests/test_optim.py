@@ -3,6 +3,7 @@ import io
 import itertools
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -546,6 +547,29 @@ def test_a_copy_of_the_model_is_not_stepped() -> None:
         loss(other, 0).backward()
         assert_same_parameters(module, other)
         assert all(p.grad.abs().sum() > 0 for p in other.parameters())
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_model_that_is_dropped_is_freed(removed: bool) -> None:
+    module = compressed(model())
+    stepping = step_in_backward(module, optim.AdamW)
+    loss(module, 0).backward()
+    alive = [weakref.ref(p) for p in module.parameters()] + [weakref.ref(stepping.optimizer)]
+    if removed:
+        stepping.remove()
+    del module, stepping
+    assert not [reference for reference in alive if reference() is not None]
+
+
+def test_what_was_stepped_must_be_kept() -> None:
+    module = compressed(model())
+    step_in_backward(nn.ModuleList([module]), optim.SGD, lr=0.1)
+    with pytest.raises(RuntimeError, match=r"0\.6\.bias is not stepped any more.*Keep it"):
+        loss(module, 0).backward()
+    module = compressed(model())
+    stepping = step_in_backward(nn.ModuleList([module]), optim.SGD, lr=0.1)
+    loss(module, 0).backward()
+    assert len(stepping.optimizer.param_groups) == len(list(module.parameters()))
 
 
 def test_nothing_to_train_is_an_error() -> None:

@@ -317,6 +317,9 @@ class TestCheckpoint:
             with pytest.raises(RuntimeError, match=r"use_reentrant=False.*accumulate\(\)"):
                 checkpoint(packed, leaf(x), use_reentrant=True).square().sum().backward()
             assert_same_parameters(plain, packed)
+            train(plain, x, 1)
+            loss(packed, x).backward()  # and no gradient of that pass is left
+            assert_same_parameters(plain, packed)
             return
         train(plain, x, 1)
         checkpoint(packed, leaf(x), use_reentrant=False).square().sum().backward()

@@ -45,10 +45,11 @@ class StepInBackward:
         self._variables = variables
         self._clip_norm = clip_norm
         self._accumulating = False
-        self._lock = threading.Lock()  # the backward pass has a thread for each device
+        self._lock = threading.RLock()  # the backward pass has a thread for each device
         self._handles = [handle for index in range(len(variables)) for handle in self._hook(index)]
         self._handles.append(model.register_forward_pre_hook(_check_all_stepped))
-        _stepped_models.add(model)
+        self._model = weakref.ref(model)
+        _stepping[model] = self
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -74,30 +75,48 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        model = self._model()
+        if model is not None and _stepping.get(model) is self:
+            del _stepping[model]
         for _, parameter in self._variables:
             _make_room(parameter)
 
     def _hook(self, index: int) -> tuple[Any, Any]:
         name, parameter = self._variables[index]
+        reference = weakref.ref(self)  # the garbage collector does not see through the hooks of a tensor
+
+        def stepping() -> StepInBackward:
+            found = reference()
+            if found is None:
+                raise RuntimeError(
+                    f"{name} is not stepped any more: the module that was given to step_in_backward is gone. "
+                    "Keep it, or what step_in_backward returned"
+                )
+            return found
 
         def before(gradient: Tensor) -> None:
-            _make_room(parameter)
+            _make_room(stepping()._variables[index][1])
 
         def complete(parameter: Tensor) -> None:
-            if self._accumulating:
-                return
-            if _in_reentrant_checkpoint():
-                raise RuntimeError(
-                    f"{name} would be stepped inside a reentrant checkpoint, before other uses of it were "
-                    "differentiated: pass use_reentrant=False to torch.utils.checkpoint, or run the backward pass in "
-                    "accumulate()"
-                )
-            self._step(index)
+            stepping()._complete(index)
 
         return (
             parameter.register_hook(unserializable_hook(before)),  # type: ignore[no-untyped-call]
             parameter.register_post_accumulate_grad_hook(complete),  # type: ignore[no-untyped-call]
         )
+
+    def _complete(self, index: int) -> None:
+        name, parameter = self._variables[index]
+        if self._accumulating:
+            return
+        if _in_reentrant_checkpoint():
+            parameter.grad = SpentGradient(parameter, name)
+            raise RuntimeError(
+                f"{name} would be stepped inside a reentrant checkpoint, before other uses of it were "
+                "differentiated: pass use_reentrant=False to torch.utils.checkpoint, or run the backward pass in "
+                "accumulate()"
+            )
+        self._step(index)
 
     def _step(self, index: int) -> None:
         name, parameter = self._variables[index]
@@ -142,7 +161,8 @@ def step_in_backward(
         PolicyError: nothing to train, or a parameter is stepped already; in a forward pass of the model, a parameter
             that requires a gradient and is not stepped, because it was replaced, moved or unfrozen.
 
-    A backward pass inside a reentrant checkpoint raises RuntimeError: it cannot know whether a gradient is complete.
+    A backward pass inside a reentrant checkpoint raises RuntimeError: it cannot know whether a gradient is complete. A
+    loss that a ``GradScaler`` multiplied is stepped with as it is.
     """
     variables = []
     for name, parameter in model.named_parameters():
@@ -210,13 +230,14 @@ def _make_room(parameter: Tensor) -> None:
         parameter.grad = None
 
 
-_stepped_models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Not known to their hooks, so that a model can be copied and pickled; its copy is not stepped."""
+_stepping: "weakref.WeakKeyDictionary[nn.Module, StepInBackward]" = weakref.WeakKeyDictionary()
+"""What steps a model lives as long as the model. Not kept in it, so that it can be copied and pickled; its copy is not
+stepped."""
 
 
 def _check_all_stepped(model: nn.Module, args: Any) -> None:
     """Before a forward pass: no parameter may silently stay as it is."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or model not in _stepped_models:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or model not in _stepping:
         return
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter._post_accumulate_grad_hooks:
