@@ -207,6 +207,7 @@ class Packed:
             if wanted == exponent:
                 break
             exponent = wanted
+            del codes  # the next ones take their memory
         s, b = (1.0, 0.0) if transform == "none" else fit(sums, self.numel)
         scale = s * 2.0**-exponent
         if not stays_finite(self.format, scale, b):
