@@ -128,7 +128,9 @@ class CompressedTensor(Tensor):
 
     def panels(self) -> list[tuple[int, int]]:
         """Cut the first dimension so that the decoded values of each piece fit into ``PANEL_BYTES``."""
-        rows = self.shape[0]
+        rows = len(self)
+        if 4 * self.base.numel <= PANEL_BYTES:
+            return [(0, rows)]
         height = max(1, PANEL_BYTES // max(1, 4 * self.base.numel // rows)) if rows else 1
         return [(start, min(start + height, rows)) for start in range(0, rows, height)]
 

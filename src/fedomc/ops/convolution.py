@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedomc.ops.whole import Saved, autocast_dtype, in_transform, with_autocast, with_decoded_weights
+from fedomc.ops.whole import Saved, autocast_dtype, with_autocast, with_decoded_weights
 from fedomc.scratch import scratch
 from fedomc.tensor import CompressedTensor, is_compressed
 
@@ -81,7 +81,7 @@ def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         _transposed_arguments if transposed else _arguments
     )(*args, **kwargs)
     plain = is_compressed(weight) and not is_compressed(x) and not is_compressed(bias) and not isinstance(padding, str)
-    if not plain or groups != 1 or len(weight.panels()) == 1 or x.dim() != dimensions + 2 or in_transform():
+    if not plain or groups != 1 or len(weight.panels()) == 1 or x.dim() != dimensions + 2:
         return with_autocast(func, args, kwargs)
     how = (*(_each(size, dimensions) for size in (stride, padding, dilation)), transposed)
     how = (*how, _each(output_padding, dimensions), groups)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedomc.ops.whole import in_transform, with_decoded_weights
+from fedomc.ops.whole import with_decoded_weights
 from fedomc.scratch import PANEL_BYTES
 from fedomc.tensor import CompressedTensor, is_compressed
 
@@ -54,7 +54,7 @@ def embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if max_norm is not None:  # writes to the weight, which the dispatcher encodes again
         return func(*args, **kwargs)
     plain = is_compressed(weight) and weight.dim() == 2 and not is_compressed(indices)
-    if not plain or sparse or in_transform() or indices.dtype not in (torch.int32, torch.int64):
+    if not plain or sparse or indices.dtype not in (torch.int32, torch.int64):
         return with_decoded_weights(func, args, kwargs)
     padding = -1 if padding is None else padding + len(weight) if padding < 0 else padding
     return _Embedding.apply(indices, weight, padding, by_frequency)  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedomc.ops.whole import Saved, autocast_dtype, in_transform, with_autocast, with_decoded_weights
+from fedomc.ops.whole import Saved, autocast_dtype, with_autocast, with_decoded_weights
 from fedomc.scratch import scratch
 from fedomc.tensor import CompressedTensor, is_compressed
 
@@ -33,7 +33,8 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight = ctx.weight.load()
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows, flat = gradient.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])  # [N, out], [N, in]
+        rows = gradient.reshape(-1, gradient.shape[-1])  # [N, out]
+        flat = x.reshape(-1, x.shape[-1])  # [N, in]
         times_weight, outer = _times_weight, _outer
         if torch.is_grad_enabled():  # for a second derivative
             times_weight, outer = _differentiable_times_weight, _differentiable_outer
@@ -47,7 +48,7 @@ class _Linear(torch.autograd.Function):
 def _times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
     panels = weight.panels()
     if len(panels) == 1:
-        return rows @ weight.decode().to(rows.dtype)
+        return torch.mm(rows, weight.decode().to(rows.dtype))
     out = rows.new_zeros(len(rows), weight.shape[1])
     for start, stop in panels:
         out.addmm_(rows[:, start:stop], weight.decode_rows(start, stop).to(rows.dtype))
@@ -74,7 +75,7 @@ def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     """Run ``F.linear`` by panels where the weight is what is compressed, and as a whole elsewhere."""
     x, weight, bias = _arguments(*args, **kwargs)
     plain = is_compressed(weight) and weight.dim() == 2 and not is_compressed(x) and not is_compressed(bias)
-    if not plain or in_transform() or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if not plain or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return with_autocast(func, args, kwargs)
     dtype = autocast_dtype(weight)
     if dtype is None:

@@ -123,8 +123,3 @@ def autocast_dtype(*operands: Any) -> torch.dtype | None:
     """Return what autocast, if it is on, casts operands of these devices to."""
     device = next(x.device.type for x in tree_leaves(operands) if is_compressed(x))
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def in_transform() -> bool:
-    """Tell whether torch.func or forward-mode differentiation is at work: torch's own formulas know them all."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
