@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fedomc.codec import words_of
+from fedomc.codec.layout import CHUNK, words_of
 from fedomc.errors import OMCError
 from fedomc.model import compress_, decompress_
 from fedomc.optim import step_in_backward
@@ -41,8 +42,15 @@ from fedomc.transform import Encoding
 FORMATS = ("FP32", "S1E4M14", "S1E3M7", "S1E2M3+S1E2M1")
 FP32, AS_IS = "FP32", "as is"
 
+_USED = ("decoded", "added", "written")
 _STEPS = 2  # the second one has the optimizer's state from its beginning
+
 _aten = torch.ops.aten
+_IN_ONE_PASS = {_aten.add_.Tensor, _aten.sub_.Tensor}
+"""Operators that a compressed variable does with no dense values."""
+
+_RUN_ON_ZEROS = {_aten._ctc_loss.default, _aten._ctc_loss.Tensor, _aten.mkldnn_rnn_layer.default}
+"""Operators of which only the kernel knows what it gives for the next one: by target lengths, or a workspace."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,9 @@ def memory_report(
     """
     training = _Training(loss or _own_loss, optimizer_class, in_backward, clip_norm, kwargs)
     encodings = {_label(each): _encodings(model, each) for each in formats}
-    inputs = dict(batch) if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+    inputs = (
+        dict(batch) if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+    )
     if measure and any(parameter.is_meta for parameter in model.parameters()):
         raise OMCError("the model is on the meta device and cannot be measured: pass measure=False, or fill it first")
     cuda = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
@@ -190,7 +200,7 @@ class _Life:
         nbytes: of the storage.
         birth: the number of the first operator that knows it.
         death: the number of the last, None while it lives.
-        kind: of ``MemoryBytes``, or ``decoded`` or ``written`` for a variable that is used.
+        kind: of ``MemoryBytes``, or ``decoded``, ``added`` or ``written``: what is done with a variable.
         variable: which one, for a variable.
     """
 
@@ -201,24 +211,20 @@ class _Life:
     variable: str = ""
 
 
-class _Lives(TorchDispatchMode):
+class _Lives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches which storages live."""
 
     def __init__(self, model: nn.Module, batch: _Batch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moment = 0
         self.lives: list[_Life] = []
         self.variables: dict[int, str] = {}
         self._alive: dict[int, tuple[Any, _Life]] = {}
         for name, parameter in model.named_parameters():
-            for tensor in _inner(parameter):
-                self._see(tensor, "parameters", name)
-                self.variables[tensor.untyped_storage()._cdata] = name
-        for buffer in model.buffers():
-            self._see(buffer, "buffers")
-        for tensor in tree_leaves(batch):
-            if isinstance(tensor, Tensor):
-                self._see(tensor, "batch")
+            self._see(parameter, "parameters", name)
+            self.variables |= {storage._cdata: name for storage in _storages(parameter)}
+        self._see(list(model.buffers()), "buffers")
+        self._see(batch, "batch")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -228,16 +234,14 @@ class _Lives(TorchDispatchMode):
         self.moment += 1
         self._uses(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and not is_compressed(tensor):
-                self._see(tensor)
+        self._see(result)
         return result
 
     def tag(self, kind: str, tensors: Any) -> None:
         """Say what tensors are."""
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) in self._alive:
-                self._alive[key][1].kind = kind
+        for storage in _storages(tensors):
+            if storage._cdata in self._alive:
+                self._alive[storage._cdata][1].kind = kind
 
     def tag_alive(self, kind: str) -> None:
         """Say what everything is that lives and is not yet said to be something."""
@@ -249,35 +253,36 @@ class _Lives(TorchDispatchMode):
         """Find the most bytes of each kind, and of all together, that live at one time."""
         changes = np.zeros((len(_KINDS), self.moment + 2), dtype=np.int64)
         for life in self.lives:
-            kind = "transients" if life.kind in ("decoded", "written") else life.kind
+            kind = "transients" if life.kind in _USED else life.kind
             if kind in _KINDS:
                 row, nbytes = _KINDS.index(kind), bytes_of(life)
                 changes[row, life.birth] += nbytes
                 changes[row, (self.moment if life.death is None else life.death) + 1] -= nbytes
         held = changes.cumsum(1)  # [kinds, moments]
-        return MemoryBytes(*(int(most) for most in held.max(1)), peak=int(held.sum(0).max()))
+        most = dict(zip(_KINDS, (int(each) for each in held.max(1)), strict=True))
+        return MemoryBytes(**most, peak=int(held.sum(0).max()))
 
-    def _see(self, tensor: Tensor, kind: str = "transients", variable: str = "") -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive:
-            return
-        life = _Life(storage.nbytes(), self.moment, None, kind, variable)
-        self.lives.append(life)
-        self._alive[key] = (weakref.ref(storage, lambda _: self._bury(key)), life)
+    def _see(self, tensors: Any, kind: str = "transients", variable: str = "") -> None:
+        for storage in _storages(tensors):
+            key = storage._cdata
+            if key not in self._alive:
+                life = _Life(storage.nbytes(), self.moment, None, kind, variable)
+                self.lives.append(life)
+                self._alive[key] = (weakref.ref(storage, partial(self._bury, key)), life)
 
-    def _bury(self, key: int) -> None:
+    def _bury(self, key: int, _: Any) -> None:
         self._alive.pop(key)[1].death = self.moment
 
     def _uses(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the arguments of an operator."""
 
 
-class _Uses(_Lives):
+class _Uses(_Lives):  # type: ignore[no-untyped-call]
     """Watches, in a plain model, also which variables are used: where a compressed one would be decoded or written."""
 
     def __init__(self, model: nn.Module, batch: _Batch) -> None:
         super().__init__(model, batch)
+        self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         self._calls = 0
         self._node: Any = None
         self._since = 0  # the first operator of the node
@@ -308,18 +313,42 @@ class _Uses(_Lives):
         writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         for argument, value in named.items():
             for name in self._variables_in(value):
-                if argument in writes and not _returns_view(func):
-                    self.lives.append(_Life(0, self.moment, self.moment, "written", name))
+                if argument in writes:
+                    kind = "added" if func in _IN_ONE_PASS else "written"
+                    self.lives.append(_Life(0, self.moment, self.moment, kind, name))
                 elif node is None or node.name() == "torch::autograd::AccumulateGrad":
                     self.lives.append(_Life(0, self.moment, self.moment, "decoded", name))
                 elif name not in self._decoded:  # unpacked before the node runs, and held until it ends
                     self._decoded[name] = _Life(0, self._since, None, "decoded", name)
                     self.lives.append(self._decoded[name])
 
+    def most_in(self, encodings: _Encodings) -> MemoryBytes:
+        """Find the most bytes that a model with these encodings would hold."""
+
+        def bytes_of(life: _Life) -> int:
+            encoding = encodings.get(life.variable)
+            if encoding is None:
+                return life.nbytes if life.kind in _KINDS else 0
+            size = self._sizes[life.variable]
+            formats = [fmt for fmt in (encoding.format, encoding.update_format) if fmt is not None]
+            packed = [4 * words_of(size, fmt.bits) + 8 for fmt in formats]  # codes, factor and offset
+            if life.kind == "parameters":
+                return sum(packed)
+            if life.kind == "decoded":
+                return 4 * size
+            if life.kind == "added":  # in one pass, to codes that take the place of the present ones
+                return packed[-1]
+            if encoding.update_format is None:  # a chunk is made while the one before is there
+                return packed[0] + 4 * min(size, 2 * CHUNK)
+            # A chunk of the values, of the base and of the difference; and codes often twice, since an update grows.
+            chunk, following = min(size, CHUNK), min(max(size - CHUNK, 0), CHUNK)
+            return 2 * packed[1] + 4 * max(3 * chunk, chunk + 3 * following)
+
+        return self.most(bytes_of)
+
     def _variables_in(self, arguments: Any) -> set[str]:
-        tensors = (x for x in tree_leaves(arguments) if isinstance(x, Tensor))
-        names = (self.variables.get(tensor.untyped_storage()._cdata) for tensor in tensors)
-        return {name for name in names if name is not None}
+        keys = {storage._cdata for storage in _storages(arguments)}
+        return {self.variables[key] for key in keys & self.variables.keys()}
 
 
 class _Functions(TorchFunctionMode):
@@ -339,19 +368,22 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-class _Shapes(FakeTensorMode):
+class _Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Runs a model without values. Integers and truths have theirs: what a model decides by, tokens and masks."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
 
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor) and args[0].constant is None:
             dtype = args[0].dtype
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func in _RUN_ON_ZEROS:
+            found = func(*tree_map(_zeros, args), **tree_map(_zeros, kwargs or {}))
+            return tree_map(lambda x: self.from_tensor(x) if isinstance(x, Tensor) else x, found)
         if tensors and all(_has_values(x) for x in tensors):
             return tree_map(self._without_values, func(*args, **(kwargs or {})))
         result = super().__torch_dispatch__(func, types, args, kwargs or {})
@@ -388,7 +420,7 @@ class _Training:
         """Train while what lives is watched."""
         optimizers: list[Optimizer] = []
 
-        def watched(parameters: list[Tensor], **kwargs: Any) -> Optimizer:
+        def watched(parameters: list[nn.Parameter], **kwargs: Any) -> Optimizer:
             optimizer = self.optimizer_class(parameters, **kwargs)
             optimizer.register_step_pre_hook(lambda *_: lives.tag("gradients", [p.grad for p in parameters]))
             optimizers.append(optimizer)
@@ -419,7 +451,8 @@ def _measured(model: nn.Module, batch: _Batch, training: _Training, encodings: _
     trial = decompress_(_copied(model, _copy))
     compress_(trial, encodings)
     inputs = tree_map(_copy, batch)
-    with _Lives(trial, inputs) as lives:
+    lives = _Lives(trial, inputs)
+    with lives:
         training.run(trial, inputs, lives)
     return lives.most(lambda life: life.nbytes)
 
@@ -431,27 +464,15 @@ def _predicted(
     shapes = _Shapes()
     trial = _copied(model, shapes.copy)
     inputs = tree_map(shapes.copy, batch)
-    sizes = {name: parameter.numel() for name, parameter in trial.named_parameters()}
+    lives = _Uses(trial, inputs)
     try:
-        with shapes, _Uses(trial, inputs) as lives, _Functions(lives):
+        with shapes, lives, _Functions(lives):
             training.run(trial, inputs, lives)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise OMCError(
             f"the model's shapes depend on values ({error.func}) and cannot be predicted: pass predict=False"
         ) from error
-
-    def bytes_of(life: _Life, encodings: _Encodings) -> int:
-        encoding = encodings.get(life.variable)
-        if encoding is None:
-            return life.nbytes
-        formats = [fmt for fmt in (encoding.format, encoding.update_format) if fmt is not None]
-        packed = [4 * words_of(sizes[life.variable], fmt.bits) + 8 for fmt in formats]  # codes, factor and offset
-        return {"parameters": sum(packed), "decoded": 4 * sizes[life.variable], "written": packed[-1]}[life.kind]
-
-    return {
-        name: lives.most(lambda life, encodings=encodings: bytes_of(life, encodings))  # type: ignore[misc]
-        for name, encodings in formats.items()
-    }
+    return {name: lives.most_in(encodings) for name, encodings in formats.items()}
 
 
 def _copied(model: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -467,9 +488,21 @@ def _copy(x: Any) -> Any:
     return nn.Parameter(values, x.requires_grad) if isinstance(x, nn.Parameter) else values
 
 
-def _inner(x: Tensor) -> list[Tensor]:
-    """Return the tensors that hold a tensor."""
-    return [tensor for part in x.parts for tensor in (part.codes, part.affine)] if is_compressed(x) else [x]
+def _storages(x: Any) -> list[torch.UntypedStorage]:
+    """Return the storages behind a tensor, or the tensors of a structure."""
+    found: list[torch.UntypedStorage] = []
+    for leaf in tree_leaves(x):
+        if is_compressed(leaf):
+            found += _storages([[part.codes, part.affine] for part in leaf.parts])
+        elif isinstance(leaf, Tensor) and leaf.layout is torch.sparse_coo:
+            found += _storages([leaf._indices(), leaf._values()])
+        elif isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+            found.append(leaf.untyped_storage())
+    return found
+
+
+def _zeros(x: Any) -> Any:
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, FakeTensor) else x
 
 
 def _is_float(x: Tensor) -> bool:
@@ -478,7 +511,3 @@ def _is_float(x: Tensor) -> bool:
 
 def _has_values(x: Tensor) -> bool:
     return not isinstance(x, FakeTensor) and not _is_float(x)
-
-
-def _returns_view(func: Any) -> bool:
-    return any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns)
