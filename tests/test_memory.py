@@ -15,6 +15,7 @@ from fedomc import (
     FormatError,
     MemoryBytes,
     OMCError,
+    PolicyError,
     compress_,
     memory_report,
     parameter_bytes,
@@ -124,6 +125,16 @@ def test_prediction_and_measurement_agree(name: str, in_backward: bool, training
         assert predicted.peak == pytest.approx(measured.peak, rel=BOUND), format
         if format == "FP32" or not in_backward or name not in TOGETHER:
             assert predicted.gradients == measured.gradients
+
+
+@pytest.mark.parametrize("optimizer", ["Adafactor", "AdamW", "ASGD", "RMSprop"])
+def test_any_optimizer_can_be_predicted(optimizer: str) -> None:
+    model, batch = made("checkpointed")
+    report = memory_report(model, batch, loss=loss_of, optimizer_class=getattr(torch.optim, optimizer), lr=0.001)
+    for format in FORMATS:
+        predicted, measured = report.predicted[format], report.measured[format]
+        assert predicted.optimizer == measured.optimizer > 0
+        assert predicted.peak == pytest.approx(measured.peak, rel=BOUND)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -315,8 +326,11 @@ def test_what_cannot_be_told_is_an_error_with_a_way_out() -> None:
     model, batch = made("linear")
     with pytest.raises(OMCError, match="pass loss="):
         memory_report(model, batch)
-    with pytest.raises(FormatError, match="S1E99"):
-        memory_report(model, batch, formats=["S1E99M1"])
+    for format in ("S1E99M1", "S1E2M3+", "fp32"):
+        with pytest.raises(FormatError, match="is not a number format"):
+            memory_report(model, batch, formats=[format])
+    with pytest.raises(PolicyError, match="one name"):
+        memory_report(model, batch, formats=["S1E3M7", CompressionPolicy("S1E3M7", transform="affine")])
     experts, rows = Experts(), randn(16, 8)
     with pytest.raises(OMCError, match="predict=False"):
         memory_report(experts, rows, loss=torch.sum)

@@ -4,7 +4,8 @@ from fedomc import fallback, inplace, ops  # noqa: F401  (they register what Com
 from fedomc.checkpoint import load_model, materialize_, save_model
 from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
 from fedomc.formats import FloatFormat
-from fedomc.memory import MemoryBytes, MemoryReport, memory_report
+from fedomc.lifetimes import MemoryBytes
+from fedomc.memory import MemoryReport, memory_report
 from fedomc.model import ParameterBytes, compress_, decompress_, parameter_bytes
 from fedomc.optim import StepInBackward, step_in_backward
 from fedomc.policy import CompressionPolicy, Selection
