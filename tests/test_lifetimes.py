@@ -117,6 +117,8 @@ def test_formats_change_what_a_use_costs() -> None:
     assert (plain.parameters, plain.transients, plain.peak) == (4 * 4096, 100, 4 * 4096 + 100)
     assert (packed.parameters, packed.transients) == (codes, 4 * 4096 + 100)
     assert packed.peak == codes + 4 * 4096 + 100
+    uses.lives[1:] = [Life(0, 2, 2, "added", "weight")]
+    assert uses.most_in({"weight": S1E2M3}).transients == codes
 
 
 def test_shapes_compute_integers_and_no_floats() -> None:

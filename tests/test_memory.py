@@ -178,15 +178,28 @@ def test_activations_are_what_autograd_saves() -> None:
 
 
 @pytest.mark.parametrize("format", ["FP32", "S1E3M7", "S1E2M3+S1E2M1"])
+@pytest.mark.parametrize("in_backward", [True, False])
 @pytest.mark.parametrize("name", ["linear", "checkpointed"])
-def test_the_peak_is_what_the_allocator_says(name: str, format: str) -> None:
+def test_the_peak_is_what_the_allocator_says(name: str, in_backward: bool, format: str) -> None:
     model, batch = made(name)
-    held = memory_report(model, batch, loss=loss_of, formats=[format], lr=0.01).measured[format]
+    held = memory_report(model, batch, loss=loss_of, formats=[format], in_backward=in_backward, lr=0.01).measured[
+        format
+    ]
     policy = POLICIES[format]
     if policy is not None:
         compress_(model, policy.select(model))
-    step_in_backward(model, torch.optim.SGD, lr=0.01)
-    levels = itertools.accumulate(allocations(lambda: [loss_of(model(batch)).backward() for _ in range(2)]))
+    if in_backward:
+        step_in_backward(model, torch.optim.SGD, lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def train() -> None:
+        for _ in range(2):
+            loss_of(model(batch)).backward()
+            if not in_backward:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    levels = itertools.accumulate(allocations(train))
     assert held.peak == pytest.approx(parameter_bytes(model).total + max(levels), rel=BOUND)
 
 
@@ -201,7 +214,7 @@ def test_the_model_stays_as_it_is(start: str) -> None:
     else:
         model(batch).sum().backward()
         before_gradient = model[0].weight.grad.clone()
-    before, inputs, random = copy.deepcopy(model), batch.clone(), torch.get_rng_state()
+    before = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
     versions = [p._version for p in model.parameters()]
     memory_report(model, batch, loss=loss_of, **ADAM)
@@ -209,11 +222,18 @@ def test_the_model_stays_as_it_is(start: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.buffers(), model.buffers(), strict=True))
     assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
     assert versions == [p._version for p in model.parameters()]
-    assert torch.equal(inputs, batch) and torch.equal(random, torch.get_rng_state())
     gradient = model[0].weight.grad
     assert gradient is None if before_gradient is None else torch.equal(gradient, before_gradient)
     model(batch).sum().backward()  # and it goes on
     assert (model[0].weight.grad is None) == (start == "stepped")
+
+
+def test_neither_the_batch_nor_random_numbers_are_changed() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(8, 8))
+    batch, random = randn(4, 8), torch.get_rng_state()
+    before = batch.clone()
+    memory_report(model, batch, loss=loss_of, lr=0.1)
+    assert torch.equal(batch, before) and torch.equal(random, torch.get_rng_state())
 
 
 def test_reports_are_the_same_each_time() -> None:
