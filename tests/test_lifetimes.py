@@ -79,7 +79,7 @@ def uses_of(run: Callable[[nn.Module], object]) -> list[tuple[str, int, int | No
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        (lambda model: model(torch.ones(2, 4)), [("decoded", 2, 3)]),  # after ones, while linear runs t and mm
+        (lambda model: model(torch.ones(2, 4)), [("panel", 2, 3)]),  # after ones, while linear runs t and mm
         (lambda model: model.weight.abs(), [("decoded", 1, 1)]),
         (lambda model: model.weight.detach().data, []),
         (lambda model: model.weight.add_(torch.ones(6, 4)), [("added", 2, 2)]),
@@ -97,7 +97,7 @@ def test_a_node_decodes_from_its_first_operator_on() -> None:
     model, x = nn.Linear(4, 6, bias=False), randn(2, 4).requires_grad_()
     uses = Uses(model, x)
     with uses, Functions(uses):
-        out = model(x).sum()
+        out = torch.mm(x, model.weight.view(4, 6)).sum()
         before = uses.moment
         out.backward()
     decoded = [life for life in uses.lives if life.kind == "decoded" and life.birth > before]
@@ -105,6 +105,17 @@ def test_a_node_decodes_from_its_first_operator_on() -> None:
     assert len(decoded) == 1  # its first operator makes the gradient of the weight, before it reads the weight
     assert decoded[0].birth <= gradient.birth < uses.moment
     assert decoded[0].death is not None and decoded[0].death >= gradient.birth + 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_linear_layer_decodes_before_it_makes_its_gradient(frozen: bool) -> None:
+    model, x = nn.Linear(4, 6, bias=False).requires_grad_(not frozen), randn(2, 4).requires_grad_()
+    uses = Uses(model, x)
+    with uses, Functions(uses):
+        out = model(x).sum()
+        before = uses.moment
+        out.backward()
+    assert any(life.kind == "panel" for life in uses.lives if life.birth > before) == frozen
 
 
 def test_formats_change_what_a_use_costs() -> None:
@@ -117,6 +128,8 @@ def test_formats_change_what_a_use_costs() -> None:
     assert (plain.parameters, plain.transients, plain.peak) == (4 * 4096, 100, 4 * 4096 + 100)
     assert (packed.parameters, packed.transients) == (codes, 4 * 4096 + 100)
     assert packed.peak == codes + 4 * 4096 + 100
+    uses.lives[1:] = [Life(0, 1, 1, "panel", "weight")]
+    assert uses.most_in({"weight": S1E2M3}).transients == 4 * 4096
     uses.lives[1:] = [Life(0, 2, 2, "added", "weight")]
     assert uses.most_in({"weight": S1E2M3}).transients == codes
 

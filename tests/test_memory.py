@@ -22,6 +22,7 @@ from fedomc import (
     step_in_backward,
 )
 from fedomc.memory import FORMATS
+from fedomc.scratch import Scratch
 from tests.conftest import allocations, assert_same_parameters, compressed, randn
 
 BOUND = 0.03
@@ -53,7 +54,7 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(8, 8)
+        self.layer = nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x[x[:, 0] > 0])
@@ -180,7 +181,10 @@ def test_activations_are_what_autograd_saves() -> None:
 @pytest.mark.parametrize("format", ["FP32", "S1E3M7", "S1E2M3+S1E2M1"])
 @pytest.mark.parametrize("in_backward", [True, False])
 @pytest.mark.parametrize("name", ["linear", "checkpointed"])
-def test_the_peak_is_what_the_allocator_says(name: str, in_backward: bool, format: str) -> None:
+def test_the_peak_is_what_the_allocator_says(
+    name: str, in_backward: bool, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scratch, "empty", lambda self, numel, device: torch.empty(numel, device=device))
     model, batch = made(name)
     held = memory_report(model, batch, loss=loss_of, formats=[format], in_backward=in_backward, lr=0.01).measured[
         format
@@ -223,14 +227,14 @@ def test_the_model_stays_as_it_is(start: str) -> None:
     assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
     assert versions == [p._version for p in model.parameters()]
     gradient = model[0].weight.grad
-    assert gradient is None if before_gradient is None else torch.equal(gradient, before_gradient)
+    assert gradient is before_gradient is None if start == "stepped" else torch.equal(gradient, before_gradient)
     model(batch).sum().backward()  # and it goes on
-    assert (model[0].weight.grad is None) == (start == "stepped")
+    assert (type(model[0].weight.grad) is Tensor) == (start != "stepped")
 
 
 def test_neither_the_batch_nor_random_numbers_are_changed() -> None:
-    model = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(8, 8))
-    batch, random = randn(4, 8), torch.get_rng_state()
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(64, 64))
+    batch, random = randn(4, 64), torch.get_rng_state()
     before = batch.clone()
     memory_report(model, batch, loss=loss_of, lr=0.1)
     assert torch.equal(batch, before) and torch.equal(random, torch.get_rng_state())
@@ -330,7 +334,7 @@ def test_a_model_on_meta_is_predicted_and_allocates_nothing() -> None:
     assert max(itertools.accumulate(levels)) < 2**20
     held = reports[0].predicted["S1E3M7"]
     assert held.gradients == 4e8 + 4e4 and held.parameters == pytest.approx(1e8 * 11 / 8, rel=0.01)
-    assert held.transients >= 4e8
+    assert held.transients < 2e8  # no gigantic weight is decoded as a whole
     with pytest.raises(OMCError, match="measure=False"):
         memory_report(model, batch, loss=torch.sum)
 
@@ -351,7 +355,7 @@ def test_what_cannot_be_told_is_an_error_with_a_way_out() -> None:
             memory_report(model, batch, formats=[format])
     with pytest.raises(PolicyError, match="one name"):
         memory_report(model, batch, formats=["S1E3M7", CompressionPolicy("S1E3M7", transform="affine")])
-    experts, rows = Experts(), randn(16, 8)
+    experts, rows = Experts(), randn(16, 64)
     with pytest.raises(OMCError, match="predict=False"):
         memory_report(experts, rows, loss=torch.sum)
     report = memory_report(experts, rows, loss=torch.sum, predict=False, lr=0.01)
@@ -359,7 +363,7 @@ def test_what_cannot_be_told_is_an_error_with_a_way_out() -> None:
 
 
 def test_batches_of_any_kind() -> None:
-    model, x = nn.Bilinear(8, 8, 4), randn(2, 8)
+    model, x = nn.Bilinear(16, 16, 8), randn(2, 16)
     reports = [
         memory_report(model, batch, loss=torch.sum, lr=0.1) for batch in ((x, x), [x, x], {"input1": x, "input2": x})
     ]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -24,14 +25,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedomc.codec.layout import CHUNK, words_of
+from fedomc.ops.convolution import CONVOLUTIONS
+from fedomc.scratch import PANEL_BYTES
 from fedomc.tensor import FUNCTIONS, CompressedTensor, is_compressed
 from fedomc.transform import Encoding
 
-_USED = ("decoded", "added", "written")
+_USED = ("decoded", "panel", "chunk", "added", "written")
 
 _aten = torch.ops.aten
 _IN_ONE_PASS = {_aten.add_.Tensor, _aten.sub_.Tensor}
 """Operators that a compressed variable does with no dense values."""
+
+_BY_PANELS = {F.linear, F.embedding, *CONVOLUTIONS}
+"""Functions that decode no more of a variable at a time than a panel."""
 
 _RUN_ON_ZEROS = {_aten._ctc_loss.default, _aten._ctc_loss.Tensor, _aten.mkldnn_rnn_layer.default}
 """Operators of which only the kernel knows what it gives for the next one: by target lengths, or a workspace."""
@@ -71,7 +77,7 @@ class Life:
         nbytes: of the storage.
         birth: the number of the first operator that knows it.
         death: the number of the last, None while it lives.
-        kind: of ``MemoryBytes``, or ``decoded``, ``added`` or ``written``: what is done with a variable.
+        kind: of ``MemoryBytes``, or one of ``_USED``: what is done with a variable.
         variable: which one, for a variable.
     """
 
@@ -163,15 +169,19 @@ class Uses(Lives):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__(model, batch)
         self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        self._frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self._functions: dict[str, Any] = {}  # the last that used a variable
         self._calls = 0
         self._node: Any = None
         self._since = 0  # the first operator of the node
         self._decoded: dict[str, Life] = {}  # in the node
 
     @contextmanager
-    def call(self, arguments: Any) -> Iterator[None]:
+    def call(self, func: Any, arguments: Any) -> Iterator[None]:
         """Decode the variables among the arguments of a function while it runs."""
-        lives = [Life(0, self.moment + 1, None, "decoded", name) for name in self._variables_in(arguments)]
+        names = self._variables_in(arguments)
+        self._functions |= dict.fromkeys(names, func)
+        lives = [Life(0, self.moment + 1, None, self._decoding(name), name) for name in names]
         self.lives += lives
         self._calls += 1
         try:
@@ -197,9 +207,13 @@ class Uses(Lives):  # type: ignore[no-untyped-call]
                     kind = "added" if func in _IN_ONE_PASS else "written"
                     self.lives.append(Life(0, self.moment, self.moment, kind, name))
                 elif node is None or node.name() == "torch::autograd::AccumulateGrad":
-                    self.lives.append(Life(0, self.moment, self.moment, "decoded", name))
+                    kind = "chunk" if func is _aten.add.Tensor else "decoded"  # weight decay
+                    self.lives.append(Life(0, self.moment, self.moment, kind, name))
+                elif self._functions.get(name) is F.linear:
+                    if name in self._frozen:  # else it is gone before its gradient, which is as large, is made
+                        self.lives.append(Life(0, self.moment, self.moment, "panel", name))
                 elif name not in self._decoded:  # unpacked before the node runs, and held until it ends
-                    self._decoded[name] = Life(0, self._since, None, "decoded", name)
+                    self._decoded[name] = Life(0, self._since, None, self._decoding(name), name)
                     self.lives.append(self._decoded[name])
 
     def most_in(self, encodings: Mapping[str, Encoding]) -> MemoryBytes:
@@ -216,15 +230,20 @@ class Uses(Lives):  # type: ignore[no-untyped-call]
                 return sum(packed)
             if life.kind == "decoded":
                 return 4 * size
-            if life.kind == "added":  # in one pass, to codes that take the place of the present ones
-                return packed[-1]
+            if life.kind in ("panel", "chunk"):
+                return min(4 * size, PANEL_BYTES if life.kind == "panel" else 4 * CHUNK)
+            if life.kind == "added":  # to codes that take the place of the present ones; updates grow: often twice
+                return packed[-1] * len(packed)
             if encoding.update_format is None:  # a chunk is made while the one before is there
                 return packed[0] + 4 * min(size, 2 * CHUNK)
-            # A chunk of the values, of the base and of the difference; and codes often twice, since an update grows.
+            # A chunk of the values, of the base and of the difference.
             chunk, following = min(size, CHUNK), min(max(size - CHUNK, 0), CHUNK)
             return 2 * packed[1] + 4 * max(3 * chunk, chunk + 3 * following)
 
         return self.most(bytes_of)
+
+    def _decoding(self, name: str) -> str:
+        return "panel" if self._functions.get(name) in _BY_PANELS else "decoded"
 
     def _variables_in(self, arguments: Any) -> set[str]:
         keys = {storage._cdata for storage in _storages(arguments)}
@@ -244,7 +263,7 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in FUNCTIONS:
             return func(*args, **kwargs)
-        with self._uses.call((args, kwargs)):
+        with self._uses.call(func, (args, kwargs)):
             return func(*args, **kwargs)
 
 

@@ -7,6 +7,7 @@ once for all formats, on a machine that could hold none of them; see ``lifetimes
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map
 from fedomc.errors import OMCError, PolicyError
 from fedomc.lifetimes import KINDS, Functions, Lives, MemoryBytes, Shapes, Uses
 from fedomc.model import compress_, decompress_
-from fedomc.optim import step_in_backward
+from fedomc.optim import _in_reentrant_checkpoint, step_in_backward
 from fedomc.policy import CompressionPolicy
 from fedomc.tensor import is_compressed
 from fedomc.transform import Encoding
@@ -45,8 +46,8 @@ class MemoryReport:
         """Return the formats, in the order given, with which training stays within a budget.
 
         Args:
-            budget: bytes, for all that is counted here. Not counted are the batch, the program itself and what an
-                operator allocates inside itself: leave room for those.
+            budget: bytes, for all that is counted here. Leave room for what is not: the batch, the program itself,
+                what an operator allocates inside itself, and idle scratch memory (at most 24 MB; see ``scratch``).
         """
         return [name for name, found in (self.predicted | self.measured).items() if found.peak <= budget]
 
@@ -154,7 +155,7 @@ class _Training:
     clip_norm: float | None
     kwargs: dict[str, Any]
 
-    def run(self, model: nn.Module, batch: _Batch, lives: Lives) -> None:
+    def run(self, model: nn.Module, batch: _Batch, lives: Lives, stepping: Callable[..., object]) -> None:
         """Train while what lives is watched."""
         optimizers: list[Optimizer] = []
 
@@ -169,7 +170,7 @@ class _Training:
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if trained and self.in_backward:
-            step_in_backward(model, watched, clip_norm=self.clip_norm, **self.kwargs)
+            stepping(model, watched, clip_norm=self.clip_norm, **self.kwargs)
         elif trained:
             watched(trained, **self.kwargs)
         for _ in range(_STEPS):
@@ -184,6 +185,7 @@ class _Training:
                         nn.utils.clip_grad_norm_([parameter], self.clip_norm)
                 optimizers[0].step()
                 optimizers[0].zero_grad()
+            lives.tag("spent", [parameter.grad for parameter in trained])  # four bytes each, of no kind
             lives.tag("optimizer", [list(state.values()) for each in optimizers for state in each.state.values()])
 
 
@@ -194,7 +196,7 @@ def _measured(model: nn.Module, batch: _Batch, training: _Training, encodings: _
     inputs = tree_map(_copy, batch)
     lives = Lives(trial, inputs)
     with lives:
-        training.run(trial, inputs, lives)
+        training.run(trial, inputs, lives, step_in_backward)
     return lives.most(lambda life: life.nbytes)
 
 
@@ -208,12 +210,31 @@ def _predicted(
     lives = Uses(trial, inputs)
     try:
         with shapes, lives, Functions(lives):
-            training.run(trial, inputs, lives)
+            training.run(trial, inputs, lives, _step_shapes)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise OMCError(
             f"the model's shapes depend on values ({error.func}) and cannot be predicted: pass predict=False"
         ) from error
     return {name: lives.most_in(encodings) for name, encodings in formats.items()}
+
+
+def _step_shapes(
+    model: nn.Module, optimizer_class: Callable[..., Optimizer], *, clip_norm: float | None, **kwargs: Any
+) -> None:
+    """Step in backward a model without values, which has nothing that could be left of a gradient."""
+
+    def complete(optimizer: Optimizer, parameter: Tensor) -> None:
+        if _in_reentrant_checkpoint():
+            raise RuntimeError("no step can be made inside a reentrant checkpoint: pass use_reentrant=False to it")
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_([parameter], clip_norm)
+        optimizer.step()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            step = partial(complete, optimizer_class([parameter], **kwargs))
+            parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
 
 
 def _copied(model: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
