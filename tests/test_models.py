@@ -23,7 +23,7 @@ def test_trains_as_it_should(name: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
-@pytest.mark.parametrize("policy", [*models.POLICIES.values(), models.LOSSLESS], ids=[*models.POLICIES, "lossless"])
+@pytest.mark.parametrize("policy", [*models.POLICIES.values(), *models.LOSSLESS])
 def test_holds_the_predicted_bytes(architecture: Architecture, policy: CompressionPolicy) -> None:
     model, _ = architecture.make()
     predicted = models.predicted_bytes(model, policy)
