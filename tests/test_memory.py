@@ -203,7 +203,8 @@ def test_the_peak_is_what_the_allocator_says(
                 optimizer.step()
                 optimizer.zero_grad()
 
-    levels = itertools.accumulate(allocations(train))
+    with torch.backends.mkldnn.flags(enabled=False):  # whose own temporaries are not counted
+        levels = itertools.accumulate(allocations(train))
     assert held.peak == pytest.approx(parameter_bytes(model).total + max(levels), rel=BOUND)
 
 

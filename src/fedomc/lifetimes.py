@@ -232,8 +232,8 @@ class Uses(Lives):  # type: ignore[no-untyped-call]
                 return 4 * size
             if life.kind in ("panel", "chunk"):
                 return min(4 * size, PANEL_BYTES if life.kind == "panel" else 4 * CHUNK)
-            if life.kind == "added":  # to codes that take the place of the present ones; updates grow: often twice
-                return packed[-1] * len(packed)
+            if life.kind == "added":  # to codes that take the place of the present ones
+                return packed[-1]
             if encoding.update_format is None:  # a chunk is made while the one before is there
                 return packed[0] + 4 * min(size, 2 * CHUNK)
             # A chunk of the values, of the base and of the difference.

@@ -88,7 +88,11 @@ def with_decoded_weights(
     def decode(x: Any) -> Any:
         if not is_compressed(x):
             return x
-        values: Tensor = _Decode.apply(x).to(dtype)  # type: ignore[no-untyped-call]
+        values: Tensor = _Decode.apply(x)  # type: ignore[no-untyped-call]
+        if values.grad_fn is not None:
+            # Else the backward pass would come here last, when the gradients of all layers are there.
+            values.grad_fn._set_sequence_nr(2**63 - 1)  # type: ignore[attr-defined]
+        values = values.to(dtype)
         weights[values.untyped_storage().data_ptr()] = x
         return values
 
