@@ -13,7 +13,9 @@ RIGHT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["ParakeetForCTC", "GPT2LMHeadModel", "ResNetForImageClassification", "torch.nn.LSTM"])
+@pytest.mark.parametrize(
+    "name", ["NemotronAsrStreamingEncoder", "GPT2LMHeadModel", "ResNetForImageClassification", "torch.nn.LSTM"]
+)
 def test_trains_as_it_should(name: str) -> None:
     rows = models.measure(BY_NAME[name])
     assert [row["format"] for row in rows] == ["S1E3M7@0.9", "S1E2M3+S1E2M1"]

@@ -23,8 +23,8 @@ class _Linear(torch.autograd.Function):
             return project(x, weight.decode().to(x.dtype), bias)
         out = x.new_empty(*x.shape[:-1], len(weight))  # [..., rows]
         for start, stop in panels:
-            values = weight.decode_rows(start, stop).to(x.dtype)
-            out[..., start:stop] = project(x, values, None if bias is None else bias[start:stop])
+            part = None if bias is None else bias[start:stop]
+            out[..., start:stop] = project(x, weight.decode_rows(start, stop).to(x.dtype), part)
         return out
 
     @staticmethod
