@@ -803,6 +803,17 @@ def _data_parallel(rank: int, folder: Path) -> None:
     os._exit(0)  # a reducer that was stopped in the midst of its work is not to be waited for
 
 
+@pytest.mark.parametrize("update_format", [None, "S1E4M14"], ids=["one part", "two parts"])
+def test_what_another_process_adds_is_seen(update_format: str | None) -> None:
+    p = CompressedTensor.from_dense(torch.zeros(64, 64), "S1E4M14", update_format=update_format)
+    run_processes(_add_one, 1, p.share_memory_())
+    assert torch.equal(p.dequantize(), torch.ones(64, 64))
+
+
+def _add_one(rank: int, p: CompressedTensor) -> None:
+    p.add_(1.0)
+
+
 def _train_and_save(rank: int, model: nn.Module, path: Path) -> None:
     assert_compressed(model)
     train(model, X)
