@@ -83,18 +83,16 @@ def code_at(place: int, width: int) -> int:
 
 def read_planes(data: bytes, n: int, width: int, coding: int) -> list[int]:
     """Take the symbols out of the planes, segment by segment."""
-    if coding == 2:
-        widths = [1] * width
-    else:
-        first = min(8, width)
-        widths = [w for w in (first, (width - first) % 8) if w] + [8] * ((width - first) // 8)
+    first = 0 if coding == 2 else min(8, width)
+    widths = [first] * (coding == 1) + [1] * (width - first)
     symbols: list[int] = []
     at = 0
     while len(symbols) < n:
         count = min(2**17, n - len(symbols))
-        size = math.ceil(count / 8) if coding == 2 else count
         segment = [0] * count
-        for w in widths:
+        for number_of_plane, w in enumerate(widths):
+            as_bytes = coding == 1 and number_of_plane == 0
+            size = count if as_bytes else math.ceil(count / 8)
             if len(data) < at + 4:
                 raise Refused
             length = int.from_bytes(data[at : at + 4], "little")
@@ -109,7 +107,7 @@ def read_planes(data: bytes, n: int, width: int, coding: int) -> list[int]:
                     piece = zstandard.ZstdDecompressor().decompress(piece, allow_extra_data=False)
                 except zstandard.ZstdError:
                     raise Refused from None
-            if coding == 2:
+            if not as_bytes:
                 plane = [piece[i // 8] >> i % 8 & 1 for i in range(count)]
             else:
                 plane = list(piece)

@@ -10,7 +10,7 @@
     12      4     offset, float32
     16      4     CRC-32 of all other bytes of the frame
     20      1     number of dimensions
-    21      1     coding: 0 the codes themselves, 1 planes of bytes, 2 planes of bits
+    21      1     coding: 0 the codes themselves, 1 planes of bytes and bits, 2 planes of bits
     22      1     whether the planes are of differences to codes that were sent
     23      1     0
     24      8*d   dimensions

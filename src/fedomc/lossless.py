@@ -2,9 +2,9 @@
 
 [Note: planes]
 What can be saved lies in the upper bits of a code: weights crowd around zero, so that few exponents are frequent, while
-signs and mantissas are nearly noise. A byte of the 8 upper bits is a symbol that zstd's Huffman coding takes as it is.
-Updates and differences are mostly zero, and zeros come together; there a byte with the same bit of 8 neighbours says
-more. Neither is always better, so a sample of the variable chooses.
+signs and mantissas are nearly noise. A byte of the 8 upper bits is a symbol that zstd's Huffman coding takes as it is;
+the bits below are planes that stay as they are. Updates and differences are mostly zero, and zeros come together; there
+a byte with the same bit of 8 neighbours says more. Neither is always better, so a sample of the variable chooses.
 
 [Note: differences]
 A client's codes differ little from those that it was sent. Codes are in the order of their values once sign and
@@ -12,7 +12,6 @@ magnitude become one whole number, -0 just below 0; neighbouring values have the
 step is a small difference, whatever its sign and binade.
 """
 
-import functools
 import itertools
 import struct
 import zlib
@@ -32,10 +31,13 @@ except ImportError:  # an extra
     zstandard = None  # type: ignore[assignment]
 
 PLAIN, BYTES, BITS = 0, 1, 2
-"""How codes lie in a frame: packed; in planes of up to 8 bits of each value; in planes of 1 bit of each value."""
+"""How codes lie in a frame: packed; the 8 highest bits as bytes and the others in planes; all bits in planes."""
 
 SEGMENT = 2**17
 """Values that are worked on at a time; a plane of them is at most one block of zstd."""
+
+SAMPLE = 2**14
+"""Values by which the way is chosen."""
 
 LEVEL = 1
 
@@ -71,16 +73,21 @@ def compress(words: Tensor, numel: int, bits: int, sent: Tensor | None = None) -
     require()
     if not numel:
         return None
-    middle = numel // SEGMENT // 2 * SEGMENT
-    symbols = {False: _symbols(words, middle, numel, bits, None)}
+    zstd = zstandard.ZstdCompressor(level=LEVEL)
+    begin = max(0, numel - SAMPLE) // 2 // codec.BLOCK * codec.BLOCK
+    count = min(SAMPLE, numel - begin)
+    samples = {False: _symbols(words, begin, count, bits, None)}
     if sent is not None:
-        symbols[True] = _symbols(words, middle, numel, bits, sent)
-    ways = [(way, difference) for difference in symbols for way in (BYTES, BITS)]
-    way, difference = min(ways, key=lambda pair: len(_segment(symbols[pair[1]], bits, pair[0])))
-    pieces = [] if sent is None or not difference else [_LENGTH.pack(checksum(sent))]
+        samples[True] = _symbols(words, begin, count, bits, sent)
+    ways = [(way, difference) for difference in samples for way in (BYTES, BITS)]
+    way, difference = min(ways, key=lambda pair: len(_segment(samples[pair[1]], bits, pair[0], zstd)))
+    if not difference:
+        sent = None
+    pieces = [] if sent is None else [_LENGTH.pack(checksum(sent))]
     left = words.nbytes - sum(map(len, pieces))
     for start in range(0, numel, SEGMENT):
-        piece = _segment(_symbols(words, start, numel, bits, sent if difference else None), bits, way)
+        symbols = _symbols(words, start, min(SEGMENT, numel - start), bits, sent)
+        piece = _segment(symbols, bits, way, zstd)
         left -= len(piece)
         if left <= 0:
             return None
@@ -146,9 +153,8 @@ def _codes(words: Tensor, start: int, count: int, bits: int) -> Tensor:
     return codec.unpack(_stretch(words, start, count, bits), count, bits)
 
 
-def _symbols(words: Tensor, start: int, numel: int, bits: int, sent: Tensor | None) -> Tensor:
-    """Return the codes of a segment, or their differences to those sent as 0, -1, 1, -2, ...: int32 ``[count]``."""
-    count = min(SEGMENT, numel - start)
+def _symbols(words: Tensor, start: int, count: int, bits: int, sent: Tensor | None) -> Tensor:
+    """Return ``count`` codes, or their differences to those sent as 0, -1, 1, -2, ...: int32 ``[count]``."""
     codes = _codes(words, start, count, bits)
     if sent is None:
         return codes
@@ -180,64 +186,70 @@ def _mask(bits: int) -> int:
 # ---- symbols <-> planes <-> bytes -----------------------------------------------------------------------------------
 
 
-def _widths(bits: int, way: int) -> list[int]:
-    """Return the bits of each plane, from the highest on: 8 first, the odd rest second, where it is not yet noise."""
-    if way == BITS:
-        return [1] * bits
-    first = min(8, bits)
-    rest, more = (bits - first) % 8, (bits - first) // 8
-    return [first, *([rest] if rest else []), *[8] * more]
+def _first(bits: int, way: int) -> int:
+    """Return how many bits of each value the plane of bytes holds; all others are planes of bits."""
+    return min(8, bits) if way == BYTES else 0
+
+
+def _sizes(count: int, bits: int, way: int) -> list[int]:
+    """Return the bytes of each plane of so many values, from the highest bits on."""
+    first = _first(bits, way)
+    return [count] * (first > 0) + [-(-count // 8)] * (bits - first)
 
 
 def _planes(symbols: Tensor, bits: int, way: int) -> Iterator[_Plane]:
-    if way == BYTES:
-        low = bits
-        for width in _widths(bits, way):
-            low -= width
-            yield (symbols >> low).bitwise_and_((1 << width) - 1).to(torch.uint8).numpy()
-        return
-    for low in reversed(range(0, bits, 8)):
-        byte = (symbols >> low).bitwise_and_(255).to(torch.uint8).numpy()
-        for bit in reversed(range(min(8, bits - low))):
+    low = bits - _first(bits, way)
+    if low < bits:
+        yield _byte(symbols >> low)
+    while low:
+        width = low % 8 or 8
+        low -= width
+        byte = _byte(symbols >> low)
+        for bit in reversed(range(width)):
             yield np.packbits(byte & np.uint8(1 << bit), bitorder="little")
 
 
+def _byte(symbols: Tensor) -> _Plane:
+    return symbols.bitwise_and_(255).to(torch.uint8).numpy()
+
+
 def _joined(planes: list[_Plane], count: int, bits: int, way: int, name: str) -> Tensor:
-    widths = _widths(bits, way)
-    if way == BITS:
-        widths = [min(8, bits - low) for low in reversed(range(0, bits, 8))]
-        unpacked = (np.unpackbits(plane, count=count, bitorder="little") for plane in planes)
-        planes = [functools.reduce(lambda byte, bit: byte << 1 | bit, itertools.islice(unpacked, n)) for n in widths]
     symbols = torch.zeros(count, dtype=torch.int32)
-    for width, plane in zip(widths, planes, strict=True):
-        if width < 8 and (plane >> width).any():
-            raise PayloadError(f"{name}: a plane of {width} bits has larger values")
-        symbols = (symbols << width).bitwise_or_(torch.from_numpy(plane.astype(np.int32)))
+    rest, low = iter(planes), bits - _first(bits, way)
+    if low < bits:
+        highest = next(rest)
+        if bits < 8 and (highest >> bits).any():
+            raise PayloadError(f"{name}: a plane of {bits} bits has larger values")
+        symbols |= torch.from_numpy(highest.astype(np.int32))
+    while low:
+        width = low % 8 or 8
+        low -= width
+        byte = np.zeros(count, dtype=np.uint8)
+        for plane in itertools.islice(rest, width):
+            byte += byte
+            byte |= np.unpackbits(plane, count=count, bitorder="little")
+        symbols = (symbols << width).bitwise_or_(torch.from_numpy(byte))
     return symbols
 
 
-def _segment(symbols: Tensor, bits: int, way: int) -> bytes:
-    assert zstandard is not None
-    compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
+def _segment(symbols: Tensor, bits: int, way: int, zstd: "zstandard.ZstdCompressor") -> bytes:
     pieces = []
     for plane in _planes(symbols, bits, way):
-        zipped = compressor.compress(plane.data)
+        zipped = zstd.compress(plane.data)
         piece = zipped if len(zipped) < plane.nbytes else plane.tobytes()
         pieces += [_LENGTH.pack(len(piece)), piece]
     return b"".join(pieces)
 
 
 def _cut(data: memoryview, numel: int, bits: int, way: int, name: str) -> list[list[tuple[memoryview, int]]]:
-    """Find the piece of each plane of each segment, and what it must make."""
-    widths = _widths(bits, way)
-    if len(data) // len(widths) // (_LENGTH.size + 1) < -(-numel // SEGMENT):
+    """Find the piece of each plane of each segment, and the size that it must make."""
+    fewest = len(_sizes(1, bits, way)) * (_LENGTH.size + 1)
+    if len(data) // fewest < -(-numel // SEGMENT):
         raise PayloadError(f"{name}: {len(data)} bytes are too few for {numel} values")
     segments, at = [], 0
     for start in range(0, numel, SEGMENT):
-        count = min(SEGMENT, numel - start)
-        size = -(-count // 8) if way == BITS else count
         planes = []
-        for _ in widths:
+        for size in _sizes(min(SEGMENT, numel - start), bits, way):
             length = _LENGTH.unpack_from(data, at)[0] if len(data) - at > _LENGTH.size else 0
             at += _LENGTH.size
             if not 0 < length <= min(size, len(data) - at):

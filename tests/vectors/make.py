@@ -41,11 +41,11 @@ FRAMES = {
 
 # name: exponent bits, mantissa bits, kind, values, bits of each plane, whether of differences
 PLANES = {
-    "planes-of-bytes": (3, 7, 0, 1500, (8, 3), False),
-    "planes-of-bytes-19-bits": (4, 14, 2, 700, (8, 3, 8), False),
+    "planes-of-bytes": (3, 7, 0, 1500, (8, 1, 1, 1), False),
+    "planes-of-bytes-19-bits": (4, 14, 2, 700, (8,) + (1,) * 11, False),
     "planes-of-bits": (2, 1, 1, 2003, (1,) * 4, False),
     "planes-of-differences": (3, 7, 0, 1500, (1,) * 11, True),
-    "planes-of-differences-32-bits": (8, 23, 0, 300, (8,) * 4, True),
+    "planes-of-differences-32-bits": (8, 23, 0, 300, (8,) + (1,) * 24, True),
 }
 
 GIVEN = {
