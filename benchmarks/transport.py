@@ -110,6 +110,7 @@ def main() -> None:
         for row in measured(way, weights, client, baseline, fp32):
             rows.append(row)
             show(row)
+    check(rows)
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key not in ("json", "weights")}
         options.json.write_text(json.dumps({"settings": settings, "fp32_bytes": fp32, "rows": rows}, indent=2))
@@ -123,6 +124,18 @@ def show(row: dict[str, Any]) -> None:
         f"{row['zstd_ratio']:>16.2f}x" + (f"   changed {row['change']:.2%}" if "change" in row else ""),
         flush=True,
     )
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    """Check what must hold on any machine: the lossless stage makes nothing larger."""
+    plain = {key(row): row["bytes"] for row in rows if not row["lossless"]}
+    for row in rows:
+        assert row["bytes"] <= plain.get(key(row), row["bytes"]), row
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Tell rows apart but for the lossless stage."""
+    return row["format"], row["rest_format"], row["direction"]
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

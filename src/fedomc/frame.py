@@ -137,7 +137,9 @@ def from_bytes(
     if magic != MAGIC:
         raise PayloadError(f"{name}: not a compressed variable: it begins with {magic!r} instead of {MAGIC!r}")
     if version != VERSION:
-        raise PayloadError(f"{name}: frame version {version} is unknown, {VERSION} expected: update fedomc")
+        raise PayloadError(
+            f"{name}: frame version {version}, {VERSION} expected: use the version of fedomc that wrote it"
+        )
     if kind not in (VARIABLE, UPDATE, DENSE):
         raise PayloadError(f"{name}: kind {kind} is unknown")
     if coding not in (planes.PLAIN, planes.BYTES, planes.BITS) or difference > (coding != planes.PLAIN) or zero:
