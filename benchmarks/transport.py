@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--client-steps", type=int, default=4, help="of a client")
     parser.add_argument("--client-optimizer", choices=("Adam", "SGD"), default="Adam", help="of a client")
     parser.add_argument("--client-rate", type=float, default=1e-4, help="learning rate of a client")
+    parser.add_argument("--formats", nargs="+", help="those to measure; all by default")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each speed")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -106,7 +107,7 @@ def main() -> None:
         show(row)
     share = corpus.split(loaded.train, "speaker")[0]
     client = Client(share, tokenizer, options.client_optimizer, options.client_rate, options.client_steps)
-    for way in WAYS:
+    for way in (way for way in WAYS if not options.formats or way.format in options.formats):
         for row in measured(way, weights, client, baseline, fp32):
             rows.append(row)
             show(row)
