@@ -21,6 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+import fedomc
+
 VARIANTS = {
     "fp32": "backward, then a step of SGD",
     "fp32-in-backward": "each variable stepped, its gradient dropped, in backward",
@@ -116,8 +121,6 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def run(variant: str, steps: int, checkpointing: bool = False, hidden: int = 0) -> dict[str, Any]:
     """Train a few steps; report the median time of one and the peak of memory."""
-    import torch
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     step, parameters, held, start = prepare(variant, checkpointing, hidden)
@@ -136,11 +139,6 @@ def run(variant: str, steps: int, checkpointing: bool = False, hidden: int = 0) 
 
 def prepare(variant: str, checkpointing: bool, hidden: int) -> tuple[Callable[[], None], int, int, int]:
     """Build the model and its step; give also the count and bytes of its parameters and the memory before them."""
-    import torch
-    from torch import nn
-
-    import fedomc
-
     if hidden:
         with torch.device("meta"):
             model: nn.Module = nn.Sequential(*(nn.Linear(hidden, hidden) for _ in range(LAYERS)))
@@ -152,7 +150,7 @@ def prepare(variant: str, checkpointing: bool, hidden: int) -> tuple[Callable[[]
         if checkpointing:
             model.encoder.gradient_checkpointing_enable({"use_reentrant": False})
         batch = torch.randn(1, FRAMES, model.mels)
-        targets = [torch.randint(1, VOCABULARY, (TOKENS,)).tolist()]
+        targets = torch.randint(1, VOCABULARY, (1, TOKENS))
     if variant == "torchao-int8":
         from torchao.prototype.quantized_training import int8_weight_only_quantized_training
         from torchao.quantization import quantize_
@@ -180,7 +178,11 @@ def prepare(variant: str, checkpointing: bool, hidden: int) -> tuple[Callable[[]
     def loss() -> torch.Tensor:
         if hidden:
             return model(batch).square().mean()
-        return model.ctc_loss(batch.to(dtype), torch.tensor([FRAMES]), targets).float()  # type: ignore[operator]
+        log_probabilities, frames = model(batch.to(dtype), torch.tensor([FRAMES]))
+        # [T, 1, vocabulary]; there is no CTC loss in bfloat16
+        return nn.functional.ctc_loss(
+            log_probabilities.transpose(0, 1).float(), targets, frames, torch.tensor([TOKENS])
+        )
 
     def step() -> None:
         loss().backward()
@@ -188,14 +190,18 @@ def prepare(variant: str, checkpointing: bool, hidden: int) -> tuple[Callable[[]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    held = fedomc.parameter_bytes(model)
-    return step, sum(p.numel() for p in model.parameters()), held.total, start
+    return step, sum(p.numel() for p in model.parameters()), sum(map(held, model.parameters())), start
+
+
+def held(tensor: Any) -> int:
+    """Count the bytes of a tensor or, of one that is made of others, theirs."""
+    if isinstance(tensor, fedomc.CompressedTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    return sum(held(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def values(model: Any) -> Iterator[tuple[str, Any]]:
     """Give values of a trained model's size for one parameter or buffer after the other."""
-    import torch
-
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.dim() > 1:
             yield name, torch.randn(tensor.shape).mul_(tensor[0].numel() ** -0.5).to(tensor.dtype)

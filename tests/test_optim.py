@@ -447,18 +447,21 @@ def test_a_step_never_decodes_a_whole_weight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = compressed(nn.Linear(1024, 300), "S1E3M7", "scaled-affine", update_format=update_format)
-    decode_range, longest = CompressedTensor.decode_range, 0
+    decode_into, longest = CompressedTensor._decode_into, 0
 
-    def watched(self: CompressedTensor, start: int, stop: int) -> torch.Tensor:
+    def watched(self: CompressedTensor, values: torch.Tensor, start: int) -> torch.Tensor:
         nonlocal longest
-        longest = max(longest, stop - start)
-        return decode_range(self, start, stop)
+        longest = max(longest, values.numel())
+        return decode_into(self, values, start)
 
     steps = optimizer(module.parameters(), **kwargs)
     before = module.weight.dequantize()
     for p in module.parameters():
         p.grad = randn(*p.shape)
-    monkeypatch.setattr(CompressedTensor, "decode_range", watched)
+    monkeypatch.setattr(CompressedTensor, "_decode_into", watched)
+    module.weight.dequantize()
+    assert longest == module.weight.numel()  # it watches
+    longest = 0
     for _ in range(2):
         steps.step()
     assert longest <= codec.CHUNK < module.weight.numel()

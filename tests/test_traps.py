@@ -1,6 +1,7 @@
 """What models, autograd and the tools of torch do to parameters: the right result, or an error that names the way out.
 
-The oracle is the plain model: with S1E8M23 every bit of what comes out is the same.
+The oracle is the plain model: with S1E8M23 every bit of what comes out is the same. Traps of ``step_in_backward``
+alone, such as ``clip_grad_norm_`` after it, are in ``test_optim``; autocast is in ``test_ops``.
 """
 
 import copy
@@ -626,6 +627,38 @@ class TestReparametrized:
             before = packed(x)
             remove(packed[0])
             torch.testing.assert_close(packed(x), before, rtol=0.02, atol=0.02)
+
+
+def test_grad_scaler() -> None:
+    plain, packed, x = build()
+    for model in (plain, packed):
+        optimizer = optim.SGD(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        for step in range(4):
+            optimizer.zero_grad()
+            scale = float("inf") if step == 1 else 1.0  # this step is skipped
+            scaler.scale(loss(model, x, step) * scale).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+    assert_same_parameters(plain, packed)
+
+
+def test_optimizers_that_call_the_model_again() -> None:
+    plain, packed, x = build()
+    for model in (plain, packed):
+        optimizer = optim.LBFGS(model.parameters(), lr=0.1)
+
+        def closure(model: nn.Module = model, optimizer: optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            once = loss(model, x)
+            once.backward()
+            return once
+
+        for _ in range(2):
+            optimizer.step(closure)
+    assert_same_parameters(plain, packed)
 
 
 class TestAverages:

@@ -4,6 +4,8 @@ from fedomc import fallback, inplace, ops  # noqa: F401  (they register what Com
 from fedomc.checkpoint import load_model, materialize_, save_model
 from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
 from fedomc.formats import FloatFormat
+from fedomc.lifetimes import MemoryBytes
+from fedomc.memory import MemoryReport, memory_report
 from fedomc.model import ParameterBytes, compress_, decompress_, parameter_bytes
 from fedomc.optim import StepInBackward, step_in_backward
 from fedomc.policy import CompressionPolicy, Selection
@@ -18,6 +20,8 @@ __all__ = [
     "Encoding",
     "FloatFormat",
     "FormatError",
+    "MemoryBytes",
+    "MemoryReport",
     "NonFiniteError",
     "OMCError",
     "ParameterBytes",
@@ -29,6 +33,7 @@ __all__ = [
     "decompress_",
     "load_model",
     "materialize_",
+    "memory_report",
     "parameter_bytes",
     "save_model",
     "step_in_backward",

@@ -46,6 +46,9 @@ class StepInBackward:
         self._clip_norm = clip_norm
         self._accumulating = False
         self._lock = threading.RLock()  # the backward pass has a thread for each device
+        self._spent = [SpentGradient(parameter, name) for name, parameter in variables]
+        # Optimizers that compile their step, as torchao's do, cannot trace how a variable is encoded.
+        self._compiling = not type(optimizer).__module__.startswith("torch.optim.")
         self._handles = [handle for index in range(len(variables)) for handle in self._hook(index)]
         self._handles.append(model.register_forward_pre_hook(_check_all_stepped))
         self._model = weakref.ref(model)
@@ -66,9 +69,9 @@ class StepInBackward:
                     self._step(index)
         finally:
             self._accumulating = False
-            for name, parameter in self._variables:
+            for index, (_, parameter) in enumerate(self._variables):
                 if parameter.grad is not None:
-                    parameter.grad = SpentGradient(parameter, name)
+                    self._spend(index)
 
     def remove(self) -> None:
         """Stop stepping: gradients accumulate again as usual."""
@@ -106,11 +109,11 @@ class StepInBackward:
         )
 
     def _complete(self, index: int) -> None:
-        name, parameter = self._variables[index]
         if self._accumulating:
             return
         if _in_reentrant_checkpoint():
-            parameter.grad = SpentGradient(parameter, name)
+            name = self._variables[index][0]
+            self._spend(index)
             raise RuntimeError(
                 f"{name} would be stepped inside a reentrant checkpoint, before other uses of it were "
                 "differentiated: pass use_reentrant=False to torch.utils.checkpoint, or run the backward pass in "
@@ -119,19 +122,27 @@ class StepInBackward:
         self._step(index)
 
     def _step(self, index: int) -> None:
-        name, parameter = self._variables[index]
+        parameter = self._variables[index][1]
         with self._lock:
             groups = self.optimizer.param_groups
             self.optimizer.param_groups = [groups[index]]
             try:
                 if self._clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_([parameter], self._clip_norm)
-                # Optimizers that compile their step, as torchao's do, cannot trace how a variable is encoded.
-                with torch.compiler.set_stance("force_eager") if is_compressed(parameter) else nullcontext():
+                eager = self._compiling and is_compressed(parameter)
+                with torch.compiler.set_stance("force_eager") if eager else nullcontext():
                     self.optimizer.step()
             finally:
                 self.optimizer.param_groups = groups
-                parameter.grad = SpentGradient(parameter, name)
+                self._spend(index)
+
+    def _spend(self, index: int) -> None:
+        """Drop a gradient."""
+        name, parameter = self._variables[index]
+        spent = self._spent[index]
+        if spent.dtype is not parameter.dtype or spent.device != parameter.device:  # it was moved
+            spent = self._spent[index] = SpentGradient(parameter, name)
+        parameter.grad = spent
 
 
 def step_in_backward(

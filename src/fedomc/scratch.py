@@ -50,31 +50,34 @@ class Scratch:
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self._idle: list[_Piece] = []  # least recently used first
-        self._lent = self._peak = 0
-        self._lock = threading.RLock()  # a finalizer may run while this thread holds it
+        self._views: dict[int, tuple[weakref.ref[_Piece], _Piece]] = {}  # what is lent, by the reference's identity
+        self._idle_bytes = self._lent_bytes = self._peak = 0
+        self._lock = threading.RLock()  # memory may come back while this thread holds it
 
     def empty(self, numel: int, device: torch.device) -> Tensor:
         """Lend float32 ``[numel]``; on other devices than the CPU, torch's allocator does the same."""
-        if device.type != "cpu" or numel < _SMALL or torch.compiler.is_compiling():
+        if numel < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
             return torch.empty(numel, device=device)
         with self._lock:
             piece = self._take(numel)
-            self._lent += piece.nbytes
-            self._peak = max(self._peak, self._lent + self._idle_bytes())
-        view = piece[:numel]
-        weakref.finalize(view, self._give_back, piece).atexit = False
+            self._lent_bytes += piece.nbytes
+            self._peak = max(self._peak, self._lent_bytes + self._idle_bytes)
+            view = piece[:numel]
+            reference = weakref.ref(view, self._give_back)
+            self._views[id(reference)] = reference, piece
         return torch.from_numpy(view)
 
     def use(self) -> ScratchUse:
         """Report the bytes lent and idle."""
         with self._lock:
-            return ScratchUse(self._lent, self._idle_bytes(), self._peak)
+            return ScratchUse(self._lent_bytes, self._idle_bytes, self._peak)
 
     def clear(self) -> None:
         """Give idle memory back to the system, and forget the peak."""
         with self._lock:
             self._idle.clear()
-            self._peak = self._lent
+            self._idle_bytes = 0
+            self._peak = self._lent_bytes
 
     def forget_lock(self) -> None:
         """Make a new lock: in a forked process nobody is left who could release the old one."""
@@ -82,25 +85,26 @@ class Scratch:
 
     def _take(self, numel: int) -> _Piece:
         """Take the smallest piece that fits without wasting more than a fifth of it, or a new one."""
-        fitting = [piece for piece in self._idle if numel <= piece.size <= 1.25 * numel]
-        if not fitting:
-            unaligned = np.empty(numel + _LINE, np.float32)
-            skip = -unaligned.ctypes.data // unaligned.itemsize % _LINE
-            return unaligned[skip : skip + numel]
-        best = min(fitting, key=len)
-        self._idle = [piece for piece in self._idle if piece is not best]
-        return best
+        best = -1
+        for i, piece in enumerate(self._idle):
+            if numel <= piece.size <= 1.25 * numel and (best < 0 or piece.size < self._idle[best].size):
+                best = i
+        if best >= 0:
+            piece = self._idle.pop(best)
+            self._idle_bytes -= piece.nbytes
+            return piece
+        unaligned = np.empty(numel + _LINE, np.float32)
+        skip = -unaligned.ctypes.data // unaligned.itemsize % _LINE
+        return unaligned[skip : skip + numel]
 
-    def _give_back(self, piece: _Piece) -> None:
+    def _give_back(self, reference: "weakref.ref[_Piece]") -> None:
         with self._lock:
-            self._lent -= piece.nbytes
-            if piece.nbytes <= self.keep:
-                self._idle.append(piece)
-            while self._idle_bytes() > self.keep:
-                self._idle.pop(0)
-
-    def _idle_bytes(self) -> int:
-        return sum(piece.nbytes for piece in self._idle)
+            _, piece = self._views.pop(id(reference))
+            self._lent_bytes -= piece.nbytes
+            self._idle.append(piece)
+            self._idle_bytes += piece.nbytes
+            while self._idle_bytes > self.keep:
+                self._idle_bytes -= self._idle.pop(0).nbytes
 
 
 scratch = Scratch(keep=3 * PANEL_BYTES)

@@ -124,12 +124,19 @@ class CompressedTensor(Tensor):
         width = self.base.numel // self.shape[0]
         begin = start * width // codec.BLOCK * codec.BLOCK
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            return self.decode_range(begin, stop * width)[start * width - begin :].view(-1, *self.shape[1:])
+            room = self.empty(0, (stop - start) * width + codec.BLOCK)  # as much wherever it begins: to be lent again
+            values = self._decode_into(room[: stop * width - begin], begin)
+            return values[start * width - begin :].view(-1, *self.shape[1:])
+
+    @property
+    def panel_rows(self) -> int:
+        """How many rows fit into ``PANEL_BYTES`` when decoded; one at least."""
+        return max(1, PANEL_BYTES * len(self) // max(1, 4 * self.base.numel))
 
     def panels(self) -> list[tuple[int, int]]:
-        """Cut the first dimension so that the decoded values of each piece fit into ``PANEL_BYTES``."""
-        rows = self.shape[0]
-        height = max(1, PANEL_BYTES // max(1, 4 * self.base.numel // rows)) if rows else 1
+        """Cut the first dimension into even stretches of no more rows."""
+        rows = len(self)
+        height = -(-rows // max(1, -(-rows // self.panel_rows)))
         return [(start, min(start + height, rows)) for start in range(0, rows, height)]
 
     def _decoded(self, out: Tensor) -> Tensor:
@@ -275,9 +282,9 @@ class CompressedTensor(Tensor):
         handler = METHODS.get(func)
         if handler is None and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
             handler = FUNCTIONS.get(func)
+        if handler is not None:
+            return _handled(handler, func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            if handler is not None:
-                return handler(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -294,6 +301,13 @@ class CompressedTensor(Tensor):
 
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@torch.compiler.disable(reason="a weight is decoded for a moment")  # type: ignore[no-untyped-call, untyped-decorator]
+def _handled(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return handler(func, args, kwargs)
+
 
 FUNCTIONS: dict[Any, Handler] = {}
 """Functions of ``torch`` that are run by a handler, above autograd; but not under the transforms of ``torch.func`` and

@@ -6,6 +6,7 @@ are almost all subnormal in S1E3M7, and no linear fit brings back bits that were
 first moves max|V| into the top binade by an integer k, exactly, so that every bit of the format is used.
 """
 
+import ctypes
 import hashlib
 import math
 import struct
@@ -207,6 +208,7 @@ class Packed:
             if wanted == exponent:
                 break
             exponent = wanted
+            del codes  # the next ones take their memory
         s, b = (1.0, 0.0) if transform == "none" else fit(sums, self.numel)
         scale = s * 2.0**-exponent
         if not stays_finite(self.format, scale, b):
@@ -344,4 +346,4 @@ def draw_seed(seed: int, name: str, count: int) -> int:
 
 
 def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32))
+    return ctypes.c_float(value).value

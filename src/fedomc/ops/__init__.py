@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedomc.ops.convolution import CONVOLUTIONS, convolution
-from fedomc.ops.embedding import embedding
-from fedomc.ops.linear import linear
+from fedomc.ops import convolution, embedding, linear
 from fedomc.ops.whole import with_autocast, with_decoded_weights
 from fedomc.tensor import FUNCTIONS
 
@@ -43,6 +41,6 @@ _WHOLE = (
 
 FUNCTIONS.update(dict.fromkeys(_LOWER_PRECISION, with_autocast))
 FUNCTIONS.update(dict.fromkeys(_WHOLE, with_decoded_weights))
-FUNCTIONS.update(dict.fromkeys(CONVOLUTIONS, convolution))
-FUNCTIONS[F.linear] = linear
-FUNCTIONS[F.embedding] = embedding
+FUNCTIONS.update(dict.fromkeys(convolution.CONVOLUTIONS, convolution.convolution))
+FUNCTIONS[F.linear] = linear.linear
+FUNCTIONS[F.embedding] = embedding.embedding

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedomc.ops.whole import Saved, autocast_dtype, in_transform, with_autocast, with_decoded_weights
+from fedomc.ops.whole import Saved, autocast_dtype, with_autocast, with_decoded_weights
 from fedomc.scratch import scratch
 from fedomc.tensor import CompressedTensor, is_compressed
 
@@ -36,8 +36,8 @@ class _Convolution(torch.autograd.Function):
         transposed = how[3]
         out: Tensor | None = None
         for start, stop in weight.panels():
-            values = weight.decode_rows(start, stop).to(x.dtype)
-            part = torch.ops.aten.convolution(x[:, start:stop] if transposed else x, values, None, *how)
+            at_x = x[:, start:stop] if transposed else x
+            part = torch.ops.aten.convolution(at_x, weight.decode_rows(start, stop).to(x.dtype), None, *how)
             if transposed:
                 out = part if out is None else out.add_(part)
                 continue
@@ -61,11 +61,10 @@ class _Convolution(torch.autograd.Function):
         x_gradient = torch.zeros_like(x) if of_x else None
         weight_gradient = scratch.empty(weight.numel(), weight.device).view(weight.shape) if of_weight else None
         for start, stop in weight.panels():
-            values = weight.decode_rows(start, stop).to(x.dtype)
             place = (slice(None), slice(start, stop))
             at_x, at_gradient = (x[place], gradient) if transposed else (x, gradient[place])
             to_x, to_weight, _ = torch.ops.aten.convolution_backward(
-                at_gradient, at_x, values, None, *how, (of_x, of_weight, False)
+                at_gradient, at_x, weight.decode_rows(start, stop).to(x.dtype), None, *how, (of_x, of_weight, False)
             )
             if x_gradient is not None:
                 (x_gradient[place] if transposed else x_gradient).add_(to_x)
@@ -81,7 +80,7 @@ def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         _transposed_arguments if transposed else _arguments
     )(*args, **kwargs)
     plain = is_compressed(weight) and not is_compressed(x) and not is_compressed(bias) and not isinstance(padding, str)
-    if not plain or groups != 1 or len(weight.panels()) == 1 or x.dim() != dimensions + 2 or in_transform():
+    if not plain or groups != 1 or len(weight.panels()) == 1 or x.dim() != dimensions + 2:
         return with_autocast(func, args, kwargs)
     how = (*(_each(size, dimensions) for size in (stride, padding, dilation)), transposed)
     how = (*how, _each(output_padding, dimensions), groups)

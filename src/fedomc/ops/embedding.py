@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedomc.ops.whole import in_transform, with_decoded_weights
-from fedomc.scratch import PANEL_BYTES
+from fedomc.ops.whole import with_decoded_weights
 from fedomc.tensor import CompressedTensor, is_compressed
 
 _GAP = 2**14
@@ -27,7 +26,7 @@ class _Embedding(torch.autograd.Function):
                 f"{weight.variable} has rows 0 to {len(weight) - 1}: no row {int(rows[0 if rows[0] < 0 else -1])}"
             )
         found = torch.empty(len(rows), weight.shape[1], device=weight.device)  # [U, D]
-        for begin, end in _runs(rows, weight.shape[1]):
+        for begin, end in _runs(rows, weight.shape[1], weight.panel_rows):
             first, last = int(rows[begin]), int(rows[end - 1])
             torch.index_select(weight.decode_rows(first, last + 1), 0, rows[begin:end] - first, out=found[begin:end])
         return found[places]
@@ -38,9 +37,8 @@ class _Embedding(torch.autograd.Function):
         return None, torch.ops.aten.embedding_dense_backward(gradient, indices, *ctx.how), None, None
 
 
-def _runs(rows: Tensor, width: int) -> Iterator[tuple[int, int]]:
-    """Cut sorted rows into stretches without large gaps, each within the bound of a panel."""
-    most = max(1, PANEL_BYTES // (4 * max(width, 1)))
+def _runs(rows: Tensor, width: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut sorted rows into stretches without large gaps, of a panel at most."""
     begin, listed = 0, rows.tolist()
     for i in range(1, len(listed) + 1):
         if i == len(listed) or (listed[i] - listed[i - 1]) * width > _GAP or listed[i] - listed[begin] >= most:
@@ -54,7 +52,7 @@ def embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if max_norm is not None:  # writes to the weight, which the dispatcher encodes again
         return func(*args, **kwargs)
     plain = is_compressed(weight) and weight.dim() == 2 and not is_compressed(indices)
-    if not plain or sparse or in_transform() or indices.dtype not in (torch.int32, torch.int64):
+    if not plain or sparse or indices.dtype not in (torch.int32, torch.int64):
         return with_decoded_weights(func, args, kwargs)
     padding = -1 if padding is None else padding + len(weight) if padding < 0 else padding
     return _Embedding.apply(indices, weight, padding, by_frequency)  # type: ignore[no-untyped-call]

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fedomc.ops.whole import Saved, autocast_dtype, in_transform, with_autocast, with_decoded_weights
-from fedomc.scratch import scratch
+from fedomc.ops.multiply import product, project
+from fedomc.ops.whole import Saved, autocast_dtype, with_autocast, with_decoded_weights
 from fedomc.tensor import CompressedTensor, is_compressed
 
 
@@ -21,11 +20,11 @@ class _Linear(torch.autograd.Function):
         ctx.weight = Saved(weight, weight._version)
         panels = weight.panels()
         if len(panels) == 1:
-            return F.linear(x, weight.decode().to(x.dtype), bias)
+            return project(x, weight.decode().to(x.dtype), bias)
         out = x.new_empty(*x.shape[:-1], len(weight))  # [..., rows]
         for start, stop in panels:
-            values = weight.decode_rows(start, stop).to(x.dtype)
-            out[..., start:stop] = F.linear(x, values, None if bias is None else bias[start:stop])
+            part = None if bias is None else bias[start:stop]
+            out[..., start:stop] = project(x, weight.decode_rows(start, stop).to(x.dtype), part)
         return out
 
     @staticmethod
@@ -33,13 +32,13 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight = ctx.weight.load()
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows, flat = gradient.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])  # [N, out], [N, in]
-        times_weight, outer = _times_weight, _outer
-        if torch.is_grad_enabled():  # for a second derivative
-            times_weight, outer = _differentiable_times_weight, _differentiable_outer
+        rows = gradient.reshape(-1, gradient.shape[-1])  # [N, out]
+        flat = x.reshape(-1, x.shape[-1])  # [N, in]
+        # For a second derivative torch's own product is needed, whose derivative is known.
+        times_weight, times_x = (_torch_times_weight, torch.mm) if torch.is_grad_enabled() else (_times_weight, product)
         return (
             times_weight(rows, weight).view(x.shape) if of_x else None,
-            outer(rows, flat) if of_weight else None,
+            times_x(rows.t(), flat).float() if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 
@@ -47,34 +46,23 @@ class _Linear(torch.autograd.Function):
 def _times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
     panels = weight.panels()
     if len(panels) == 1:
-        return rows @ weight.decode().to(rows.dtype)
+        return product(rows, weight.decode().to(rows.dtype))
     out = rows.new_zeros(len(rows), weight.shape[1])
     for start, stop in panels:
-        out.addmm_(rows[:, start:stop], weight.decode_rows(start, stop).to(rows.dtype))
+        out += product(rows[:, start:stop], weight.decode_rows(start, stop).to(rows.dtype))
     return out
 
 
-def _outer(rows: Tensor, x: Tensor) -> Tensor:
-    if rows.dtype is not torch.float32:
-        return (rows.t() @ x).float()
-    out = scratch.empty(rows.shape[1] * x.shape[1], x.device).view(rows.shape[1], x.shape[1])
-    return torch.mm(rows.t(), x, out=out)
-
-
-def _differentiable_times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
-    product: Tensor = with_decoded_weights(torch.mm, (rows, weight), {}, rows.dtype)
-    return product
-
-
-def _differentiable_outer(rows: Tensor, x: Tensor) -> Tensor:
-    return (rows.t() @ x).float()
+def _torch_times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
+    found: Tensor = with_decoded_weights(torch.mm, (rows, weight), {}, rows.dtype)
+    return found
 
 
 def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``F.linear`` by panels where the weight is what is compressed, and as a whole elsewhere."""
     x, weight, bias = _arguments(*args, **kwargs)
     plain = is_compressed(weight) and weight.dim() == 2 and not is_compressed(x) and not is_compressed(bias)
-    if not plain or in_transform() or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if not plain or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return with_autocast(func, args, kwargs)
     dtype = autocast_dtype(weight)
     if dtype is None:

@@ -88,7 +88,11 @@ def with_decoded_weights(
     def decode(x: Any) -> Any:
         if not is_compressed(x):
             return x
-        values: Tensor = _Decode.apply(x).to(dtype)  # type: ignore[no-untyped-call]
+        values: Tensor = _Decode.apply(x)  # type: ignore[no-untyped-call]
+        if values.grad_fn is not None:
+            # Else the backward pass would come here last, when the gradients of all layers are there.
+            values.grad_fn._set_sequence_nr(2**63 - 1)  # type: ignore[attr-defined]
+        values = values.to(dtype)
         weights[values.untyped_storage().data_ptr()] = x
         return values
 
@@ -123,8 +127,3 @@ def autocast_dtype(*operands: Any) -> torch.dtype | None:
     """Return what autocast, if it is on, casts operands of these devices to."""
     device = next(x.device.type for x in tree_leaves(operands) if is_compressed(x))
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def in_transform() -> bool:
-    """Tell whether torch.func or forward-mode differentiation is at work: torch's own formulas know them all."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0

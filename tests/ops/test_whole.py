@@ -119,11 +119,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
 }
 
 
-def build(name: str) -> tuple[nn.Module, nn.Module, tuple[Tensor, ...]]:
+def build(name: str, exclude: tuple[str, ...] = ()) -> tuple[nn.Module, nn.Module, tuple[Tensor, ...]]:
     torch.manual_seed(0)
     make, inputs = MODELS[name]
     plain = make()
-    return plain, compressed(plain), inputs
+    return plain, compressed(plain, exclude=exclude), inputs
 
 
 def with_gradient(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -147,15 +147,17 @@ def train(model: nn.Module, *inputs: Tensor, steps: int = 1, lr: float = 0.01) -
 
 @pytest.mark.parametrize("name", MODELS)
 class TestSameAsThePlainModel:
-    def test_outputs_and_gradients(self, name: str) -> None:
+    @pytest.mark.parametrize("exclude", [(), ("*bias*",)], ids=["all", "without biases"])
+    def test_outputs_and_gradients(self, name: str, exclude: tuple[str, ...]) -> None:
         results = []
-        *models, inputs = build(name)
+        *models, inputs = build(name, exclude)
         for model in models:
             leaves = with_gradient(inputs)
             output = model(*leaves)
             output.square().sum().backward()
             results.append([output, *(x.grad for x in leaves if x.requires_grad)])
-        assert all(isinstance(p, CompressedTensor) for p in models[1].parameters())
+        for at, p in models[1].named_parameters():
+            assert isinstance(p, CompressedTensor) or (exclude and "bias" in at)
         assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
         assert_same_gradients(*models)
 
