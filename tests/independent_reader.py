@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import zstandard
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
@@ -56,24 +57,103 @@ def unpack(data: bytes, n: int, width: int) -> list[int]:
     return codes
 
 
-def read_frame(data: bytes) -> Frame:
-    """Read a frame; refuse what the page says must be refused."""
-    if len(data) < 24 or data[:4] != b"FOMC" or data[4] != 1 or data[5] > 1:
+def pack(codes: list[int], width: int) -> bytes:
+    """Put codes into blocks, as ``unpack`` takes them out."""
+    result = b""
+    for at in range(0, len(codes), 1024):
+        block = codes[at : at + 1024]
+        per_lane = math.ceil(math.ceil(len(block) / 32) * width / 32)
+        lanes = [sum(code << i * width for i, code in enumerate(block[lane::32])) for lane in range(32)]
+        words_of_lanes = [lane >> 32 * j & 0xFFFFFFFF for j in range(per_lane) for lane in lanes]
+        result += b"".join(word.to_bytes(4, "little") for word in words_of_lanes)
+    return result
+
+
+def order(code: int, width: int) -> int:
+    """Where a code stands among all codes by value, -0 next below 0."""
+    magnitude = code & (2 ** (width - 1) - 1)
+    return -1 - magnitude if code >> (width - 1) else magnitude
+
+
+def code_at(place: int, width: int) -> int:
+    """The code at a place, counted modulo 2^W."""
+    place = (place + 2 ** (width - 1)) % 2**width - 2 ** (width - 1)
+    return place if place >= 0 else 2 ** (width - 1) + (-1 - place)
+
+
+def read_planes(data: bytes, n: int, width: int, coding: int) -> list[int]:
+    """Take the symbols out of the planes, segment by segment."""
+    first = 0 if coding == 2 else min(8, width)
+    widths = [first] * (coding == 1) + [1] * (width - first)
+    symbols: list[int] = []
+    at = 0
+    while len(symbols) < n:
+        count = min(2**17, n - len(symbols))
+        segment = [0] * count
+        for number_of_plane, w in enumerate(widths):
+            as_bytes = coding == 1 and number_of_plane == 0
+            size = count if as_bytes else math.ceil(count / 8)
+            if len(data) < at + 4:
+                raise Refused
+            length = int.from_bytes(data[at : at + 4], "little")
+            piece = data[at + 4 : at + 4 + length]
+            at += 4 + length
+            if not 0 < length <= size or len(piece) != length:
+                raise Refused
+            if length < size:
+                try:
+                    if zstandard.get_frame_parameters(piece).content_size != size:
+                        raise Refused
+                    piece = zstandard.ZstdDecompressor().decompress(piece, allow_extra_data=False)
+                except zstandard.ZstdError:
+                    raise Refused from None
+            if not as_bytes:
+                plane = [piece[i // 8] >> i % 8 & 1 for i in range(count)]
+            else:
+                plane = list(piece)
+            if max(plane) >= 2**w:
+                raise Refused
+            segment = [symbol << w | x for symbol, x in zip(segment, plane, strict=True)]
+        symbols += segment
+    if at != len(data):
+        raise Refused
+    return symbols
+
+
+def read_frame(data: bytes, sent: list[int] | None = None) -> Frame:
+    """Read a frame; refuse what the page says must be refused. ``sent`` are the codes that a difference is to."""
+    if len(data) < 24 or data[:4] != b"FOMC" or data[4] != 2 or data[5] > 2:
         raise Refused
     kind, e, m = data[5], data[6], data[7]
     factor, offset = np.frombuffer(data, dtype="<f4", count=2, offset=8)
-    checksum, d = (int(x) for x in np.frombuffer(data, dtype="<u4", count=2, offset=16))
+    checksum = int(np.frombuffer(data, dtype="<u4", count=1, offset=16)[0])
+    d, coding, difference, zero = data[20:24]
     if not (1 <= e <= 8 and m <= 23 and d <= 8) or len(data) < 24 + 8 * d:
         raise Refused
+    if coding > 2 or difference > (coding > 0) or zero:
+        raise Refused
     shape = tuple(int(x) for x in np.frombuffer(data, dtype="<u8", count=d, offset=24))
-    n, begin = math.prod(shape), 24 + 8 * d
-    if math.prod(size or 1 for size in shape) > 2**48 or len(data) != begin + 4 * words(n, 1 + e + m):
+    n, begin, width = math.prod(shape), 24 + 8 * d, 1 + e + m
+    if math.prod(size or 1 for size in shape) > 2**48:
+        raise Refused
+    plain = begin + 4 * words(n, width)
+    if (len(data) != plain if coding == 0 else len(data) >= plain) or plain > 256 * len(data):
         raise Refused
     with np.errstate(over="ignore", invalid="ignore"):
         most = np.abs(factor) * np.float32(largest(e, m)) + np.abs(offset)
     if not np.isfinite([factor, offset, most]).all() or checksum != zlib.crc32(data[:16] + data[20:]):
         raise Refused
-    numbers = [number(code, e, m) for code in unpack(data[begin:], n, 1 + e + m)]
+    body = data[begin:]
+    if difference:
+        if sent is None or len(sent) != n or int.from_bytes(body[:4], "little") != zlib.crc32(pack(sent, width)):
+            raise Refused
+        body = body[4:]
+    codes = unpack(body, n, width) if coding == 0 else read_planes(body, n, width, coding)
+    if difference:
+        assert sent is not None
+        steps = [-(u + 1) // 2 if u % 2 else u // 2 for u in codes]
+        codes = [code_at(order(old, width) + step, width) for old, step in zip(sent, steps, strict=True)]
+    numbers = [number(code, e, m) for code in codes]
     values = factor * np.array(numbers, dtype=np.float32)
     if offset != 0:
         values = values + offset

@@ -13,8 +13,11 @@ from fedomc import CompressedTensor, Encoding, FloatFormat, PayloadError, frame
 from fedomc.transform import Packed, encode
 from tests.conftest import allocations, pack_by_design, randn
 
-HEADER = struct.Struct("<4sBBBBffII")
-FIELDS = ("magic", "version", "kind", "exponent_bits", "mantissa_bits", "factor", "offset", "checksum", "dimensions")
+HEADER = struct.Struct("<4sBBBBffIBBBB")
+FIELDS = (
+    "magic", "version", "kind", "exponent_bits", "mantissa_bits", "factor", "offset", "checksum",
+    "dimensions", "coding", "difference", "zero",
+)  # fmt: skip
 
 
 def a_frame(name: str = "S1E2M3", shape: tuple[int, ...] = (7, 9), kind: int = frame.VARIABLE) -> bytes:
@@ -32,7 +35,7 @@ def forged(data: bytes, **fields: object) -> bytes:
 
 
 def with_shape(shape: tuple[int, ...], codes: bytes = b"", **fields: object) -> bytes:
-    head = HEADER.pack(b"FOMC", 1, 0, 2, 3, 1.0, 0.0, 0, len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+    head = HEADER.pack(b"FOMC", 2, 0, 2, 3, 1.0, 0.0, 0, len(shape), 0, 0, 0) + struct.pack(f"<{len(shape)}Q", *shape)
     return forged(head + codes, **fields)
 
 
@@ -56,7 +59,7 @@ def test_bytes_are_those_of_the_description() -> None:
     values = torch.tensor([[1.0, -0.5, 0.0], [7.5, 0.125, -7.5]])
     data = frame.to_bytes(encode(values, FloatFormat(2, 3), "none"), (2, 3), frame.UPDATE)
     codes = pack_by_design([0b001000, 0b100100, 0, 0b011111, 0b000001, 0b111111], 6)
-    head = b"FOMC" + bytes([1, 1, 2, 3]) + struct.pack("<ff", 1.0, 0.0)
+    head = b"FOMC" + bytes([2, 1, 2, 3]) + struct.pack("<ff", 1.0, 0.0)
     tail = struct.pack("<IQQ", 2, 2, 3) + codes.astype("<i4").tobytes()
     assert data == head + struct.pack("<I", zlib.crc32(head + tail)) + tail
 
@@ -116,8 +119,13 @@ def test_every_truncation_and_addition_is_found() -> None:
     ("fields", "message"),
     [
         ({"magic": b"PK\3\4"}, "not a compressed variable"),
-        ({"version": 2}, "version 2"),
-        ({"kind": 2}, "kind 2"),
+        ({"version": 1}, "version 1"),
+        ({"kind": 3}, "kind 3"),
+        ({"coding": 3}, "coding 3"),
+        ({"difference": 1}, "coding 0, 1"),
+        ({"coding": 1, "difference": 2}, "coding 1, 2"),
+        ({"zero": 1}, "coding 0, 0, 1"),
+        ({"coding": 1}, "planes"),
         ({"exponent_bits": 0}, "S1E0M3"),
         ({"exponent_bits": 9}, "S1E9M3"),
         ({"mantissa_bits": 24}, "S1E2M24"),
@@ -128,7 +136,7 @@ def test_every_truncation_and_addition_is_found() -> None:
         ({"factor": 1e38}, "range of float32"),
         ({"factor": -4e37, "offset": 3e38}, "range of float32"),
         ({"dimensions": 9}, "9 dimensions"),
-        ({"dimensions": 2**32 - 1}, "dimensions"),
+        ({"dimensions": 255}, "dimensions"),
         ({"dimensions": 1}, "codes of shape"),
     ],
 )
@@ -199,7 +207,7 @@ def parses(data: bytes) -> bool:
 @given(st.binary(max_size=300))
 def test_random_bytes(data: bytes) -> None:
     assert not parses(data)
-    assert not parses(b"FOMC\1\0\2\3" + data)
+    assert not parses(b"FOMC\2\0\2\3" + data)
 
 
 @given(
@@ -211,7 +219,9 @@ def test_random_bytes(data: bytes) -> None:
             "mantissa_bits": st.integers(0, 255),
             "factor": st.floats(width=32),
             "offset": st.floats(width=32),
-            "dimensions": st.integers(0, 2**32 - 1) | st.integers(0, 9),
+            "dimensions": st.integers(0, 255) | st.integers(0, 9),
+            "coding": st.integers(0, 3),
+            "difference": st.integers(0, 2),
         },
     ),
     st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 70), max_size=9),
@@ -221,7 +231,7 @@ def test_forged_headers_are_refused_or_harmless(fields: dict[str, object], shape
     """With the right checksum, so that every other check counts."""
     data = with_shape(tuple(shape), bytes(128 * lanes), **fields)
     if parses(data):
-        assert fields.get("kind", 0) in (0, 1)
+        assert fields.get("kind", 0) in (0, 1, 2)
         assert 1 <= fields.get("exponent_bits", 2) <= 8 and 0 <= fields.get("mantissa_bits", 3) <= 23
 
 

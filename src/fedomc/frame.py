@@ -2,18 +2,21 @@
 
     offset  size
     0       4     magic "FOMC"
-    4       1     version, 1
-    5       1     kind: 0 a variable (or base), 1 the update part of a variable
+    4       1     version, 2
+    5       1     kind: 0 a variable (or base), 1 the update part of a variable, 2 a variable that is FP32 elsewhere
     6       1     exponent bits
     7       1     mantissa bits
     8       4     factor, float32
     12      4     offset, float32
     16      4     CRC-32 of all other bytes of the frame
-    20      4     number of dimensions
+    20      1     number of dimensions
+    21      1     coding: 0 the codes themselves, 1 planes of bytes and bits, 2 planes of bits
+    22      1     whether the planes are of differences to codes that were sent
+    23      1     0
     24      8*d   dimensions
-    ...           codes: 32-bit words as ``codec.layout`` says, on a multiple of 4 bytes
+    ...           codes: 32-bit words as ``codec.layout`` says, on a multiple of 4 bytes; or planes, see ``lossless``
 
-The same codes are in memory: a base may be used where the message lies.
+The codes themselves are what is in memory: a base may be used where the message lies.
 """
 
 import math
@@ -28,17 +31,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedomc import lossless as planes
 from fedomc.codec import words_of
 from fedomc.errors import FormatError, OMCError, PayloadError
 from fedomc.formats import FloatFormat
 from fedomc.transform import Encoding, Packed, stays_finite
 
 MAGIC = b"FOMC"
-VERSION = 1
-VARIABLE, UPDATE = 0, 1
+VERSION = 2
+VARIABLE, UPDATE, DENSE = 0, 1, 2
 MAX_DIMENSIONS = 8
 
-_HEADER = struct.Struct("<4sBBBBffII")
+MOST_EXPANSION = 256
+"""Who does not know the shape expects at most as many bytes of codes for each byte of a frame."""
+
+_HEADER = struct.Struct("<4sBBBBffIBBBB")
 _CHECKSUM = slice(16, 20)
 _MAX_NUMEL = 2**48
 
@@ -50,7 +57,7 @@ class Frame:
     Attributes:
         packed: the variable; its codes may lie in the frame's own memory and must not be written then.
         shape: of the variable.
-        kind: ``VARIABLE`` or ``UPDATE``.
+        kind: ``VARIABLE``, ``UPDATE`` or ``DENSE``.
     """
 
     packed: Packed
@@ -58,56 +65,85 @@ class Frame:
     kind: int
 
 
-def to_bytes(packed: Packed, shape: Sequence[int], kind: int = VARIABLE, name: str = "variable") -> bytes:
+def to_bytes(
+    packed: Packed,
+    shape: Sequence[int],
+    kind: int = VARIABLE,
+    name: str = "variable",
+    *,
+    lossless: bool = False,
+    sent: Packed | None = None,
+) -> bytes:
     """Write a variable as a frame; the same variable always gives the same bytes.
 
     Args:
         packed: the variable.
         shape: its shape.
-        kind: ``VARIABLE`` or ``UPDATE``.
+        kind: ``VARIABLE``, ``UPDATE`` or ``DENSE``, which the receiver decodes as it arrives.
         name: of the variable, for errors.
+        lossless: whether the codes go through the lossless stage, if that makes them smaller.
+        sent: what the receiver has of the variable; the lossless stage may write the difference to its codes.
 
     Raises:
         PayloadError: more than 8 dimensions.
+        PolicyError: the lossless stage is wanted, but zstd is not installed.
     """
     if len(shape) > MAX_DIMENSIONS:
         raise PayloadError(f"{name} has {len(shape)} dimensions and cannot become a frame: {MAX_DIMENSIONS} at most")
     scale, offset = packed.affine.tolist()
     fmt = packed.format
+    words = packed.codes.detach().cpu().contiguous()
+    plain: tuple[int, bool, Any] = planes.PLAIN, False, words.numpy().astype("<i4", copy=False).data
+    smaller = lossless and planes.compress(words, packed.numel, fmt.bits, _reference(sent, fmt, packed.numel))
+    coding, difference, body = smaller or plain
     fixed = (MAGIC, VERSION, kind, fmt.exponent_bits, fmt.mantissa_bits, scale, offset)
+    described = (len(shape), coding, difference, 0)
     dimensions = struct.pack(f"<{len(shape)}Q", *shape)
-    codes = packed.codes.detach().cpu().contiguous().numpy().astype("<i4", copy=False)
-    header = _HEADER.pack(*fixed, 0, len(shape)) + dimensions
-    header = _HEADER.pack(*fixed, _checksum(header, codes.data), len(shape)) + dimensions
-    return b"".join((header, codes.data))
+    header = _HEADER.pack(*fixed, 0, *described) + dimensions
+    header = _HEADER.pack(*fixed, _checksum(header, body), *described) + dimensions
+    return b"".join((header, body))
 
 
 def size_of(packed: Packed, shape: Sequence[int]) -> int:
-    """Count the bytes of a variable's frame."""
+    """Count the bytes of a variable's frame without the lossless stage, which never makes it larger."""
     return _HEADER.size + 8 * len(shape) + packed.codes.nbytes
 
 
-def from_bytes(data: bytes | bytearray | memoryview, name: str = "variable", *, copy: bool = True) -> Frame:
+def from_bytes(
+    data: bytes | bytearray | memoryview,
+    name: str = "variable",
+    *,
+    copy: bool = True,
+    shape: Sequence[int] | None = None,
+    sent: Packed | None = None,
+) -> Frame:
     """Parse a frame; everything is checked before anything is allocated.
 
     Args:
         data: the whole frame and nothing else.
         name: of the variable, for errors.
-        copy: whether the codes get memory of their own; otherwise they lie in ``data`` and must not be written.
+        copy: whether the codes get memory of their own; otherwise they lie in ``data`` and must not be written, if
+            they did not go through the lossless stage.
+        shape: what the variable's must be; None takes any, but no small frame that becomes huge.
+        sent: what was sent of the variable, to which its codes may be a difference.
 
     Raises:
-        PayloadError: the bytes are not a frame.
+        PayloadError: the bytes are not a frame, or not of that shape.
     """
     view = memoryview(data)
     if len(view) < _HEADER.size:
         raise PayloadError(f"{name}: {len(view)} bytes are too few for a frame, whose header takes {_HEADER.size}")
-    magic, version, kind, e, m, scale, offset, checksum, ndim = _HEADER.unpack_from(view)
+    magic, version, kind, e, m, scale, offset, checksum, ndim, coding, difference, zero = _HEADER.unpack_from(view)
     if magic != MAGIC:
         raise PayloadError(f"{name}: not a compressed variable: it begins with {magic!r} instead of {MAGIC!r}")
     if version != VERSION:
-        raise PayloadError(f"{name}: frame version {version} is unknown, {VERSION} expected: update fedomc")
-    if kind not in (VARIABLE, UPDATE):
+        raise PayloadError(
+            f"{name}: frame version {version}, {VERSION} expected: use the version of fedomc that wrote it"
+        )
+    if kind not in (VARIABLE, UPDATE, DENSE):
         raise PayloadError(f"{name}: kind {kind} is unknown")
+    if coding not in (planes.PLAIN, planes.BYTES, planes.BITS) or difference > (coding != planes.PLAIN) or zero:
+        raise PayloadError(f"{name}: coding {coding}, {difference}, {zero} is unknown")
     try:
         fmt = FloatFormat(e, m)
     except FormatError as error:
@@ -117,21 +153,39 @@ def from_bytes(data: bytes | bytearray | memoryview, name: str = "variable", *, 
     begin = _HEADER.size + 8 * ndim
     if len(view) < begin:
         raise PayloadError(f"{name}: cut off within its {ndim} dimensions")
-    shape = struct.unpack_from(f"<{ndim}Q", view, _HEADER.size)
-    numel = math.prod(shape)
-    if math.prod(max(size, 1) for size in shape) > _MAX_NUMEL:
-        raise PayloadError(f"{name}: shape {shape} is too large")
+    found = struct.unpack_from(f"<{ndim}Q", view, _HEADER.size)
+    numel = math.prod(found)
+    if math.prod(max(size, 1) for size in found) > _MAX_NUMEL:
+        raise PayloadError(f"{name}: shape {found} is too large")
+    if shape is not None and found != tuple(shape):
+        raise PayloadError(f"{name}: the frame has shape {found}, {tuple(shape)} expected")
     expected = begin + 4 * words_of(numel, fmt.bits)
-    if len(view) != expected:
-        raise PayloadError(f"{name}: {len(view)} bytes, but {fmt} codes of shape {shape} make {expected}")
+    if coding == planes.PLAIN and len(view) != expected:
+        raise PayloadError(f"{name}: {len(view)} bytes, but {fmt} codes of shape {found} make {expected}")
+    if coding != planes.PLAIN and len(view) >= expected:
+        raise PayloadError(f"{name}: {len(view)} bytes of planes, but {fmt} codes of shape {found} make {expected}")
+    if shape is None and expected > MOST_EXPANSION * len(view):
+        raise PayloadError(f"{name}: {len(view)} bytes would become {expected}: say which shape is expected")
     if not (math.isfinite(scale) and math.isfinite(offset)):
         raise PayloadError(f"{name}: factor {scale} or offset {offset} is not finite")
     if not stays_finite(fmt, scale, offset):
         raise PayloadError(f"{name}: factor {scale} and offset {offset} leave the range of float32")
-    if checksum != _checksum(view[:begin], view[begin:]):
+    body = view[begin:]
+    if checksum != _checksum(view[:begin], body):
         raise PayloadError(f"{name}: checksum does not match: the bytes were damaged on the way")
-    packed = Packed(_codes(view[begin:], copy), torch.tensor([scale, offset]), fmt, numel)
-    return Frame(packed, shape, kind)
+    if coding == planes.PLAIN:
+        codes = _codes(body, copy)
+    else:
+        reference = _reference(sent, fmt, numel)
+        codes = planes.decompress(body, coding, bool(difference), numel, fmt.bits, reference, name)
+    return Frame(Packed(codes, torch.tensor([scale, offset]), fmt, numel), found, kind)
+
+
+def _reference(sent: Packed | None, format: FloatFormat, numel: int) -> Tensor | None:
+    """Return the codes that others may differ from: only of the same format are they near each other."""
+    if sent is None or sent.format != format or sent.numel != numel:
+        return None
+    return sent.codes.detach().cpu()
 
 
 def encoding_fields(encoding: Encoding) -> dict[str, str | int]:

@@ -5,12 +5,14 @@ import io
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
 import fedomc
+from fedomc import frame
 from fedomc.flower import collect, install
-from fedomc.flower.arrays import CONFIG, STYPE, to_config
+from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
+from fedomc.transform import encode
 
 
 class Model(nn.Module):
@@ -187,3 +189,93 @@ def test_a_compressed_buffer_becomes_dense() -> None:
     how = to_config(fedomc.CompressionPolicy("S1E3M7").encoding())
     install(model, RecordDict({"arrays": record, CONFIG: how}))
     assert type(model.table) is torch.Tensor
+
+
+# ---- the lossless stage and the rest's format -----------------------------------------------------------------------
+
+
+def sent_and_trained(policy: fedomc.CompressionPolicy, rest: str | None, lossless: bool) -> tuple[RecordDict, Model]:
+    """Make a message with a rest in a format of its own, and a model that it filled and that was trained a step."""
+    rest_format = None if rest is None else fedomc.FloatFormat.parse(rest)
+    model, message = payload(policy)
+    record = ArrayRecord()
+    for name, array in message["arrays"].items():
+        if array.stype != STYPE and len(array.shape) == 2 and rest_format is not None:
+            packed = encode(torch.from_numpy(array.numpy()), rest_format)
+            array = packed_array(packed, tuple(array.shape), frame.DENSE, lossless=True)
+        record[name] = array
+    how = to_config(policy.encoding(round=1, client="a"), lossless=lossless, rest_format=rest_format)
+    message = RecordDict({"arrays": record, CONFIG: how})
+    model = install(Model(), message)
+    fedomc.step_in_backward(model, torch.optim.SGD, lr=0.1)
+    torch.manual_seed(1)
+    model(torch.randn(8, 40)).square().mean().backward()
+    return message, model
+
+
+@pytest.mark.parametrize("name", ["one part", "two parts"])
+def test_a_reply_through_the_lossless_stage_has_the_same_values(name: str) -> None:
+    message, model = sent_and_trained(POLICIES[name], None, True)
+    plain, smaller = collect(model), collect(model, message)
+    assert plain.keys() == smaller.keys()
+    for key, array in plain.items():
+        assert len(smaller[key].data) <= len(array.data)
+        if array.stype == STYPE:
+            sent = read_packed(message["arrays"][key], key, copy=True).packed
+            a, b = read_packed(array, key, copy=True), read_packed(smaller[key], key, copy=True, sent=sent)
+            assert a.kind == b.kind and torch.equal(a.packed.codes, b.packed.codes)
+        else:
+            assert array.data == smaller[key].data
+    assert len(smaller[W].data) < len(plain[W].data)
+    assert smaller[W].data[22] == (name == "one part")  # an update is a difference already
+    silent = RecordDict({**message, CONFIG: to_config(POLICIES[name].encoding())})
+    assert {k: a.data for k, a in collect(model, silent).items()} == {k: a.data for k, a in plain.items()}
+
+
+def test_a_message_through_the_lossless_stage_fills_the_same_model() -> None:
+    _, message = payload(POLICIES["two parts"])
+    smaller = ArrayRecord()
+    for key, array in message["arrays"].items():
+        if array.stype == STYPE:
+            array = packed_array(read_packed(array, key, copy=True).packed, tuple(array.shape), lossless=True)
+            assert array.data[21]
+        smaller[key] = array
+    filled = install(Model(), RecordDict({"arrays": smaller, CONFIG: message[CONFIG]}))
+    for key, value in collect(install(Model(), message)).items():
+        assert collect(filled)[key].data == value.data
+
+
+@pytest.mark.parametrize("rest", ["S1E5M10", "S1E8M23"])
+def test_the_rest_arrives_in_its_format_and_goes_back_as_an_update(rest: str) -> None:
+    message, model = sent_and_trained(POLICIES["one part"], rest, True)
+    key = next(k for k, a in message["arrays"].items() if a.stype == STYPE and a.data[5] == frame.DENSE)
+    parameter = dict(model.named_parameters())[key]
+    assert not isinstance(parameter, fedomc.CompressedTensor)
+    reply = read_packed(collect(model, message)[key], key, copy=True)
+    assert (reply.kind, str(reply.packed.format)) == (frame.UPDATE, rest)
+    sent = read_packed(message["arrays"][key], key, copy=True).packed.decode(torch.empty(parameter.numel()))
+    step = parameter.detach().view(-1) - sent
+    got = reply.packed.decode(torch.empty(parameter.numel()))
+    assert step.abs().max() > 0 and (got - step).abs().max() <= step.abs().max() * 2**-10
+    if rest == "S1E8M23":
+        assert torch.equal(got, step)
+    assert torch.equal(dict(install(Model(), message).named_parameters())[key].detach().view(-1), sent)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({"lossless": 1}, "lossless=1"), ({"rest_format": "S1E5"}, "S1E5"), ({"rest_format": "S1E4M9"}, "S1E4M9")],
+)
+def test_wrong_instructions_are_refused(fields: dict[str, object], says: str) -> None:
+    message, _ = sent_and_trained(POLICIES["one part"], "S1E5M10", False)
+    config = ConfigRecord({**message[CONFIG], **fields})
+    with pytest.raises(fedomc.PayloadError, match=says):
+        install(Model(), RecordDict({**message, CONFIG: config}))
+
+
+def test_a_reply_to_another_message_is_refused() -> None:
+    message, model = sent_and_trained(POLICIES["one part"], None, True)
+    with pytest.raises(fedomc.PayloadError, match=W):
+        collect(model, replaced(message, W, Array(np.zeros((64, 41), np.float32))))
+    with pytest.raises(fedomc.PayloadError, match="0 array records"):
+        collect(model, RecordDict({CONFIG: message[CONFIG]}))

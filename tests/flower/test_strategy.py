@@ -65,7 +65,7 @@ def trained(message: Message) -> Message:
     fedomc.step_in_backward(model, torch.optim.SGD, lr=0.05)
     torch.manual_seed(message.metadata.dst_node_id)
     model(torch.randn(16, 48)).square().mean().backward()
-    return answer(message, collect(model))
+    return answer(message, collect(model, message))
 
 
 def test_every_client_gets_its_own_payload_and_each_variable_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,3 +350,74 @@ def test_it_is_a_strategy_and_refuses_nonsense() -> None:
     assert isinstance(OMCStrategy(FedAvg(), None), Strategy)
     with pytest.raises(fedomc.PolicyError, match="median"):
         OMCStrategy(FedAvg(), None, aggregate="median")
+
+
+WAYS = [
+    {"format": "S1E3M7"},
+    {"format": "S1E3M7", "rounding": "stochastic", "fraction": 1.0},
+    {"format": "S1E2M3", "update_format": "S1E2M1"},
+]
+
+
+@pytest.mark.parametrize("aggregate", ["difference", "value"])
+@pytest.mark.parametrize("how", WAYS)
+def test_the_lossless_stage_changes_bytes_alone(aggregate: str, how: dict[str, object]) -> None:
+    results, bytes_of = {}, {}
+    for lossless in ("none", "down", "up", "both"):
+        wrapped = OMCStrategy(FedAvg(), policy(**how), aggregate=aggregate, lossless=lossless)
+        messages = configure(wrapped, collect(build()))
+        result, _ = wrapped.aggregate_train(1, [trained(message) for message in messages.values()])
+        assert result is not None and wrapped.traffic[-1].received == len(NODES)
+        results[lossless] = {name: array.data for name, array in result.items()}
+        bytes_of[lossless] = wrapped.traffic[-1].down_bytes, wrapped.traffic[-1].up_bytes
+    assert results["none"] == results["down"] == results["up"] == results["both"]
+    (down, up), (smaller_down, smaller_up) = bytes_of["none"], bytes_of["both"]
+    assert bytes_of["down"] == (smaller_down, up) and bytes_of["up"] == (down, smaller_up)
+    assert smaller_down < down and smaller_up < up
+
+
+@pytest.mark.parametrize("aggregate", ["difference", "value"])
+@pytest.mark.parametrize("lossless", ["none", "both"])
+def test_the_rest_in_a_format_of_its_own(aggregate: str, lossless: str) -> None:
+    """Less goes both ways; the mean is that of an FP32 rest, as near as the format says."""
+    results, bytes_of = [], []
+    for rest in (None, "S1E8M23", "S1E5M10"):
+        wrapped = OMCStrategy(FedAvg(), policy(), aggregate=aggregate, rest_format=rest, lossless=lossless)
+        messages = configure(wrapped, collect(build()))
+        result, _ = wrapped.aggregate_train(1, [trained(message) for message in messages.values()])
+        assert result is not None and wrapped.traffic[-1].received == len(NODES)
+        results.append(values(result))
+        bytes_of.append((wrapped.traffic[-1].down_bytes, wrapped.traffic[-1].up_bytes))
+    for name, expected in results[0].items():
+        np.testing.assert_allclose(results[1][name], expected, atol=1e-6, err_msg=name)
+        tolerance = 2e-5 if aggregate == "difference" else 2e-4
+        np.testing.assert_allclose(results[2][name], expected, atol=tolerance, err_msg=name)
+    assert bytes_of[2][0] < bytes_of[0][0] and bytes_of[2][1] < bytes_of[0][1]
+
+
+def test_a_damaged_reply_through_the_lossless_stage_is_left_out() -> None:
+    wrapped = OMCStrategy(FedAvg(), policy(fraction=1.0), lossless="both")
+    messages = list(configure(wrapped, collect(build())).values())
+    replies = [trained(message) for message in messages]
+    other = trained(configure(OMCStrategy(FedAvg(), policy(fraction=1.0)), collect(build()))[NODES[1]])
+    reply = replies[1].content["arrays"]["0.weight"]
+    assert reply.data[22] == 1
+    bad = bytearray(reply.data)
+    bad[-1] ^= 1
+    replies[0] = answer(
+        messages[0], damaged(replies[0].content["arrays"], "0.weight", Array("float32", (48, 48), STYPE, bytes(bad)))
+    )
+    assert wrapped.aggregate_train(1, replies)[0] is not None
+    assert wrapped.traffic[-1].received == len(NODES) - 1
+    assert other.content["arrays"]["0.weight"].data[21] == 0  # who was not asked for it does not do it
+
+
+def test_wrong_ways_to_travel_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(fedomc.PolicyError, match="sideways"):
+        OMCStrategy(FedAvg(), policy(), lossless="sideways")
+    with pytest.raises(fedomc.FormatError, match="S1E5"):
+        OMCStrategy(FedAvg(), policy(), rest_format="S1E5")
+    monkeypatch.setattr(fedomc.lossless, "zstandard", None)
+    OMCStrategy(FedAvg(), policy())
+    with pytest.raises(fedomc.PolicyError, match=r"fedomc\[lossless\]"):
+        OMCStrategy(FedAvg(), policy(), lossless="down")

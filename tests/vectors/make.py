@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gfloat
 import numpy as np
+import zstandard
 
 from fedomc import FloatFormat
 from tests.conftest import gfloat_format, pack_by_design
@@ -36,6 +37,15 @@ FRAMES = {
     "scalar": (3, 4, 0, (), 0.5, 0.125),
     "empty": (3, 4, 0, (0, 3), 1.0, 0.0),
     "eight-dimensions": (2, 2, 0, (1, 2, 1, 3, 1, 1, 2, 1), 1.5, 0.0),
+}
+
+# name: exponent bits, mantissa bits, kind, values, bits of each plane, whether of differences
+PLANES = {
+    "planes-of-bytes": (3, 7, 0, 1500, (8, 1, 1, 1), False),
+    "planes-of-bytes-19-bits": (4, 14, 2, 700, (8,) + (1,) * 11, False),
+    "planes-of-bits": (2, 1, 1, 2003, (1,) * 4, False),
+    "planes-of-differences": (3, 7, 0, 1500, (1,) * 11, True),
+    "planes-of-differences-32-bits": (8, 23, 0, 300, (8,) + (1,) * 24, True),
 }
 
 GIVEN = {
@@ -66,14 +76,60 @@ def values_of(codes: Sequence[int], e: int, m: int, factor: float, offset: float
 
 
 def frame_of(
-    codes: Sequence[int], e: int, m: int, kind: int, shape: Sequence[int], factor: float, offset: float
-) -> bytes:
+    codes: Sequence[int], e: int, m: int, kind: int, shape: Sequence[int], factor: float, offset: float,
+    coding: int = 0, difference: int = 0, body: bytes | None = None,
+) -> bytes:  # fmt: skip
     """Put a frame together."""
-    head = b"FOMC" + struct.pack("<BBBBff", 1, kind, e, m, factor, offset)
-    tail = (
-        struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + pack_by_design(codes, 1 + e + m).astype("<i4").tobytes()
-    )
+    body = words_of(codes, 1 + e + m) if body is None else body
+    head = b"FOMC" + struct.pack("<BBBBff", 2, kind, e, m, factor, offset)
+    tail = struct.pack(f"<BBBB{len(shape)}Q", len(shape), coding, difference, 0, *shape) + body
     return head + struct.pack("<I", zlib.crc32(head + tail)) + tail
+
+
+def words_of(codes: Sequence[int], width: int) -> bytes:
+    """Pack codes as the page says."""
+    return pack_by_design(codes, width).astype("<i4").tobytes()
+
+
+def near_zero(count: int, e: int, m: int, seed: int) -> list[int]:
+    """Draw codes of which most are small, in runs, as zstd likes them; the special ones first."""
+    random = np.random.default_rng(seed)
+    magnitudes = (random.exponential(2 ** (e + m) / 64, count)).astype(int) * (np.arange(count) // 40 % 3 > 0)
+    codes = [int(x) | int(sign) << (e + m) for x, sign in zip(magnitudes, random.integers(0, 2, count), strict=True)]
+    return [0, 1 << (e + m), (1 << (e + m)) + 1, *codes[3:]]
+
+
+def moved(codes: Sequence[int], e: int, m: int) -> list[int]:
+    """Move some codes to those of neighbouring values, through zero and -0 too."""
+    ordered = [*((1 << (e + m)) | x for x in range(3, -1, -1)), *range(4)]
+    result = [ordered[ordered.index(code) + 1] if code in ordered[:-1] else code for code in codes]
+    return [code + (i % 7 == 3 and code % 64 < 60) for i, code in enumerate(result)]
+
+
+def order(code: int, e: int, m: int) -> int:
+    """Number codes by their values, -0 below 0."""
+    return -1 - (code - (1 << (e + m))) if code >> (e + m) else code
+
+
+def body_of(codes: Sequence[int], sent: Sequence[int], e: int, m: int, planes: Sequence[int]) -> bytes:
+    """Write planes; ``sent`` is empty, or the codes that others differ from."""
+    width, body = 1 + e + m, b""
+    symbols = list(codes)
+    if sent:
+        body = struct.pack("<I", zlib.crc32(words_of(sent, width)))
+        steps = [order(code, e, m) - order(old, e, m) for code, old in zip(codes, sent, strict=True)]
+        symbols = [2 * step if step >= 0 else -2 * step - 1 for step in steps]
+    low = width
+    for bits in planes:
+        low -= bits
+        plane = [symbol >> low & (2**bits - 1) for symbol in symbols]
+        if bits == 1:
+            plane = [sum(bit << i for i, bit in enumerate(plane[at : at + 8])) for at in range(0, len(plane), 8)]
+        raw = bytes(plane)
+        zipped = zstandard.ZstdCompressor(level=1).compress(raw)
+        stored = zipped if len(zipped) < len(raw) else raw
+        body += struct.pack("<I", len(stored)) + stored
+    return body
 
 
 def readable(values: np.ndarray) -> list[float]:
@@ -93,6 +149,22 @@ def make_frames() -> None:
             "kind": kind, "exponent_bits": e, "mantissa_bits": m, "shape": shape,
             "factor": readable(np.array([factor], np.float32))[0], "offset": offset,
             "codes": codes, "values": readable(values),
+        }  # fmt: skip
+        write_json(name, described)
+
+
+def make_planes() -> None:
+    """Write frames of planes, each with a description, and with the codes that were sent if they are differences."""
+    for number, (name, (e, m, kind, count, planes, difference)) in enumerate(PLANES.items()):
+        sent = near_zero(count, e, m, number) if difference else []
+        codes = moved(sent, e, m) if difference else near_zero(count, e, m, number)
+        body = body_of(codes, sent, e, m, planes)
+        coding = 2 if planes[0] == 1 else 1
+        data = frame_of(codes, e, m, kind, (count,), 0.5, 0.25, coding, int(difference), body)
+        (FOLDER / f"{name}.frame").write_bytes(data)
+        described = {
+            "kind": kind, "exponent_bits": e, "mantissa_bits": m, "shape": (count,), "factor": 0.5, "offset": 0.25,
+            "coding": coding, "sent": sent, "codes": codes, "values": readable(values_of(codes, e, m, 0.5, 0.25)),
         }  # fmt: skip
         write_json(name, described)
 
@@ -155,4 +227,5 @@ def write_json(name: str, content: object) -> None:
 
 if __name__ == "__main__":
     make_frames()
+    make_planes()
     make_model()

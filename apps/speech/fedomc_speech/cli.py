@@ -60,6 +60,8 @@ def compare(
     transform: Annotated[str, typer.Option(help="none, affine or scaled-affine.")] = DEFAULTS.transform,
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = DEFAULTS.rounding,
     aggregate: Annotated[str, typer.Option(help="difference or value.")] = DEFAULTS.aggregate,
+    lossless: Annotated[str, typer.Option(help="zstd on messages: none, down, up or both.")] = DEFAULTS.lossless,
+    rest_format: Annotated[str, typer.Option(help="In which FP32 variables travel.")] = DEFAULTS.rest_format,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
 ) -> None:
     """Train the same model with several formats in Flower's simulation and compare them.
@@ -88,6 +90,8 @@ def compare(
             transform=transform,
             rounding=rounding,
             aggregate=aggregate,
+            lossless=lossless,
+            rest_format=rest_format,
             seed=seed,
         )
         _compare(settings, output / name, resume, console)

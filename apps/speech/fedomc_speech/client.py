@@ -56,7 +56,7 @@ def train_partition(message: Message | RecordDict, partition: int) -> RecordDict
     metrics = MetricRecord(
         {"num-examples": result.examples, "loss": result.loss, "parameter-bytes": result.parameter_bytes}
     )
-    return RecordDict({"arrays": collect(network), "metrics": metrics})
+    return RecordDict({"arrays": collect(network, content), "metrics": metrics})
 
 
 def write_settings(settings: Settings) -> ConfigRecord:

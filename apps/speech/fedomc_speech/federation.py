@@ -149,6 +149,8 @@ class _Rounds:
             variant.policy(settings),
             aggregate=settings.aggregate,
             client_name=clients.name_of,
+            lossless=settings.lossless,
+            rest_format=settings.rest_format or None,
         )
         self.network = model.build(settings.model, vocabulary, seed=settings.seed)
         self.arrays = collect(self.network)

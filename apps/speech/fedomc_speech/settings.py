@@ -89,6 +89,8 @@ class Settings:
         transform: the per-variable transformation.
         rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two.
         aggregate: ``difference`` or ``value``.
+        lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``.
+        rest_format: in which what a fraction leaves in FP32 travels, such as ``S1E5M10``; empty is FP32.
         seed: of everything random.
     """
 
@@ -110,6 +112,8 @@ class Settings:
     transform: str = "scaled-affine"
     rounding: str = "nearest"
     aggregate: str = "difference"
+    lossless: str = "none"
+    rest_format: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -129,6 +133,10 @@ class Settings:
                 raise SettingsError(f"{name}={value}: it must be a positive number")
         if self.aggregate not in ("difference", "value"):
             raise SettingsError(f"aggregate={self.aggregate!r} is unknown: use difference or value")
+        if self.lossless not in ("none", "down", "up", "both"):
+            raise SettingsError(f"lossless={self.lossless!r} is unknown: use none, down, up or both")
+        if self.rest_format:
+            fedomc.FloatFormat.parse(self.rest_format)
         doubled = [str(variant) for variant in self.variants if self.variants.count(variant) > 1]
         if doubled:
             raise SettingsError(f"format {doubled[0]} is given twice")

@@ -52,6 +52,8 @@ def test_the_policy_of_a_variant() -> None:
         ({"client-rate": float("nan")}, "client_rate=nan"),
         ({"server-rate": -1.0}, "server_rate"),
         ({"aggregate": "median"}, "median"),
+        ({"lossless": "sideways"}, "sideways"),
+        ({"rest-format": "S1E5"}, "S1E5"),
         ({"transform": "log", "formats": "S1E3M7"}, "log"),
         ({"round": 3}, "'round' is unknown"),
     ],

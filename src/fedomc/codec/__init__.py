@@ -23,6 +23,8 @@ __all__ = [
     "decode_sum",
     "encode",
     "magnitude_bits",
+    "pack",
+    "unpack",
     "update",
     "words_of",
 ]
@@ -176,6 +178,31 @@ def update(
         largest,
     )  # fmt: skip
     return found, int(largest)
+
+
+def unpack(words: Tensor, numel: int, bits: int) -> Tensor:
+    """Take the codes out of their words.
+
+    Args:
+        words: int32 ``[words_of(numel, bits)]``.
+        numel: how many codes.
+        bits: of a code.
+
+    Returns:
+        int32 ``[numel]``: the bits of each code, none above them.
+    """
+    return reference.unpack(words, -(-numel // BLOCK), bits).view(-1)[:numel]
+
+
+def pack(codes: Tensor, bits: int, words: Tensor) -> Tensor:
+    """Put codes into words; arguments as ``unpack`` has them.
+
+    Returns:
+        ``words``, written.
+    """
+    blocks = -(-codes.numel() // BLOCK)
+    reference.pack(torch.nn.functional.pad(codes, (0, blocks * BLOCK - codes.numel())), bits, words)
+    return words
 
 
 def _found(values: Tensor, sums: bool) -> tuple[Tensor, Tensor]:

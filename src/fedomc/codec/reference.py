@@ -112,7 +112,7 @@ def _encode_chunk(
     codes = _round(values, format, bias, seed, start)
     blocks = -(-values.numel() // BLOCK)
     codes = _pad(codes, blocks * BLOCK)
-    _pack(codes.view(blocks, ROWS, LANES), format.bits, words)
+    pack(codes, format.bits, words)
     if sums is not None:
         represented = _values(codes, format, 2.0 ** (format.bias - bias), 0.0)
         found = _sums(_pad(values, blocks * BLOCK) - represented, represented, blocks)
@@ -130,7 +130,7 @@ def _flushed(values: Tensor) -> Tensor:
 
 
 def _decoded(words: Tensor, format: FloatFormat, scale: float, offset: float, numel: int) -> Tensor:
-    codes = _unpack(words, -(-numel // BLOCK), format.bits).view(-1)[:numel]
+    codes = unpack(words, -(-numel // BLOCK), format.bits).view(-1)[:numel]
     return _values(codes, format, scale, offset)
 
 
@@ -217,8 +217,10 @@ def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
     return first.to(device), second.to(device), begin.view(column).to(device), mask.view(column).to(device)
 
 
-def _pack(codes: Tensor, bits: int, words: Tensor) -> None:
-    blocks = codes.shape[0]  # codes: [blocks, ROWS, LANES]
+def pack(codes: Tensor, bits: int, words: Tensor) -> None:
+    """Put the codes of whole blocks, ``[blocks * BLOCK]``, into words."""
+    codes = codes.view(-1, ROWS, LANES)
+    blocks = len(codes)
     first, second, begin, _ = _shifts(bits, codes.device)
     packed = torch.zeros(blocks, bits, LANES, dtype=torch.int32, device=codes.device)
     # The bits of different rows are disjoint, so that adding is joining.
@@ -228,7 +230,8 @@ def _pack(codes: Tensor, bits: int, words: Tensor) -> None:
     words.copy_(packed.view(-1)[: words.numel()])
 
 
-def _unpack(words: Tensor, blocks: int, bits: int) -> Tensor:
+def unpack(words: Tensor, blocks: int, bits: int) -> Tensor:
+    """Take the codes of whole blocks out of words, ``[blocks, ROWS, LANES]``."""
     first, second, begin, mask = _shifts(bits, words.device)
     packed = _pad(words, blocks * bits * LANES).view(blocks, bits, LANES)
     codes = packed.index_select(1, first).bitwise_right_shift_(begin).bitwise_and_(mask)

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor, nn
 
 from fedomc import frame
-from fedomc.errors import PayloadError
+from fedomc.errors import OMCError, PayloadError
+from fedomc.formats import FloatFormat
 from fedomc.state import check_names, fill_, some, state_of
 from fedomc.tensor import CompressedTensor
-from fedomc.transform import Encoding, Packed
+from fedomc.transform import Encoding, Packed, encode
 
 STYPE = "fedomc.frame"
 """The serialization type of an ``Array`` that holds a compressed variable."""
@@ -23,21 +25,40 @@ CONFIG = "fedomc"
 """The name of the ``ConfigRecord`` that tells a client how to encode its updates."""
 
 
-def packed_array(packed: Packed, shape: tuple[int, ...], kind: int = frame.VARIABLE) -> Array:
-    """Put packed codes into an ``Array``."""
-    return Array("float32", tuple(shape), STYPE, frame.to_bytes(packed, shape, kind))
+@dataclass(frozen=True)
+class Instructions:
+    """What a server tells a client.
+
+    Attributes:
+        encoding: of the variables that the client keeps compressed.
+        lossless: whether the client's frames go through the lossless stage.
+        rest_format: in which those that partial quantization leaves in FP32 travel; None is FP32.
+    """
+
+    encoding: Encoding
+    lossless: bool = False
+    rest_format: FloatFormat | None = None
 
 
-def read_packed(array: Array, name: str, *, copy: bool) -> frame.Frame:
-    """Take packed codes from an ``Array``.
+def packed_array(
+    packed: Packed,
+    shape: tuple[int, ...],
+    kind: int = frame.VARIABLE,
+    *,
+    lossless: bool = False,
+    sent: Packed | None = None,
+) -> Array:
+    """Put packed codes into an ``Array``; arguments as ``frame.to_bytes`` has them."""
+    return Array("float32", tuple(shape), STYPE, frame.to_bytes(packed, shape, kind, lossless=lossless, sent=sent))
+
+
+def read_packed(array: Array, name: str, *, copy: bool, sent: Packed | None = None) -> frame.Frame:
+    """Take packed codes from an ``Array``, whose shape must be known to be that of the variable.
 
     Raises:
         PayloadError: the data is not a frame of the array's shape.
     """
-    parsed = frame.from_bytes(array.data, name, copy=copy)
-    if parsed.shape != tuple(array.shape):
-        raise PayloadError(f"{name}: the frame has shape {parsed.shape}, its array says {tuple(array.shape)}")
-    return parsed
+    return frame.from_bytes(array.data, name, copy=copy, shape=tuple(array.shape), sent=sent)
 
 
 def read_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
@@ -65,20 +86,25 @@ def read_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
     return values
 
 
-def to_config(encoding: Encoding) -> ConfigRecord:
-    """Write an encoding for a client."""
-    return ConfigRecord({**frame.encoding_fields(encoding)})
+def to_config(encoding: Encoding, *, lossless: bool = False, rest_format: FloatFormat | None = None) -> ConfigRecord:
+    """Write instructions for a client."""
+    rest = {} if rest_format is None else {"rest_format": str(rest_format)}
+    return ConfigRecord({**frame.encoding_fields(encoding), "lossless": lossless, **rest})
 
 
-def from_config(config: Mapping[str, Any]) -> Encoding:
-    """Read an encoding.
+def from_config(config: Mapping[str, Any]) -> Instructions:
+    """Read instructions.
 
     Raises:
         PayloadError: a field is missing or wrong.
     """
     try:
-        return frame.read_encoding(config)
-    except PayloadError as error:
+        lossless, rest = config.get("lossless", False), config.get("rest_format")
+        if type(lossless) is not bool:
+            raise PayloadError(f"lossless={lossless!r} is neither true nor false")
+        encoding = frame.read_encoding(config)
+        return Instructions(encoding, lossless, None if rest is None else FloatFormat.parse(rest))
+    except OMCError as error:
         raise PayloadError(f"the message's {CONFIG!r} record: {error}") from None
 
 
@@ -97,40 +123,45 @@ def install(model: nn.Module, message: Message | RecordDict) -> nn.Module:
     Raises:
         PayloadError: something is missing, unknown, damaged or of another shape; the model is as it was.
     """
-    content = message.content if isinstance(message, Message) else message
-    records = list(content.array_records.values())
-    if len(records) != 1:
-        raise PayloadError(f"the message has {len(records)} array records, one expected")
-    config = content.config_records.get(CONFIG)
-    encoding = None if config is None else from_config(config)
+    arrays, told = _content(message)
     state, aliases = state_of(model)
-    tied = [name for name in records[0] if name in aliases]
+    tied = [name for name in arrays if name in aliases]
     if tied:
         raise PayloadError(f"{some(tied)} is tied to another variable and travels under one name: send collect(model)")
-    check_names(model, records[0].keys())
-    fill_(model, ((name, _read(array, name, state[name], encoding)) for name, array in records[0].items()))
+    check_names(model, arrays.keys())
+    fill_(model, ((name, _read(array, name, state[name], told)) for name, array in arrays.items()))
     return model
 
 
-def collect(model: nn.Module) -> ArrayRecord:
+def collect(model: nn.Module, message: Message | RecordDict | None = None) -> ArrayRecord:
     """Give a model's parameters and persistent buffers as arrays, packed as they are.
 
     Of a variable in two parts only the update travels; the base is what the receiver sent.
 
     Args:
         model: plain or compressed.
+        message: what the model was filled from. With it the arrays travel as its sender asked for: through the lossless
+            stage, which needs to know what was sent, and what arrived in the rest's format goes back in it, as an
+            update.
 
     Returns:
         The arrays by qualified name; tied parameters once.
 
     Raises:
-        PayloadError: a variable of a dtype that numpy does not have.
+        NonFiniteError: an update in the rest's format has a value that is NaN or infinite.
+        PayloadError: a variable of a dtype that numpy does not have; the message is damaged or of another model.
+        PolicyError: the sender asked for the lossless stage, but zstd is not installed.
     """
+    sent, told = ({}, None) if message is None else _content(message)
     record = ArrayRecord()
     for name, tensor in state_of(model)[0].items():
+        array = sent.get(name)
+        if array is not None and tuple(array.shape) != tuple(tensor.shape):
+            raise PayloadError(f"{name}: shape {tuple(tensor.shape)}, but {tuple(array.shape)} was sent")
         if isinstance(tensor, CompressedTensor):
-            kind = frame.VARIABLE if tensor.update is None else frame.UPDATE
-            record[name] = packed_array(tensor.parts[-1], tuple(tensor.shape), kind)
+            record[name] = _packed(tensor, array, name, told is not None and told.lossless)
+        elif told is not None and told.rest_format is not None and array is not None and array.stype == STYPE:
+            record[name] = _rest_update(tensor, array, name, told)
         else:
             try:
                 record[name] = Array(tensor.detach().cpu().numpy())
@@ -141,7 +172,36 @@ def collect(model: nn.Module) -> ArrayRecord:
     return record
 
 
-def _read(array: Array, name: str, old: Tensor, encoding: Encoding | None) -> Tensor:
+def _content(message: Message | RecordDict) -> tuple[Mapping[str, Array], Instructions | None]:
+    content = message.content if isinstance(message, Message) else message
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise PayloadError(f"the message has {len(records)} array records, one expected")
+    config = content.config_records.get(CONFIG)
+    return records[0], None if config is None else from_config(config)
+
+
+def _packed(tensor: CompressedTensor, array: Array | None, name: str, lossless: bool) -> Array:
+    """Write what is to travel of a compressed variable."""
+    shape = tuple(tensor.shape)
+    if tensor.update is not None:
+        return packed_array(tensor.update, shape, frame.UPDATE, lossless=lossless)
+    sent = None
+    if lossless and array is not None and array.stype == STYPE:
+        sent = read_packed(array, name, copy=False).packed
+    return packed_array(tensor.base, shape, lossless=lossless, sent=sent)
+
+
+def _rest_update(tensor: Tensor, array: Array, name: str, told: Instructions) -> Array:
+    """Write what changed of a dense variable since it arrived in the rest's format."""
+    assert told.rest_format is not None
+    flat = tensor.detach().cpu().to(torch.float32, copy=True).view(-1)
+    read_packed(array, name, copy=False).packed.add_to(flat, -1.0)
+    update = encode(flat, told.rest_format, told.encoding.transform, name=name)
+    return packed_array(update, tuple(tensor.shape), frame.UPDATE, lossless=told.lossless)
+
+
+def _read(array: Array, name: str, old: Tensor, told: Instructions | None) -> Tensor:
     if tuple(array.shape) != tuple(old.shape):
         raise PayloadError(f"{name}: shape {tuple(array.shape)}, but the model's is {tuple(old.shape)}")
     if array.stype != STYPE:
@@ -149,12 +209,15 @@ def _read(array: Array, name: str, old: Tensor, encoding: Encoding | None) -> Te
             return torch.from_numpy(read_dense(array, name))
         except TypeError as error:
             raise PayloadError(f"{name}: {error}") from None
-    if encoding is None:
+    if told is None:
         raise PayloadError(f"{name} is compressed, but the message has no {CONFIG!r} config record")
     # A base is never rewritten and may lie in the message; a variable in one part needs memory of its own.
-    parsed = read_packed(array, name, copy=encoding.update_format is None)
-    if parsed.kind != frame.VARIABLE:
+    parsed = read_packed(array, name, copy=told.encoding.update_format is None)
+    if parsed.kind == frame.UPDATE:
         raise PayloadError(f"{name} is only an update: a model cannot be filled from it")
-    if parsed.packed.format != encoding.format:
-        raise PayloadError(f"{name} is {parsed.packed.format}, but its config record says {encoding.format}")
-    return CompressedTensor.from_packed(parsed.packed, encoding, parsed.shape, name)
+    expected = told.rest_format if parsed.kind == frame.DENSE else told.encoding.format
+    if parsed.packed.format != expected:
+        raise PayloadError(f"{name} is {parsed.packed.format}, but its config record says {expected}")
+    if parsed.kind == frame.DENSE:
+        return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
+    return CompressedTensor.from_packed(parsed.packed, told.encoding, parsed.shape, name)

@@ -23,10 +23,13 @@ from flwr.serverapp.strategy import Strategy
 from fedomc import frame
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
 from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_dense, read_packed, to_config
+from fedomc.formats import FloatFormat
+from fedomc.lossless import require
 from fedomc.policy import CompressionPolicy, Selection
 from fedomc.transform import Packed, encode
 
 AGGREGATES = ("difference", "value")
+LOSSLESS = ("none", "down", "up", "both")
 
 _Values = np.ndarray[Any, Any]
 
@@ -67,10 +70,14 @@ class OMCStrategy(Strategy):
         policy: how to compress; None sends FP32 and only counts.
         aggregate: ``difference`` or ``value``.
         client_name: names a node for the draw: the node's number by default, which a simulation changes in each run.
+        lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``. It needs
+            zstandard on both sides, and clients that give ``collect`` the message.
+        rest_format: in which the variables travel that partial quantization leaves in FP32; None is FP32.
         traffic: bytes by round, of training messages.
 
     Raises:
-        PolicyError: an unknown way to aggregate.
+        FormatError: no such format of the rest.
+        PolicyError: an unknown way to aggregate or direction, or the lossless stage without zstandard.
     """
 
     def __init__(
@@ -80,12 +87,20 @@ class OMCStrategy(Strategy):
         *,
         aggregate: str = "difference",
         client_name: Callable[[int], str | int] = str,
+        lossless: str = "none",
+        rest_format: str | FloatFormat | None = None,
     ) -> None:
         if aggregate not in AGGREGATES:
             raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
+        if lossless not in LOSSLESS:
+            raise PolicyError(f"lossless={lossless!r} is unknown: use one of {', '.join(LOSSLESS)}")
+        if lossless != "none":
+            require()
         self.inner = inner
         self.policy = policy
         self.aggregate = aggregate
+        self.lossless = lossless
+        self.rest_format = None if rest_format is None else FloatFormat.parse(rest_format)
         self.client_name = client_name
         self.traffic: list[Traffic] = []
         self._broadcast: _Broadcast | None = None
@@ -98,7 +113,9 @@ class OMCStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy choose the clients, then give each its own payload."""
-        self._broadcast = _Broadcast(arrays, self.policy, server_round, self.client_name)
+        self._broadcast = _Broadcast(
+            arrays, self.policy, server_round, self.client_name, self.lossless, self.rest_format
+        )
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
         down_bytes = sum(self._broadcast.compress(message) for message in messages)
         self.traffic.append(Traffic(server_round, len(messages), down_bytes=down_bytes))
@@ -137,7 +154,7 @@ class OMCStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy choose the clients; they evaluate what they would be sent for training."""
-        broadcast = _Broadcast(arrays, self.policy, server_round, self.client_name)
+        broadcast = _Broadcast(arrays, self.policy, server_round, self.client_name, self.lossless, self.rest_format)
         messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
         for message in messages:
             broadcast.compress(message)
@@ -221,14 +238,21 @@ class _Broadcast:
         policy: CompressionPolicy | None,
         server_round: int,
         client_name: Callable[[int], str | int],
+        lossless: str = "none",
+        rest_format: FloatFormat | None = None,
     ) -> None:
         self.arrays = arrays
         self.policy = policy
         self.round = server_round
         self.client_name = client_name
         self.shapes = {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
+        self.lossless_down = lossless in ("down", "both")
+        self.lossless_up = lossless in ("up", "both")
+        self.rest_format = rest_format
         self.packed: dict[str, Packed] = {}
         self.encoded: dict[str, Array] = {}
+        self.rest_packed: dict[str, Packed] = {}
+        self.rest_encoded: dict[str, Array] = {}
         self.selections: dict[int, Selection] = {}
         self.nodes: set[int] = set()
 
@@ -255,10 +279,14 @@ class _Broadcast:
         if self.policy is not None:
             client = self.client_name(node)
             selection = self.policy.select(self.shapes, round=self.round, client=client)
+            rest = self.policy.compressible(self.shapes) if self.rest_format is not None else {}
             self.selections[node] = selection
             payload = ArrayRecord()
             for name, array in self.arrays.items():
-                payload[name] = self._encoded(name) if name in selection else array
+                if name in selection:
+                    payload[name] = self._encoded(name)
+                else:
+                    payload[name] = self._rest(name) if name in rest else array
             content = RecordDict(dict(message.content.items()))
             models = [key for key, record in message.content.array_records.items() if set(record) == set(self.arrays)]
             if not models:
@@ -267,7 +295,11 @@ class _Broadcast:
                 )
             for key in models:
                 content[key] = payload
-            content[CONFIG] = to_config(self.policy.encoding(round=self.round, client=client))
+            content[CONFIG] = to_config(
+                self.policy.encoding(round=self.round, client=client),
+                lossless=self.lossless_up,
+                rest_format=self.rest_format,
+            )
             message.content = content
         return _bytes_of(message)
 
@@ -288,7 +320,8 @@ class _Broadcast:
         for name, array in record.items():
             if tuple(array.shape) != tuple(self.arrays[name].shape):
                 raise PayloadError(f"{name}: shape {array.shape}, but {self.arrays[name].shape} was sent")
-            decoded[name] = self._decoder(name, array, name in selection, aggregate)
+            sent = self.packed[name] if name in selection else self.rest_packed.get(name)
+            decoded[name] = self._decoder(name, array, sent, aggregate)
         content = RecordDict(dict(reply.content.items()))
         content[key] = decoded
         reply.content = content
@@ -299,25 +332,40 @@ class _Broadcast:
             how = self.policy.encoding(round=self.round)
             values = torch.from_numpy(self.arrays[name].numpy())
             self.packed[name] = encode(values, how.format, how.transform, how.base_rounding, how.seed, name)
-            self.encoded[name] = packed_array(self.packed[name], tuple(values.shape))
+            self.encoded[name] = packed_array(self.packed[name], tuple(values.shape), lossless=self.lossless_down)
         return self.encoded[name]
 
-    def _decoder(self, name: str, array: Array, was_packed: bool, aggregate: str) -> Array:
+    def _rest(self, name: str) -> Array:
+        if name not in self.rest_encoded:
+            assert self.policy is not None and self.rest_format is not None
+            values = torch.from_numpy(self.arrays[name].numpy())
+            packed = encode(values, self.rest_format, self.policy.transform, name=name)
+            self.rest_packed[name] = packed
+            self.rest_encoded[name] = packed_array(
+                packed, tuple(values.shape), frame.DENSE, lossless=self.lossless_down
+            )
+        return self.rest_encoded[name]
+
+    def _decoder(self, name: str, array: Array, sent: Packed | None, aggregate: str) -> Array:
+        """Check an array and return one that decodes when it is its turn; ``sent`` is what went down packed, if so."""
         shape = tuple(array.shape)
         if array.stype == STYPE:
-            parsed = read_packed(array, name, copy=False)
-            if parsed.kind == frame.UPDATE and not was_packed:
+
+            def parsed() -> frame.Frame:
+                return read_packed(array, name, copy=False, sent=sent)
+
+            is_update = parsed().kind == frame.UPDATE  # checked now, and read again when it is its turn
+            if is_update and sent is None:
                 raise PayloadError(f"{name}: an update came back, but the variable was sent in FP32")
 
             def returned() -> _Values:
-                return _decode(parsed.packed, shape)
+                return _decode(parsed().packed, shape)
 
-            is_update = parsed.kind == frame.UPDATE
         else:
-            dtype = read_dense(array, name).dtype  # checked now, and read again when it is its turn
+            dtype = read_dense(array, name).dtype  # likewise
             if dtype != self.arrays[name].dtype:
                 raise PayloadError(f"{name}: dtype {dtype}, but {self.arrays[name].dtype} was sent")
-            if not was_packed or aggregate == "value":
+            if sent is None or aggregate == "value":
                 return array
 
             def returned() -> _Values:
@@ -328,11 +376,11 @@ class _Broadcast:
         def values() -> _Values:
             result = returned()
             flat = torch.from_numpy(result).view(-1)
-            if is_update and aggregate == "value":
-                self.packed[name].add_to(flat)
-            elif aggregate == "difference" and (is_update or was_packed):
+            if sent is not None and is_update and aggregate == "value":
+                sent.add_to(flat)
+            elif sent is not None and aggregate == "difference":
                 if not is_update:
-                    self.packed[name].add_to(flat, -1.0)
+                    sent.add_to(flat, -1.0)
                 result += self.arrays[name].numpy()
             return result
 
