@@ -72,6 +72,17 @@ def compressed(model: nn.Module, format: str = "S1E8M23", transform: str = "none
     return compress_(model, policy.select(model))
 
 
+class Twice(nn.Module):
+    """A layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).tanh())
+
+
 def dense(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if isinstance(tensor, CompressedTensor) else tensor.detach()
 

@@ -26,19 +26,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from fedomc import CompressedTensor, NonFiniteError, decompress_, step_in_backward
-from tests.conftest import allocations, assert_same_parameters, compressed, dense, randn, same_bits
+from tests.conftest import Twice, allocations, assert_same_parameters, compressed, dense, randn, same_bits
 
 X = randn(2, 5, 8)
 IDS = torch.tensor([[1, 2, 3], [0, 3, 3]])
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.layer(x).tanh())
 
 
 class Tied(nn.Module):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedomc import CompressedTensor
-from tests.conftest import allocations, assert_same_parameters, compressed, lossless, randn, same_bits
+from tests.conftest import Twice, allocations, assert_same_parameters, compressed, lossless, randn, same_bits
 
 
 class Cross(nn.Module):
@@ -48,15 +48,6 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, self.weight)
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.layer(x).tanh())
 
 
 class First(nn.Module):
