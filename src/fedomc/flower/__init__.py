@@ -1,6 +1,7 @@
 """Flower: compressed variables in messages, and a strategy that sends every client a payload of its own."""
 
 from fedomc.flower.arrays import collect, install
+from fedomc.flower.grid import OneByOne
 from fedomc.flower.strategy import OMCStrategy, Traffic
 
-__all__ = ["OMCStrategy", "Traffic", "collect", "install"]
+__all__ = ["OMCStrategy", "OneByOne", "Traffic", "collect", "install"]

@@ -1,34 +1,33 @@
-"""``OMCStrategy``: any Flower strategy, with compressed messages.
-
-[Note: what aggregation adds up]
-The server holds FP32 values V; a client is sent Q(V), trains, and returns R. Plain averaging (``value``, the paper)
-makes the mean of the R the new model, and with it the error Q(V) - V, which is the same for every client and larger
-than a round's update. ``difference`` takes V + (R - Q(V)) for R: the error of the broadcast cancels, and what remains
-is the rounding of the client's own steps. With two parts the client returns R - Q(V) itself, the update.
-"""
+"""``OMCStrategy``: any Flower strategy, with compressed messages; what is added up is told in ``aggregation``."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from logging import ERROR, WARNING
-from typing import Any, cast
+from itertools import islice
+from logging import ERROR, INFO, WARNING
+from typing import cast
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from fedomc import frame
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
-from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_dense, read_packed, to_config
-from fedomc.policy import CompressionPolicy, Selection
-from fedomc.transform import Packed, encode
+from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded
+from fedomc.flower.arrays import view_dense
+from fedomc.flower.broadcast import Broadcast, Returned, bytes_of
+from fedomc.flower.grid import OneByOne
+from fedomc.policy import CompressionPolicy
 
-AGGREGATES = ("difference", "value")
+_Checked = tuple[Message, dict[str, Returned]]
 
-_Values = np.ndarray[Any, Any]
+_LARGEST_WEIGHT = 2.0**63
+"""Of a reply; it is a count, and sums of larger numbers might not be finite."""
+
+_JUDGED_TOGETHER = 3
+"""Replies that come one by one must have the metrics that most of the first few have."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,14 @@ class OMCStrategy(Strategy):
     Every client gets its own payload: which variables stay FP32 is drawn from the policy's seed, the round and the
     client. Each variable is encoded once a round, whatever the number of clients. A reply must hold one ``ArrayRecord``
     with the variables that were sent (what ``collect`` gives) and one ``MetricRecord`` with the weight; one that is
-    damaged, of another model, not finite or was not asked for is left out and named in the log. The inner strategy
-    aggregates the others, decoding one variable at a time; a result that is not finite is dropped.
+    damaged, of another model, not finite, too late or was not asked for is left out and named in the log. The inner
+    strategy aggregates the others; a result that is not finite is dropped.
+
+    What the server's memory is: for strategies that need a mean (``FedAvg``, ``FedAvgM``, ``FedProx``, ``FedAdam``,
+    ``FedYogi``, ``FedAdagrad``, and subclasses that leave ``aggregate_train`` alone) it does not grow with the number
+    of clients, as ``start`` takes replies one by one. Any other strategy holds all replies, packed, and what it
+    decodes of them: one variable of each in FP32 with ``FedMedian`` and ``FedTrimmedAvg``, all of all, several times,
+    with ``Krum``, ``MultiKrum`` and ``Bulyan``.
 
     Names alone do not tell parameters from buffers: float32 buffers of two dimensions are compressed like parameters
     unless the policy excludes them.
@@ -88,17 +93,45 @@ class OMCStrategy(Strategy):
         self.aggregate = aggregate
         self.client_name = client_name
         self.traffic: list[Traffic] = []
-        self._broadcast: _Broadcast | None = None
+        self._broadcast: Broadcast | None = None
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
         self.inner.summary()
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds as Flower does, but take the replies one by one as they arrive.
+
+        Args:
+            grid: where the nodes are.
+            initial_arrays: the model.
+            num_rounds: how many.
+            timeout: seconds to wait for the replies of a round; who has not answered by then is left out.
+            train_config: for the clients, in training.
+            evaluate_config: for the clients, in evaluation.
+            evaluate_fn: measures the model on the server, before the first round (as round 0) and after each.
+
+        Returns:
+            The last model and the metrics by round.
+        """
+        return super().start(
+            OneByOne(grid), initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+        )
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy choose the clients, then give each its own payload."""
-        self._broadcast = _Broadcast(arrays, self.policy, server_round, self.client_name)
+        self._broadcast = self._broadcast_of(arrays, server_round)
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
         down_bytes = sum(self._broadcast.compress(message) for message in messages)
         self.traffic.append(Traffic(server_round, len(messages), down_bytes=down_bytes))
@@ -107,24 +140,18 @@ class OMCStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies and let the inner strategy aggregate their decoded values."""
+        """Check the replies and aggregate what they decode to.
+
+        If the inner strategy needs no more than a mean, each reply is added to it and let go of, one variable at a
+        time; of an iterator, such as ``receive`` gives, no more than a few are in memory at any time. Other
+        strategies get all replies, which decode when they are looked at.
+        """
         if self._broadcast is None:
             raise RuntimeError("aggregate_train was called before configure_train")
-        broadcast, up_bytes = self._broadcast, {}
-
-        def check(reply: Message) -> None:
-            up_bytes[id(reply)] = _bytes_of(reply)
-            broadcast.decode(reply, self.aggregate)
-            self._check_metrics(reply)
-
-        agreed = _usable(server_round, broadcast.expected(replies), check)
-        received = [reply for reply in agreed if not reply.has_error()]
-        self.traffic[-1] = replace(
-            self.traffic[-1], received=len(received), up_bytes=sum(up_bytes[id(reply)] for reply in received)
-        )
-        if not any(self._weight(reply) > 0 for reply in received):
-            agreed = [reply for reply in agreed if reply.has_error()]  # a mean of nothing
-        arrays, metrics = self.inner.aggregate_train(server_round, agreed)
+        broadcast, errors = self._broadcast, list[Message]()
+        usable = self._usable(broadcast, replies, errors)
+        aggregate = self._mean if averages(self.inner) else self._all
+        arrays, metrics = aggregate(server_round, broadcast, usable, errors)
         if arrays is None:
             return None, metrics
         try:
@@ -137,7 +164,7 @@ class OMCStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy choose the clients; they evaluate what they would be sent for training."""
-        broadcast = _Broadcast(arrays, self.policy, server_round, self.client_name)
+        broadcast = self._broadcast_of(arrays, server_round)
         messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
         for message in messages:
             broadcast.compress(message)
@@ -145,10 +172,108 @@ class OMCStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Check the metrics and let the inner strategy aggregate them."""
-        agreed = _usable(server_round, replies, self._check_metrics)
+        agreed = []
+        for reply in replies:
+            try:
+                if not reply.has_error():
+                    self._check_metrics(reply)
+                agreed.append(reply)
+            except PayloadError as error:
+                _left_out(server_round, reply, error)
+        usual = _usual(reply for reply in agreed if not reply.has_error())
+        agreed = [reply for reply in agreed if reply.has_error() or _is_like(usual, server_round, reply)]
         if not any(self._weight(reply) > 0 for reply in agreed if not reply.has_error()):
             return None
         return self.inner.aggregate_evaluate(server_round, agreed)
+
+    def _broadcast_of(self, arrays: ArrayRecord, server_round: int) -> Broadcast:
+        return Broadcast(arrays, lambda node: self.policy, server_round, self.client_name)
+
+    def _mean(
+        self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate with a strategy that takes the mean for the reply of a single client."""
+        mean, kept = Mean(broadcast, value=self.aggregate == "value"), list[Message]()
+        for reply, variables in usable:
+            mean.add(variables, self._weight(reply))
+            reply.content = _without_arrays(reply.content)
+            kept.append(reply)
+            del reply, variables  # before the next one is there
+        if not mean.weight:
+            return self.inner.aggregate_train(server_round, errors)
+        kept = self._sorted(kept)
+        contents = [reply.content for reply in kept]
+        one = kept[0]
+        one.content = RecordDict({"arrays": mean.result(), "metrics": MetricRecord({self._weighted_by: 1.0})})
+        log(INFO, "round %d: the mean of %d replies is passed on as one", server_round, len(kept))
+        assert isinstance(self.inner, FedAvg)
+        with _metrics_of(self.inner, contents):
+            return self.inner.aggregate_train(server_round, [*errors, one])
+
+    def _all(
+        self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate with a strategy that looks at each reply."""
+        received = []
+        for reply, variables in usable:
+            key = next(iter(reply.content.array_records))
+            content = RecordDict(dict(reply.content.items()))
+            content[key] = decoded(broadcast, variables, value=self.aggregate == "value")
+            reply.content = content
+            received.append(reply)
+        if not any(self._weight(reply) > 0 for reply in received):
+            received = []  # a mean of nothing
+        return self.inner.aggregate_train(server_round, [*errors, *self._sorted(received)])
+
+    def _sorted(self, replies: Iterable[Message]) -> list[Message]:
+        """Sort by the clients' names, so that what is computed does not depend on who was first."""
+        return sorted(replies, key=lambda reply: str(self.client_name(reply.metadata.src_node_id)))
+
+    def _usable(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[_Checked]:
+        """Give the replies that can be used; errors are put aside.
+
+        Their metrics must be named alike, since Flower aggregates none otherwise: as those of most, or, where replies
+        come one by one, of most of the first few.
+        """
+        whole = isinstance(replies, Sequence)
+        if whole:
+            asked = [reply for reply in replies if reply.metadata.src_node_id in broadcast.nodes]
+            replies = self._sorted(asked) + [reply for reply in replies if reply not in asked]
+        checked = self._checked(broadcast, replies, errors)
+        first = list(checked if whole else islice(checked, _JUDGED_TOGETHER))
+        usual = _usual(reply for reply, _ in first)
+        traffic = self.traffic[-1]
+        for one in _each(first, checked):
+            reply = one[0]
+            if _is_like(usual, broadcast.round, reply):
+                traffic = replace(traffic, received=traffic.received + 1, up_bytes=traffic.up_bytes + bytes_of(reply))
+                self.traffic[-1] = traffic
+                yield one
+            del one, reply
+
+    def _checked(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[_Checked]:
+        answered = set[int]()
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                errors.append(reply)
+                answered.add(node)
+                _left_out(broadcast.round, reply, reply.error.reason)
+            elif node not in broadcast.nodes or node in answered:
+                _left_out(broadcast.round, reply, "it was not asked, or has answered before")
+            else:
+                answered.add(node)
+                try:
+                    variables = broadcast.read(reply)
+                    self._check_metrics(reply)
+                except PayloadError as error:
+                    _left_out(broadcast.round, reply, error)
+                else:
+                    yield reply, variables
+                    del variables
+            del reply
+        for node in sorted(broadcast.nodes - answered):
+            log(WARNING, "round %d: left out node %d: no reply came in time", broadcast.round, node)
 
     def _check_metrics(self, reply: Message) -> None:
         """Refuse what would make a weighted mean mean nothing."""
@@ -159,8 +284,8 @@ class OMCStrategy(Strategy):
             if not np.isfinite(value).all():
                 raise PayloadError(f"metric {name}={value} is not finite")
         weight = records[0].get(self._weighted_by)
-        if isinstance(weight, list) or weight is None or weight < 0:
-            raise PayloadError(f"metric {self._weighted_by}={weight}: a number that is not negative is expected")
+        if isinstance(weight, list) or weight is None or not 0 <= weight <= _LARGEST_WEIGHT:
+            raise PayloadError(f"metric {self._weighted_by}={weight}: a number from 0 to 2**63 is expected")
 
     @property
     def _weighted_by(self) -> str:
@@ -174,182 +299,45 @@ def _left_out(server_round: int, reply: Message, why: object) -> None:
     log(WARNING, "round %d: left out node %d: %s", server_round, reply.metadata.src_node_id, why)
 
 
-def _bytes_of(message: Message) -> int:
-    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+def _structure(reply: Message) -> tuple[object, ...]:
+    metrics = next(iter(reply.content.metric_records.values()))
+    kinds = sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items())
+    return (*sorted(reply.content.array_records), *sorted(reply.content.metric_records), *kinds)
 
 
-def _usable(server_round: int, replies: Iterable[Message], check: Callable[[Message], None]) -> list[Message]:
-    """Return errors, and the replies that pass a check and are alike, since Flower aggregates none otherwise."""
-    checked = []
-    for reply in replies:
-        try:
-            if not reply.has_error():
-                check(reply)
-            checked.append(reply)
-        except PayloadError as error:
-            _left_out(server_round, reply, error)
-    return _of_one_structure(server_round, checked)
+def _usual(replies: Iterable[Message]) -> tuple[object, ...] | None:
+    """Return how the records and metrics of most replies are named."""
+    counts = Counter(_structure(reply) for reply in replies)
+    return counts.most_common(1)[0][0] if counts else None
 
 
-def _of_one_structure(server_round: int, replies: list[Message]) -> list[Message]:
-    """Leave out replies whose records or metrics are named otherwise than most."""
-
-    def structure(reply: Message) -> tuple[object, ...]:
-        metrics = next(iter(reply.content.metric_records.values()))
-        kinds = sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items())
-        return (*sorted(reply.content.array_records), *sorted(reply.content.metric_records), *kinds)
-
-    counts = Counter(structure(reply) for reply in replies if not reply.has_error())
-    if len(counts) < 2:
-        return replies
-    usual = counts.most_common(1)[0][0]
-    agreed = []
-    for reply in replies:
-        if reply.has_error() or structure(reply) == usual:
-            agreed.append(reply)
-        else:
-            _left_out(server_round, reply, "its records or metrics are not those of the other replies")
-    return agreed
+def _is_like(usual: tuple[object, ...] | None, server_round: int, reply: Message) -> bool:
+    if _structure(reply) == usual:
+        return True
+    _left_out(server_round, reply, "its records or metrics are not those of the other replies")
+    return False
 
 
-class _Broadcast:
-    """One round's model: the FP32 values, each variable encoded at most once, and who was sent what."""
-
-    def __init__(
-        self,
-        arrays: ArrayRecord,
-        policy: CompressionPolicy | None,
-        server_round: int,
-        client_name: Callable[[int], str | int],
-    ) -> None:
-        self.arrays = arrays
-        self.policy = policy
-        self.round = server_round
-        self.client_name = client_name
-        self.shapes = {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
-        self.packed: dict[str, Packed] = {}
-        self.encoded: dict[str, Array] = {}
-        self.selections: dict[int, Selection] = {}
-        self.nodes: set[int] = set()
-
-    def expected(self, replies: Iterable[Message]) -> list[Message]:
-        """Return the errors, and one reply of each node that was sent a message, in order of the clients' names.
-
-        So that a sum does not depend on who was first.
-        """
-        errors, answered = [], {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                errors.append(reply)
-            elif node in self.nodes and node not in answered:
-                answered[node] = reply
-            else:
-                _left_out(self.round, reply, "it was not asked, or has answered before")
-        return [*errors, *(answered[node] for node in sorted(answered, key=lambda node: str(self.client_name(node))))]
-
-    def compress(self, message: Message) -> int:
-        """Replace the model in a message by the client's own payload; returns the bytes of its arrays."""
-        node = message.metadata.dst_node_id
-        self.nodes.add(node)
-        if self.policy is not None:
-            client = self.client_name(node)
-            selection = self.policy.select(self.shapes, round=self.round, client=client)
-            self.selections[node] = selection
-            payload = ArrayRecord()
-            for name, array in self.arrays.items():
-                payload[name] = self._encoded(name) if name in selection else array
-            content = RecordDict(dict(message.content.items()))
-            models = [key for key, record in message.content.array_records.items() if set(record) == set(self.arrays)]
-            if not models:
-                raise PolicyError(
-                    "the inner strategy sends no model of the variables it was given: nothing to compress"
-                )
-            for key in models:
-                content[key] = payload
-            content[CONFIG] = to_config(self.policy.encoding(round=self.round, client=client))
-            message.content = content
-        return _bytes_of(message)
-
-    def decode(self, reply: Message, aggregate: str) -> None:
-        """Check a reply and replace its arrays by ones that decode when they are asked for their values.
-
-        Raises:
-            PayloadError: it is damaged, not finite, or of another model.
-        """
-        records = list(reply.content.array_records.items())
-        if len(records) != 1:
-            raise PayloadError(f"the reply has {len(records)} array records, one expected")
-        key, record = records[0]
-        if set(record) != set(self.arrays):
-            raise PayloadError("the reply's variables are not those of the model that was sent")
-        selection = self.selections.get(reply.metadata.src_node_id, Selection({}))
-        decoded = ArrayRecord()
-        for name, array in record.items():
-            if tuple(array.shape) != tuple(self.arrays[name].shape):
-                raise PayloadError(f"{name}: shape {array.shape}, but {self.arrays[name].shape} was sent")
-            decoded[name] = self._decoder(name, array, name in selection, aggregate)
-        content = RecordDict(dict(reply.content.items()))
-        content[key] = decoded
-        reply.content = content
-
-    def _encoded(self, name: str) -> Array:
-        if name not in self.encoded:
-            assert self.policy is not None
-            how = self.policy.encoding(round=self.round)
-            values = torch.from_numpy(self.arrays[name].numpy())
-            self.packed[name] = encode(values, how.format, how.transform, how.base_rounding, how.seed, name)
-            self.encoded[name] = packed_array(self.packed[name], tuple(values.shape))
-        return self.encoded[name]
-
-    def _decoder(self, name: str, array: Array, was_packed: bool, aggregate: str) -> Array:
-        shape = tuple(array.shape)
-        if array.stype == STYPE:
-            parsed = read_packed(array, name, copy=False)
-            if parsed.kind == frame.UPDATE and not was_packed:
-                raise PayloadError(f"{name}: an update came back, but the variable was sent in FP32")
-
-            def returned() -> _Values:
-                return _decode(parsed.packed, shape)
-
-            is_update = parsed.kind == frame.UPDATE
-        else:
-            dtype = read_dense(array, name).dtype  # checked now, and read again when it is its turn
-            if dtype != self.arrays[name].dtype:
-                raise PayloadError(f"{name}: dtype {dtype}, but {self.arrays[name].dtype} was sent")
-            if not was_packed or aggregate == "value":
-                return array
-
-            def returned() -> _Values:
-                return read_dense(array, name)
-
-            is_update = False
-
-        def values() -> _Values:
-            result = returned()
-            flat = torch.from_numpy(result).view(-1)
-            if is_update and aggregate == "value":
-                self.packed[name].add_to(flat)
-            elif aggregate == "difference" and (is_update or was_packed):
-                if not is_update:
-                    self.packed[name].add_to(flat, -1.0)
-                result += self.arrays[name].numpy()
-            return result
-
-        return _DecodedArray(array.dtype, shape, values)
+def _each(first: list[_Checked], rest: Iterator[_Checked]) -> Iterator[_Checked]:
+    """Chain without holding on to what was given."""
+    while first:
+        yield first.pop(0)
+    yield from rest
 
 
-class _DecodedArray(Array):
-    """An ``Array`` whose values are made when they are asked for; it is never sent."""
+def _without_arrays(content: RecordDict) -> RecordDict:
+    return RecordDict({key: record for key, record in content.items() if not isinstance(record, ArrayRecord)})
 
-    def __init__(self, dtype: str, shape: tuple[int, ...], values: Callable[[], _Values]) -> None:
-        super().__init__(dtype, shape, STYPE, b"")
-        self.__dict__["_values"] = values
 
-    def numpy(self) -> _Values:
-        """Decode the values."""
-        values: _Values = self.__dict__["_values"]()
-        return values
+@contextmanager
+def _metrics_of(strategy: FedAvg, contents: list[RecordDict]) -> Iterator[None]:
+    """Let a strategy that is given one reply aggregate the metrics of all."""
+    own = strategy.train_metrics_aggr_fn
+    strategy.train_metrics_aggr_fn = lambda _, weighted_by: own(contents, weighted_by)
+    try:
+        yield
+    finally:
+        strategy.train_metrics_aggr_fn = own
 
 
 def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
@@ -360,16 +348,13 @@ def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
     """
     result = ArrayRecord()
     for name, array in arrays.items():
-        values, wanted = array.numpy(), sent[name].dtype
+        wanted = sent[name].dtype
         if array.dtype != wanted:
-            values = np.asarray(values if np.dtype(wanted).kind == "f" else np.rint(values), dtype=wanted)
-            array = Array(values)
-        if not np.isfinite(values).all():
-            raise NonFiniteError(f"{name} would become NaN or infinite")
+            values = array.numpy()
+            array = Array(np.asarray(values if np.dtype(wanted).kind == "f" else np.rint(values), dtype=wanted))
+        try:
+            view_dense(array, name)
+        except PayloadError:
+            raise NonFiniteError(f"{name} would become NaN or infinite") from None
         result[name] = array
     return result
-
-
-def _decode(packed: Packed, shape: tuple[int, ...]) -> _Values:
-    values: _Values = packed.decode(torch.empty(packed.numel)).view(shape).numpy()
-    return values
