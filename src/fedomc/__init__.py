@@ -6,7 +6,7 @@ from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, P
 from fedomc.formats import FloatFormat
 from fedomc.model import ParameterBytes, compress_, decompress_, parameter_bytes
 from fedomc.optim import StepInBackward, step_in_backward
-from fedomc.policy import CompressionPolicy, Selection
+from fedomc.policy import CompressionPolicy, Selection, TieredPolicy
 from fedomc.tensor import CompressedTensor
 from fedomc.transform import Encoding
 
@@ -25,6 +25,7 @@ __all__ = [
     "PolicyError",
     "Selection",
     "StepInBackward",
+    "TieredPolicy",
     "compress_",
     "decompress_",
     "load_model",

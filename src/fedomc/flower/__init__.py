@@ -3,5 +3,6 @@
 from fedomc.flower.arrays import collect, install
 from fedomc.flower.grid import OneByOne
 from fedomc.flower.strategy import OMCStrategy, Traffic
+from fedomc.flower.tiers import announce
 
-__all__ = ["OMCStrategy", "OneByOne", "Traffic", "collect", "install"]
+__all__ = ["OMCStrategy", "OneByOne", "Traffic", "announce", "collect", "install"]

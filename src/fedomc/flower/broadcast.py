@@ -95,7 +95,7 @@ class Broadcast:
         self.nodes: set[int] = set()
         self._policy_of = policy_of
         self._client_name = client_name
-        self._shapes = {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
+        self._shapes = float32_shapes(arrays)
         self._pieces: dict[tuple[object, ...], tuple[Array, Packed]] = {}
         self._dense: dict[str, Values] = {}
         self._sent: dict[int, dict[str, Packed]] = {}
@@ -176,6 +176,11 @@ class Broadcast:
         if is_update and packed is None:
             raise PayloadError(f"{name}: an update came back, but the variable was sent in FP32")
         return Returned(parsed.packed, sent, is_update)
+
+
+def float32_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what may be compressed."""
+    return {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
 
 
 def bytes_of(message: Message) -> int:

@@ -17,9 +17,10 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
 from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded
 from fedomc.flower.arrays import view_dense
-from fedomc.flower.broadcast import Broadcast, Returned, bytes_of
+from fedomc.flower.broadcast import Broadcast, Returned, bytes_of, float32_shapes
 from fedomc.flower.grid import OneByOne
-from fedomc.policy import CompressionPolicy
+from fedomc.flower.tiers import Announced
+from fedomc.policy import CompressionPolicy, TieredPolicy
 
 _Checked = tuple[Message, dict[str, Returned]]
 
@@ -69,7 +70,8 @@ class OMCStrategy(Strategy):
 
     Attributes:
         inner: the wrapped strategy.
-        policy: how to compress; None sends FP32 and only counts.
+        policy: how to compress; None sends FP32 and only counts. With a ``TieredPolicy`` each client gets the format
+            of its tier; clients tell it where their app has ``app.query("fedomc")(fedomc.flower.announce)``.
         aggregate: ``difference`` or ``value``.
         client_name: names a node for the draw: the node's number by default, which a simulation changes in each run.
         traffic: bytes by round, of training messages.
@@ -81,7 +83,7 @@ class OMCStrategy(Strategy):
     def __init__(
         self,
         inner: Strategy,
-        policy: CompressionPolicy | None,
+        policy: CompressionPolicy | TieredPolicy | None,
         *,
         aggregate: str = "difference",
         client_name: Callable[[int], str | int] = str,
@@ -94,6 +96,7 @@ class OMCStrategy(Strategy):
         self.client_name = client_name
         self.traffic: list[Traffic] = []
         self._broadcast: Broadcast | None = None
+        self._means = Announced()
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
@@ -131,8 +134,8 @@ class OMCStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy choose the clients, then give each its own payload."""
-        self._broadcast = self._broadcast_of(arrays, server_round)
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        self._broadcast = self._broadcast_of(arrays, server_round, grid, messages)
         down_bytes = sum(self._broadcast.compress(message) for message in messages)
         self.traffic.append(Traffic(server_round, len(messages), down_bytes=down_bytes))
         return messages
@@ -164,8 +167,8 @@ class OMCStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy choose the clients; they evaluate what they would be sent for training."""
-        broadcast = self._broadcast_of(arrays, server_round)
         messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
+        broadcast = self._broadcast_of(arrays, server_round, grid, messages)
         for message in messages:
             broadcast.compress(message)
         return messages
@@ -186,8 +189,22 @@ class OMCStrategy(Strategy):
             return None
         return self.inner.aggregate_evaluate(server_round, agreed)
 
-    def _broadcast_of(self, arrays: ArrayRecord, server_round: int) -> Broadcast:
-        return Broadcast(arrays, lambda node: self.policy, server_round, self.client_name)
+    def _broadcast_of(self, arrays: ArrayRecord, server_round: int, grid: Grid, messages: list[Message]) -> Broadcast:
+        tiers = self.policy
+        if not isinstance(tiers, TieredPolicy):
+            return Broadcast(arrays, lambda node: tiers, server_round, self.client_name)
+        self._means.ask(grid, {message.metadata.dst_node_id for message in messages})
+        shapes = float32_shapes(arrays)
+
+        def policy_of(node: int) -> CompressionPolicy | None:
+            client = self.client_name(node)
+            try:
+                return tiers.choose(shapes, **self._means.of(node), round=server_round, client=client)
+            except PolicyError as error:
+                log(WARNING, "round %d: node %d gets the default tier: %s", server_round, node, error)
+                return tiers.choose()
+
+        return Broadcast(arrays, policy_of, server_round, self.client_name)
 
     def _mean(
         self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
