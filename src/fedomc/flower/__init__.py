@@ -2,7 +2,8 @@
 
 from fedomc.flower.arrays import collect, install
 from fedomc.flower.grid import OneByOne
-from fedomc.flower.strategy import OMCStrategy, Traffic
+from fedomc.flower.strategy import OMCStrategy
 from fedomc.flower.tiers import announce
+from fedomc.flower.traffic import Traffic
 
 __all__ = ["OMCStrategy", "OneByOne", "Traffic", "announce", "collect", "install"]

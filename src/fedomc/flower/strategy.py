@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from logging import ERROR, INFO, WARNING
 from typing import cast
@@ -13,14 +13,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
 from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded
 from fedomc.flower.arrays import view_dense
 from fedomc.flower.broadcast import Broadcast, Returned, bytes_of, float32_shapes
 from fedomc.flower.grid import OneByOne
+from fedomc.flower.resuming import restore, state_of
 from fedomc.flower.tiers import Announced
+from fedomc.flower.traffic import Traffic
 from fedomc.policy import CompressionPolicy, TieredPolicy
+from fedomc.rounds import Checkpoints
 
 _Checked = tuple[Message, dict[str, Returned]]
 
@@ -29,25 +33,6 @@ _LARGEST_WEIGHT = 2.0**63
 
 _JUDGED_TOGETHER = 3
 """Replies that come one by one must have the metrics that most of the first few have."""
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of the arrays in a round's training messages.
-
-    Attributes:
-        round: number of the round.
-        sent: how many messages went down.
-        received: how many valid ones came up.
-        down_bytes: of all messages down.
-        up_bytes: of all valid messages up.
-    """
-
-    round: int
-    sent: int
-    received: int = 0
-    down_bytes: int = 0
-    up_bytes: int = 0
 
 
 class OMCStrategy(Strategy):
@@ -74,6 +59,7 @@ class OMCStrategy(Strategy):
             of its tier; clients tell it where their app has ``app.query("fedomc")(fedomc.flower.announce)``.
         aggregate: ``difference`` or ``value``.
         client_name: names a node for the draw: the node's number by default, which a simulation changes in each run.
+        checkpoints: where the state is kept after each round, for ``start`` to resume from.
         traffic: bytes by round, of training messages.
 
     Raises:
@@ -87,6 +73,7 @@ class OMCStrategy(Strategy):
         *,
         aggregate: str = "difference",
         client_name: Callable[[int], str | int] = str,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         if aggregate not in AGGREGATES:
             raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
@@ -94,6 +81,7 @@ class OMCStrategy(Strategy):
         self.policy = policy
         self.aggregate = aggregate
         self.client_name = client_name
+        self.checkpoints = checkpoints
         self.traffic: list[Traffic] = []
         self._broadcast: Broadcast | None = None
         self._means = Announced()
@@ -126,9 +114,58 @@ class OMCStrategy(Strategy):
         Returns:
             The last model and the metrics by round.
         """
-        return super().start(
-            OneByOne(grid), initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-        )
+        one_by_one = OneByOne(grid)
+        initial_arrays, done = self.resume(initial_arrays)
+        log(INFO, "Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
+        log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
+        self.summary()
+        train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        result, arrays = Result(), initial_arrays
+
+        def measure(number: int) -> None:
+            metrics = None if evaluate_fn is None else evaluate_fn(number, arrays)
+            if metrics is not None:
+                log(INFO, "round %d: measured on the server: %s", number, metrics)
+                result.evaluate_metrics_serverapp[number] = metrics
+
+        if not done:
+            measure(0)
+        for number in range(done + 1, num_rounds + 1):
+            log(INFO, "[ROUND %d/%d]", number, num_rounds)
+            messages = self.configure_train(number, arrays, train_config, one_by_one)
+            new, metrics = self.aggregate_train(number, one_by_one.send_and_receive(messages, timeout=timeout))
+            if new is not None:
+                arrays = new
+            if metrics is not None:
+                log(INFO, "round %d: metrics of training: %s", number, metrics)
+                result.train_metrics_clientapp[number] = metrics
+            messages = self.configure_evaluate(number, arrays, evaluate_config, one_by_one)
+            metrics = self.aggregate_evaluate(number, one_by_one.send_and_receive(messages, timeout=timeout))
+            if metrics is not None:
+                log(INFO, "round %d: metrics of evaluation: %s", number, metrics)
+                result.evaluate_metrics_clientapp[number] = metrics
+            measure(number)
+        result.arrays = arrays
+        return result
+
+    def resume(self, arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
+        """Take up the last checkpoint, if there is one: the strategies' state, and Python's random state.
+
+        That is what Flower draws nodes with, so that the rounds go on as they would have without an interruption.
+
+        Args:
+            arrays: the initial model.
+
+        Returns:
+            The model to go on with, and how many rounds it has had.
+
+        Raises:
+            PayloadError: the checkpoint is of another model or policy, or none is whole.
+        """
+        stored = None if self.checkpoints is None else self.checkpoints.load()
+        if stored is None:
+            return arrays, 0
+        return restore(self, stored, arrays)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -155,13 +192,15 @@ class OMCStrategy(Strategy):
         usable = self._usable(broadcast, replies, errors)
         aggregate = self._mean if averages(self.inner) else self._all
         arrays, metrics = aggregate(server_round, broadcast, usable, errors)
-        if arrays is None:
-            return None, metrics
-        try:
-            return _in_dtypes_of(broadcast.arrays, arrays), metrics
-        except NonFiniteError as error:
-            log(ERROR, "round %d: %s; the model stays as it was", server_round, error)
-            return None, metrics
+        if arrays is not None:
+            try:
+                arrays = _in_dtypes_of(broadcast.arrays, arrays)
+            except NonFiniteError as error:
+                log(ERROR, "round %d: %s; the model stays as it was", server_round, error)
+                arrays = None
+        if self.checkpoints is not None:
+            self.checkpoints.save(server_round, state_of(self, server_round, arrays or broadcast.arrays))
+        return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
