@@ -1,6 +1,5 @@
 """The running mean against exact arithmetic, within the bound that its notes state, in any order; and its memory."""
 
-import gc
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -271,7 +270,6 @@ class Network(Nodes):
         for key in message_ids:
             reply = self.reply_to(self.sent[key])
             if reply is not None:
-                gc.collect()
                 known = [(ref, ref()) for ref in self.alive]
                 self.alive = [ref for ref, old in known if old and old.has_content() and old.content.array_records]
                 del known

@@ -14,10 +14,11 @@ from flwr.serverapp.strategy import FedAdam
 
 import fedomc
 from fedomc.flower import OMCStrategy, collect, install
+from fedomc.rounds import Checkpoint
 from fedomc_speech import corpus, model, training
 from fedomc_speech.client import write_settings
 from fedomc_speech.errors import RoundError, SettingsError
-from fedomc_speech.run_folder import Checkpoint, RunFolder
+from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings, Variant
 from fedomc_speech.tokens import tokenizer_for
 
