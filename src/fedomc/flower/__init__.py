@@ -2,8 +2,9 @@
 
 from fedomc.flower.arrays import collect, install
 from fedomc.flower.grid import OneByOne
+from fedomc.flower.mods import omc_mod
 from fedomc.flower.strategy import OMCStrategy
 from fedomc.flower.tiers import announce
 from fedomc.flower.traffic import Traffic
 
-__all__ = ["OMCStrategy", "OneByOne", "Traffic", "announce", "collect", "install"]
+__all__ = ["OMCStrategy", "OneByOne", "Traffic", "announce", "collect", "install", "omc_mod"]
