@@ -355,8 +355,17 @@ def test_replies_one_by_one_are_all_given_and_late_ones_are_not() -> None:
     messages = [sent(node, broadcast, model()) for node in (1, 2, 3)]
     replies = OneByOne(Network(3, slowly)).send_and_receive(messages)  # type: ignore[arg-type]
     assert [reply.metadata.src_node_id for reply in replies] == [1, 2, 3]
-    replies = OneByOne(Network(3, lambda message: None)).send_and_receive(messages, timeout=0.15)  # type: ignore[arg-type]
-    assert list(replies) == []
+    asked.clear()
+    replies = OneByOne(Network(3, slowly), in_order=True).send_and_receive(messages[::-1])  # type: ignore[arg-type]
+    assert [reply.metadata.src_node_id for reply in replies] == [3, 2, 1]
+
+    def others(message: Message) -> Message | None:
+        return None if message.metadata.dst_node_id == 1 else answer(message, 1e-3)
+
+    for in_order in (False, True):
+        grid = OneByOne(Network(3, others), in_order=in_order)  # type: ignore[arg-type]
+        late = grid.send_and_receive(messages, timeout=0.15)
+        assert [reply.metadata.src_node_id for reply in late] == [2, 3]
 
 
 def test_metrics_of_all_replies_reach_the_strategys_own_function() -> None:
@@ -370,6 +379,6 @@ def test_metrics_of_all_replies_reach_the_strategys_own_function() -> None:
     wrapped = OMCStrategy(inner, None)
     messages = list(wrapped.configure_train(1, model(), ConfigRecord(), Nodes(5)))  # type: ignore[arg-type]
     _, metrics = wrapped.aggregate_train(1, iter([answer(m, 1e-3) for m in messages]))
-    assert metrics == {"count": 5} and sorted(seen) == [1, 2, 3, 4, 5]
+    assert metrics is not None and metrics["count"] == 5 and sorted(seen) == [1, 2, 3, 4, 5]
     assert inner.train_metrics_aggr_fn is own
     assert aggregation.AGGREGATES == ("difference", "value")

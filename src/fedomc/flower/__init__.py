@@ -5,6 +5,6 @@ from fedomc.flower.grid import OneByOne
 from fedomc.flower.mods import omc_mod
 from fedomc.flower.strategy import OMCStrategy
 from fedomc.flower.tiers import announce
-from fedomc.flower.traffic import Traffic
+from fedomc.flower.traffic import RoundReport, Traffic
 
-__all__ = ["OMCStrategy", "OneByOne", "Traffic", "announce", "collect", "install", "omc_mod"]
+__all__ = ["OMCStrategy", "OneByOne", "RoundReport", "Traffic", "announce", "collect", "install", "omc_mod"]

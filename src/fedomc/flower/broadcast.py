@@ -81,6 +81,9 @@ class Broadcast:
         policy_of: the policy of a node; None sends FP32.
         server_round: number of the round.
         client_name: names a node for the random draws.
+
+    Attributes:
+        errors: of the variables that were compressed: the sums of squares of what that missed, and of the values.
     """
 
     def __init__(
@@ -97,11 +100,12 @@ class Broadcast:
         self._client_name = client_name
         self._shapes = float32_shapes(arrays)
         self._pieces: dict[tuple[object, ...], tuple[Array, Packed]] = {}
+        self.errors: dict[str, tuple[float, float]] = {}
         self._dense: dict[str, Values] = {}
         self._sent: dict[int, dict[str, Packed]] = {}
 
-    def compress(self, message: Message) -> int:
-        """Replace the model in a message by the client's own payload; returns the bytes of its arrays.
+    def compress(self, message: Message) -> None:
+        """Replace the model in a message by the client's own payload.
 
         Raises:
             PolicyError: the message has no model of the variables that the strategy was given.
@@ -127,7 +131,6 @@ class Broadcast:
                 content[key] = payload
             content[CONFIG] = to_config(policy.encoding(round=self.round, client=client))
             message.content = content
-        return bytes_of(message)
 
     def read(self, reply: Message) -> dict[str, Returned]:
         """Check all variables of a reply; they stay packed where they lie in it.
@@ -157,6 +160,7 @@ class Broadcast:
             values = torch.from_numpy(self.arrays[name].numpy())
             packed = encode(values, how.format, how.transform, how.base_rounding, seed, name)
             self._pieces[key] = packed_array(packed, tuple(values.shape)), packed
+            self.errors[name] = max(self.errors.get(name, (0.0, 0.0)), _error(packed, values.reshape(-1)))
         return self._pieces[key]
 
     def _returned(self, name: str, array: Array, packed: Packed | None) -> Returned:
@@ -178,11 +182,18 @@ class Broadcast:
         return Returned(parsed.packed, sent, is_update)
 
 
+def _error(packed: Packed, values: Tensor) -> tuple[float, float]:
+    """Return the sums of squares of what compression missed, and of the values."""
+    missed, of = 0.0, 0.0
+    scratch = torch.empty(min(STRETCH, values.numel()))
+    for start in range(0, values.numel(), STRETCH):
+        part = values[start : start + STRETCH]
+        difference = packed.decode(scratch[: part.numel()], start).sub_(part)
+        missed += float(torch.dot(difference, difference))
+        of += float(torch.dot(part, part))
+    return missed, of
+
+
 def float32_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what may be compressed."""
     return {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
-
-
-def bytes_of(message: Message) -> int:
-    """Count the bytes of the arrays in a message."""
-    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())

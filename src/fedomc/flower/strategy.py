@@ -18,11 +18,11 @@ from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
 from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded
 from fedomc.flower.arrays import view_dense
-from fedomc.flower.broadcast import Broadcast, Returned, bytes_of, float32_shapes
+from fedomc.flower.broadcast import Broadcast, Returned, float32_shapes
 from fedomc.flower.grid import OneByOne
 from fedomc.flower.resuming import restore, state_of
 from fedomc.flower.tiers import Announced
-from fedomc.flower.traffic import Traffic
+from fedomc.flower.traffic import Observer, RoundReport, Traffic
 from fedomc.policy import CompressionPolicy, TieredPolicy
 from fedomc.rounds import Checkpoints
 
@@ -60,7 +60,9 @@ class OMCStrategy(Strategy):
         aggregate: ``difference`` or ``value``.
         client_name: names a node for the draw: the node's number by default, which a simulation changes in each run.
         checkpoints: where the state is kept after each round, for ``start`` to resume from.
+        observers: are called with the report of each round of training.
         traffic: bytes by round, of training messages.
+        report: what the last round took, by variable; its totals are among the round's metrics, as ``fedomc.up-bytes``.
 
     Raises:
         PolicyError: an unknown way to aggregate.
@@ -74,6 +76,7 @@ class OMCStrategy(Strategy):
         aggregate: str = "difference",
         client_name: Callable[[int], str | int] = str,
         checkpoints: Checkpoints | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         if aggregate not in AGGREGATES:
             raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
@@ -82,9 +85,11 @@ class OMCStrategy(Strategy):
         self.aggregate = aggregate
         self.client_name = client_name
         self.checkpoints = checkpoints
+        self.observers = observers
         self.traffic: list[Traffic] = []
         self._broadcast: Broadcast | None = None
         self._means = Announced()
+        self.report: RoundReport | None = None
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
@@ -173,8 +178,14 @@ class OMCStrategy(Strategy):
         """Let the inner strategy choose the clients, then give each its own payload."""
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
         self._broadcast = self._broadcast_of(arrays, server_round, grid, messages)
-        down_bytes = sum(self._broadcast.compress(message) for message in messages)
-        self.traffic.append(Traffic(server_round, len(messages), down_bytes=down_bytes))
+        self.report = RoundReport(server_round)
+        with self.report.timed("encode"):
+            for message in messages:
+                self._broadcast.compress(message)
+        for message in messages:
+            self.report.count("down", message)
+        self.report.errors = self._broadcast.errors
+        self.traffic.append(Traffic(server_round, len(messages), down_bytes=self.report.down_bytes.total()))
         return messages
 
     def aggregate_train(
@@ -186,7 +197,7 @@ class OMCStrategy(Strategy):
         time; of an iterator, such as ``receive`` gives, no more than a few are in memory at any time. Other
         strategies get all replies, which decode when they are looked at.
         """
-        if self._broadcast is None:
+        if self._broadcast is None or self.report is None:
             raise RuntimeError("aggregate_train was called before configure_train")
         broadcast, errors = self._broadcast, list[Message]()
         usable = self._usable(broadcast, replies, errors)
@@ -198,6 +209,10 @@ class OMCStrategy(Strategy):
             except NonFiniteError as error:
                 log(ERROR, "round %d: %s; the model stays as it was", server_round, error)
                 arrays = None
+        if metrics is not None:
+            metrics = MetricRecord({**metrics, **self.report.metrics(variables=False)})
+        for observer in self.observers:
+            observer(self.report)
         if self.checkpoints is not None:
             self.checkpoints.save(server_round, state_of(self, server_round, arrays or broadcast.arrays))
         return arrays, metrics
@@ -249,9 +264,11 @@ class OMCStrategy(Strategy):
         self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate with a strategy that takes the mean for the reply of a single client."""
+        assert self.report is not None
         mean, kept = Mean(broadcast, value=self.aggregate == "value"), list[Message]()
         for reply, variables in usable:
-            mean.add(variables, self._weight(reply))
+            with self.report.timed("decode"):
+                mean.add(variables, self._weight(reply))
             reply.content = _without_arrays(reply.content)
             kept.append(reply)
             del reply, variables  # before the next one is there
@@ -263,7 +280,7 @@ class OMCStrategy(Strategy):
         one.content = RecordDict({"arrays": mean.result(), "metrics": MetricRecord({self._weighted_by: 1.0})})
         log(INFO, "round %d: the mean of %d replies is passed on as one", server_round, len(kept))
         assert isinstance(self.inner, FedAvg)
-        with _metrics_of(self.inner, contents):
+        with _metrics_of(self.inner, contents), self.report.timed("aggregate"):
             return self.inner.aggregate_train(server_round, [*errors, one])
 
     def _all(
@@ -279,7 +296,9 @@ class OMCStrategy(Strategy):
             received.append(reply)
         if not any(self._weight(reply) > 0 for reply in received):
             received = []  # a mean of nothing
-        return self.inner.aggregate_train(server_round, [*errors, *self._sorted(received)])
+        assert self.report is not None
+        with self.report.timed("aggregate"):
+            return self.inner.aggregate_train(server_round, [*errors, *self._sorted(received)])
 
     def _sorted(self, replies: Iterable[Message]) -> list[Message]:
         """Sort by the clients' names, so that what is computed does not depend on who was first."""
@@ -298,17 +317,20 @@ class OMCStrategy(Strategy):
         checked = self._checked(broadcast, replies, errors)
         first = list(checked if whole else islice(checked, _JUDGED_TOGETHER))
         usual = _usual(reply for reply, _ in first)
-        traffic = self.traffic[-1]
+        assert self.report is not None
+        received = 0
         for one in _each(first, checked):
             reply = one[0]
             if _is_like(usual, broadcast.round, reply):
-                traffic = replace(traffic, received=traffic.received + 1, up_bytes=traffic.up_bytes + bytes_of(reply))
-                self.traffic[-1] = traffic
+                self.report.count("up", reply)
+                received += 1
                 yield one
             del one, reply
+        self.traffic[-1] = replace(self.traffic[-1], received=received, up_bytes=self.report.up_bytes.total())
 
     def _checked(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[_Checked]:
-        answered = set[int]()
+        report, answered = self.report, set[int]()
+        assert report is not None
         for reply in replies:
             node = reply.metadata.src_node_id
             if reply.has_error():
@@ -320,7 +342,8 @@ class OMCStrategy(Strategy):
             else:
                 answered.add(node)
                 try:
-                    variables = broadcast.read(reply)
+                    with report.timed("decode"):
+                        variables = broadcast.read(reply)
                     self._check_metrics(reply)
                 except PayloadError as error:
                     _left_out(broadcast.round, reply, error)
