@@ -20,6 +20,7 @@ in whatever order they arrive, as long as nothing is subnormal: two orders diffe
 """
 
 import functools
+import io
 import math
 from collections.abc import Callable, Mapping
 
@@ -51,6 +52,11 @@ def averages(strategy: Strategy) -> bool:
         return False
     above = type(strategy).__mro__[: type(strategy).__mro__.index(FedAvg)]
     return all(cls in _AVERAGING or "aggregate_train" not in vars(cls) for cls in above)
+
+
+def is_the_mean(strategy: Strategy) -> bool:
+    """Tell whether the mean of the arrays is all that a strategy makes of them: ``FedAvg``, ``FedProx``."""
+    return averages(strategy) and type(strategy).aggregate_train is FedAvg.aggregate_train
 
 
 class Mean:
@@ -99,6 +105,13 @@ class Mean:
         for name in self._broadcast.arrays:
             values = self._broadcast.dense(name)
             record[name] = LazyArray(values.dtype, values.shape, functools.partial(self._take, name))
+        return record
+
+    def arrays(self) -> ArrayRecord:
+        """Give the mean as plain arrays, in the dtypes of the model; nothing is left here."""
+        record = ArrayRecord()
+        for name, array in self._broadcast.arrays.items():
+            record[name] = dense_array(in_dtype(self._take(name), array.dtype))
         return record
 
     def _take(self, name: str) -> Values:
@@ -182,3 +195,19 @@ def _add_scaled(total: Tensor, values: Values, factor: float) -> None:
     for start in range(0, flat.size, codec.CHUNK):
         part = flat[start : start + codec.CHUNK]
         out[start : start + codec.CHUNK] += part if factor == 1 else part * out.dtype.type(factor)
+
+
+def dense_array(values: Values) -> Array:
+    """Put values into an ``Array``, with one copy where Flower makes three."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+    data = b"".join((header.getvalue(), np.asarray(values, order="C").reshape(-1).view(np.uint8).data))
+    return Array(str(values.dtype), tuple(values.shape), "numpy.ndarray", data)
+
+
+def in_dtype(values: Values, dtype: str) -> Values:
+    """Convert values; to whole numbers by rounding."""
+    wanted = np.dtype(dtype)
+    if values.dtype == wanted:
+        return values
+    return np.asarray(values if wanted.kind == "f" else np.rint(values)).astype(wanted)

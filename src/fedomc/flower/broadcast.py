@@ -45,10 +45,18 @@ class Returned:
             assert isinstance(self.values, Packed)
             self.values.add_to(total, weight)
             return
+        if not isinstance(self.values, Packed) and not isinstance(self.sent, Packed):
+            flat, own, out = _flat(self.values), _flat(self.sent), total.numpy()
+            for start in range(0, flat.size, STRETCH):
+                part = slice(start, start + STRETCH)
+                difference = np.subtract(flat[part], own[part], dtype=out.dtype)
+                difference *= weight
+                out[part] += difference
+            return
         scratch = torch.empty(min(STRETCH, total.numel()), dtype=total.dtype)
         for start in range(0, total.numel(), STRETCH):
-            part = total[start : start + STRETCH]
-            part.add_(self.change(scratch[: part.numel()], start), alpha=weight)
+            stretch = total[start : start + STRETCH]
+            stretch.add_(self.change(scratch[: stretch.numel()], start), alpha=weight)
 
     def change(self, out: Tensor, start: int = 0) -> Tensor:
         """Write what the client changed to ``out``: its values from ``start`` on, a multiple of the block."""

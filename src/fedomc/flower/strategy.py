@@ -9,14 +9,14 @@ from logging import ERROR, INFO, WARNING
 from typing import cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
-from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded
+from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded, dense_array, in_dtype, is_the_mean
 from fedomc.flower.arrays import view_dense
 from fedomc.flower.broadcast import Broadcast, Returned, float32_shapes
 from fedomc.flower.grid import OneByOne
@@ -276,10 +276,13 @@ class OMCStrategy(Strategy):
             return self.inner.aggregate_train(server_round, errors)
         kept = self._sorted(kept)
         contents = [reply.content for reply in kept]
+        log(INFO, "round %d: the mean of %d replies, %d errors", server_round, len(kept), len(errors))
+        assert isinstance(self.inner, FedAvg)
+        if is_the_mean(self.inner):
+            with self.report.timed("aggregate"):
+                return mean.arrays(), self.inner.train_metrics_aggr_fn(contents, self._weighted_by)
         one = kept[0]
         one.content = RecordDict({"arrays": mean.result(), "metrics": MetricRecord({self._weighted_by: 1.0})})
-        log(INFO, "round %d: the mean of %d replies is passed on as one", server_round, len(kept))
-        assert isinstance(self.inner, FedAvg)
         with _metrics_of(self.inner, contents), self.report.timed("aggregate"):
             return self.inner.aggregate_train(server_round, [*errors, one])
 
@@ -429,8 +432,7 @@ def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
     for name, array in arrays.items():
         wanted = sent[name].dtype
         if array.dtype != wanted:
-            values = array.numpy()
-            array = Array(np.asarray(values if np.dtype(wanted).kind == "f" else np.rint(values), dtype=wanted))
+            array = dense_array(in_dtype(array.numpy(), wanted))
         try:
             view_dense(array, name)
         except PayloadError:
