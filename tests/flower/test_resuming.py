@@ -23,7 +23,7 @@ INNERS = {
 
 
 def start(name: str, rounds: int, folder: Path | None, **kwargs: object) -> tuple[ArrayRecord, OMCStrategy, list[int]]:
-    inner = getattr(strategies, name)(fraction_train=0.5, fraction_evaluate=0.0, **INNERS[name])
+    inner = getattr(strategies, name)(fraction_train=0.5, fraction_evaluate=0.5, **INNERS[name])
     policy = fedomc.CompressionPolicy(**{"format": "S1E3M7", "fraction": 0.5, "rounding": "stochastic", **kwargs})  # type: ignore[arg-type]
     checkpoints = None if folder is None else Checkpoints(folder, keep=2)
     wrapped = OMCStrategy(inner, policy, checkpoints=checkpoints)

@@ -150,6 +150,8 @@ class OMCStrategy(Strategy):
                 log(INFO, "round %d: metrics of evaluation: %s", number, metrics)
                 result.evaluate_metrics_clientapp[number] = metrics
             measure(number)
+            if self.checkpoints is not None:
+                self.checkpoints.save(number, state_of(self, number, arrays))
         result.arrays = arrays
         return result
 
@@ -194,7 +196,7 @@ class OMCStrategy(Strategy):
         """Check the replies and aggregate what they decode to.
 
         If the inner strategy needs no more than a mean, each reply is added to it and let go of, one variable at a
-        time; of an iterator, such as ``receive`` gives, no more than a few are in memory at any time. Other
+        time; of an iterator, such as ``OneByOne`` gives, no more than a few are in memory at any time. Other
         strategies get all replies, which decode when they are looked at.
         """
         if self._broadcast is None or self.report is None:
@@ -213,8 +215,6 @@ class OMCStrategy(Strategy):
             metrics = MetricRecord({**metrics, **self.report.metrics(variables=False)})
         for observer in self.observers:
             observer(self.report)
-        if self.checkpoints is not None:
-            self.checkpoints.save(server_round, state_of(self, server_round, arrays or broadcast.arrays))
         return arrays, metrics
 
     def configure_evaluate(
@@ -316,7 +316,8 @@ class OMCStrategy(Strategy):
         whole = isinstance(replies, Sequence)
         if whole:
             asked = [reply for reply in replies if reply.metadata.src_node_id in broadcast.nodes]
-            replies = self._sorted(asked) + [reply for reply in replies if reply not in asked]
+            others = [reply for reply in replies if reply.metadata.src_node_id not in broadcast.nodes]
+            replies = self._sorted(asked) + others
         checked = self._checked(broadcast, replies, errors)
         first = list(checked if whole else islice(checked, _JUDGED_TOGETHER))
         usual = _usual(reply for reply, _ in first)
