@@ -62,33 +62,32 @@ def main() -> None:
     stacks = [{"variant": v, "hidden": h} for h in SIZES for v in variants if v in IN_TABLE_OF_SIZES]
     jobs = large + ([] if options.no_sizes else stacks)
     print(f"{len(jobs)} set-ups x {options.rounds} rounds, 5 to 15 seconds each, up to 1.5 GB of memory", flush=True)
-    runs: dict[str, list[dict[str, Any]]] = {json.dumps(job): [] for job in jobs}
-    missing: dict[str, str] = {}
+    runs: dict[str, list[dict[str, Any] | None]] = {json.dumps(job): [] for job in jobs}
     for number in range(1, options.rounds + 1):
         for job in jobs:
             key = json.dumps(job)
-            if key in missing:
-                continue
             done = subprocess.run(  # noqa: S603
                 [sys.executable, "-m", "benchmarks.training", "--worker", key, "--steps", str(options.steps)],
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             if done.returncode:
-                missing[key] = done.stderr.strip().splitlines()[-1]
-                print(f"{key} left out: {missing[key]}", flush=True)
-                continue
-            runs[key].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{key} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            runs[key].append(None if done.returncode else json.loads(done.stdout.splitlines()[-1]))
         print(f"round {number} of {options.rounds} done", flush=True)
-    rows = [row(job, runs) for job in jobs if runs[json.dumps(job)]]
+        rows = [found for job in jobs if (found := row(job, runs))]
+        if options.json:  # after each round: a run may be stopped
+            options.json.write_text(json.dumps({"rounds": number, "rows": rows}, indent=2))
     for line in table(rows):
         print(line)
-    if options.json:
-        options.json.write_text(json.dumps({"rows": rows}, indent=2))
 
 
-def row(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Sum up the runs of a set-up, against those of fp32 in the same rounds."""
-    mine, fp32 = runs[json.dumps(job)], runs[json.dumps({**job, "variant": "fp32"})]
+def row(job: dict[str, Any], runs: dict[str, list[dict[str, Any] | None]]) -> dict[str, Any] | None:
+    """Sum up the runs of a set-up, against those of fp32 in the same rounds; None if there were none."""
+    both = zip(runs[json.dumps(job)], runs[json.dumps({**job, "variant": "fp32"})], strict=True)
+    pairs = [(a, b) for a, b in both if a and b]
+    if not pairs:
+        return None
+    mine, fp32 = zip(*pairs, strict=True)
     seconds = [one["step_seconds"] for one in mine]
     return {
         **job,

@@ -8,7 +8,7 @@ from fedomc.lifetimes import MemoryBytes
 from fedomc.memory import MemoryReport, memory_report
 from fedomc.model import ParameterBytes, compress_, decompress_, parameter_bytes
 from fedomc.optim import StepInBackward, step_in_backward
-from fedomc.policy import CompressionPolicy, Selection
+from fedomc.policy import CompressionPolicy, Selection, TieredPolicy
 from fedomc.tensor import CompressedTensor
 from fedomc.transform import Encoding
 
@@ -29,6 +29,7 @@ __all__ = [
     "PolicyError",
     "Selection",
     "StepInBackward",
+    "TieredPolicy",
     "compress_",
     "decompress_",
     "load_model",

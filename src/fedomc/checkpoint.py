@@ -3,11 +3,10 @@
 import json
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from fedomc import frame
 from fedomc.errors import NonFiniteError, PayloadError
+from fedomc.files import replacing
 from fedomc.formats import FloatFormat
 from fedomc.state import check_names, fill_, is_finite, some, state_of
 from fedomc.tensor import CompressedTensor, is_compressed
@@ -69,19 +69,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping
     if KEY in texts or not all(isinstance(text, str) for pair in texts.items() for text in pair):
         raise PayloadError(f"metadata must be texts, under other names than {KEY!r}: {some(list(map(str, texts)))}")
     described = {name: _describe(tensor) for name, tensor in state.items() if is_compressed(tensor)}
-    texts[KEY] = _json({"version": VERSION, "variables": described, "tied": aliases})
-    pieces = sorted((piece for item in state.items() for piece in _pieces(*item)), key=lambda piece: piece.order)
-    header: dict[str, Any] = {"__metadata__": texts}
-    end = 0
-    for piece in pieces:
-        begin, end = end, end + piece.size
-        header[piece.key] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [begin, end]}
-    text = _json(header).encode()
-    text += b" " * (-len(text) % 8)
-    with _replacing(os.path.realpath(path)) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for piece in pieces:
-            file.write(piece.read())
+    texts[KEY] = to_json({"version": VERSION, "variables": described, "tied": aliases})
+    write_pieces(path, texts, (piece for item in state.items() for piece in _pieces(*item)))
 
 
 def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -153,8 +142,8 @@ def _copied(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A tensor of the file."""
+class Piece:
+    """A tensor of a file, read when it is written."""
 
     key: str
     dtype: str
@@ -169,32 +158,57 @@ class _Piece:
         return -self.alignment, self.key
 
 
-def _pieces(name: str, tensor: Tensor) -> Iterator[_Piece]:
+def write_pieces(path: str | os.PathLike[str], texts: Mapping[str, str], pieces: Iterable[Piece]) -> None:
+    """Write tensors, one after the other, and texts as a safetensors file, which replaces the former one whole."""
+    ordered = sorted(pieces, key=lambda piece: piece.order)
+    header: dict[str, Any] = {"__metadata__": dict(texts)}
+    end = 0
+    for piece in ordered:
+        begin, end = end, end + piece.size
+        header[piece.key] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [begin, end]}
+    text = to_json(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(os.path.realpath(path)) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for piece in ordered:
+            file.write(piece.read())
+
+
+def dense_piece(key: str, tensor: Tensor, read: Callable[[], Any] | None = None) -> Piece:
+    """Describe a dense tensor; by default its values are written whatever they are."""
+    if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+        raise PayloadError(f"{key} is {tensor.dtype}, {tensor.layout}, which a file cannot hold")
+    size, shape = tensor.nbytes, list(tensor.shape)
+    return Piece(key, _DTYPES[tensor.dtype], shape, size, tensor.itemsize, read or (lambda: _raw(tensor)))
+
+
+def _pieces(name: str, tensor: Tensor) -> Iterator[Piece]:
     if tensor.is_meta:
         raise PayloadError(f"{name} lies on the meta device and has no values: materialize_ the model first")
     if not is_compressed(tensor):
-        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
-            raise PayloadError(f"{name} is {tensor.dtype}, {tensor.layout}, which a model file cannot hold")
-        shape = list(tensor.shape)
-        yield _Piece(name, _DTYPES[tensor.dtype], shape, tensor.nbytes, tensor.itemsize, lambda: _dense(name, tensor))
+        yield dense_piece(name, tensor, lambda: _dense(name, tensor))
         return
     yield _framed(name, name, tensor, tensor.base, frame.VARIABLE)
     if tensor.update is not None and tensor.update.rewrites:  # before the first step it is zero
         yield _framed(name + _UPDATE, name, tensor, tensor.update, frame.UPDATE)
 
 
-def _framed(key: str, name: str, tensor: CompressedTensor, packed: Packed, kind: int) -> _Piece:
+def _framed(key: str, name: str, tensor: CompressedTensor, packed: Packed, kind: int) -> Piece:
     def read() -> bytes:
         if kind == frame.VARIABLE:
             _check_finite(name, tensor)
         return frame.to_bytes(packed, tensor.shape, kind, name)
 
     size = frame.size_of(packed, tensor.shape)
-    return _Piece(key, "U8", [size], size, 4, read)
+    return Piece(key, "U8", [size], size, 4, read)
 
 
 def _dense(name: str, tensor: Tensor) -> memoryview:
     _check_finite(name, tensor)
+    return _raw(tensor)
+
+
+def _raw(tensor: Tensor) -> memoryview:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if sys.byteorder == "big":
         raw = raw.view(-1, tensor.itemsize).flip(1).reshape(-1)
@@ -211,31 +225,9 @@ def _describe(tensor: CompressedTensor) -> dict[str, Any]:
     return {**fields, "shape": list(tensor.shape), "rewrites": [part.rewrites for part in tensor.parts]}
 
 
-def _json(content: Any) -> str:
+def to_json(content: Any) -> str:
+    """Write JSON, the same content always as the same text."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
-@contextmanager
-def _replacing(path: str) -> Iterator[BinaryIO]:
-    """Write a file that takes the place of the former one when it is whole and on the disk."""
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

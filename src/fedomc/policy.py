@@ -149,10 +149,9 @@ class CompressionPolicy:
 
     def _padding_eats_savings(self, shape: Sequence[int]) -> bool:
         """Tell whether a variable would hold no less than in FP32; never of formats that save nothing at any size."""
-        how, numel = self.encoding(), math.prod(shape)
+        how = self.encoding()
         bits = [fmt.bits for fmt in (how.format, how.update_format) if fmt is not None]
-        held = sum(4 * codec.words_of(numel, width) + 8 for width in bits)  # codes, and scale and offset
-        return sum(bits) < 32 and held >= 4 * numel
+        return sum(bits) < 32 and held_bytes({"": shape}, {"": how}) >= held_bytes({"": shape}, None)
 
     def _left_in_full_precision(self, sizes: Mapping[str, int], round: int, client: str | int) -> set[str]:
         target = (1 - self.fraction) * sum(sizes.values())
@@ -169,6 +168,76 @@ class CompressionPolicy:
             if total + sizes[smallest] - target < target - total:
                 kept.add(smallest)
         return kept
+
+
+@dataclass(frozen=True)
+class TieredPolicy:
+    """Policies for clients of different means: each is answered with the format that it can hold.
+
+    Attributes:
+        tiers: policies by the name of the tier, the most precise first; None is FP32.
+        default: the tier of clients that announce nothing; empty means the last.
+
+    Raises:
+        PolicyError: there is no tier, or the default is none.
+    """
+
+    tiers: Mapping[str, CompressionPolicy | None]
+    default: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tiers", dict(self.tiers))
+        if not self.tiers:
+            raise PolicyError("a tiered policy without tiers: give at least one")
+        if not self.default:
+            object.__setattr__(self, "default", list(self.tiers)[-1])
+        self.choose(tier=self.default)
+
+    def choose(
+        self,
+        variables: nn.Module | Mapping[str, Sequence[int]] | None = None,
+        *,
+        tier: str | None = None,
+        memory_bytes: int | None = None,
+        round: int = 0,
+        client: str | int = "",
+    ) -> CompressionPolicy | None:
+        """Return the policy of a client, by what it announced.
+
+        Args:
+            variables: a model, or the shapes of its variables by name; needed with a budget.
+            tier: the client's tier.
+            memory_bytes: what its parameters may take: the first tier whose do is chosen, or the last if none does.
+            round: number of the round.
+            client: name or number of the client.
+
+        Raises:
+            PolicyError: there is no such tier, or the budget is not positive.
+        """
+        if tier is not None:
+            if tier not in self.tiers:
+                raise PolicyError(f"tier={tier!r} is unknown: use one of {', '.join(self.tiers)}")
+            return self.tiers[tier]
+        if memory_bytes is None:
+            return self.tiers[self.default]
+        if memory_bytes <= 0 or variables is None:
+            raise PolicyError(f"memory_bytes={memory_bytes} cannot be met: announce a positive number of bytes")
+        for policy in self.tiers.values():
+            selection = None if policy is None else policy.select(variables, round=round, client=client)
+            if held_bytes(variables, selection) <= memory_bytes:
+                return policy
+        return policy
+
+
+def held_bytes(variables: nn.Module | Mapping[str, Sequence[int]], selection: Mapping[str, Encoding] | None) -> int:
+    """Count the bytes that parameters hold under a selection, in training; None holds them all in FP32."""
+    total = 0
+    for name, shape in shapes_of(variables).items():
+        numel, how = math.prod(shape), (selection or {}).get(name)
+        formats = [] if how is None else [fmt for fmt in (how.format, how.update_format) if fmt is not None]
+        packed = sum(4 * codec.words_of(numel, fmt.bits) + 8 for fmt in formats)  # codes, and scale and offset
+        total += packed if formats else 4 * numel
+    return total
 
 
 def shapes_of(variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

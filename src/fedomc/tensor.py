@@ -204,7 +204,7 @@ class CompressedTensor(Tensor):
         return self._decode_into(self.empty(start, stop), start)
 
     def _decode_into(self, values: Tensor, start: int) -> Tensor:
-        if self.update is None or not (self.update.rewrites or self.update.codes.is_shared()):
+        if self.update is None or not (self.update.rewrites or self.update.codes.is_shared()):  # type: ignore[no-untyped-call]
             return self.base.decode(values, start)  # before the first step, here or in another process, it is zero
         return self.base.decode_with(self.update, values, start)
 

@@ -117,10 +117,10 @@ class Packed:
             words, self.format, scale, offset, update_words, update.format, update_scale, update_offset, out
         )
 
-    def add_to(self, out: Tensor, weight: float = 1.0) -> Tensor:
-        """Add ``weight`` times all values to float32 ``out``."""
+    def add_to(self, out: Tensor, weight: float = 1.0, start: int = 0) -> Tensor:
+        """Add ``weight`` times ``len(out)`` values from ``start`` (a multiple of the block) to float32 ``out``."""
         scale, offset = self.affine.tolist()
-        return codec.decode_add(self.codes, self.format, scale, offset, weight, out)
+        return codec.decode_add(self._words(start, out), self.format, scale, offset, weight, out)
 
     def rewrite(
         self,
@@ -346,4 +346,4 @@ def draw_seed(seed: int, name: str, count: int) -> int:
 
 
 def _float32(value: float) -> float:
-    return ctypes.c_float(value).value
+    return ctypes.c_float(value).value  # a tensor takes twenty times as long

@@ -8,21 +8,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
-from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 import fedomc
-from fedomc.flower import OMCStrategy, collect, install, strategy
+from fedomc.flower import OMCStrategy, broadcast, collect, install
 from fedomc.flower.arrays import STYPE
 
 NODES = (11, 22, 33, 44)
-
-
-@pytest.fixture(autouse=True)
-def identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages can only be made by a process that Flower gave an identity."""
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 class Nodes:
@@ -70,13 +62,13 @@ def trained(message: Message) -> Message:
 
 def test_every_client_gets_its_own_payload_and_each_variable_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
-    real = strategy.encode
+    real = broadcast.encode
 
     def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
         encoded.append(args[5])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(strategy, "encode", counted)
+    monkeypatch.setattr(broadcast, "encode", counted)
     arrays = collect(build())
     messages = configure(OMCStrategy(FedAvg(), policy()), arrays)
     packed = {

@@ -63,6 +63,7 @@ def compare(
     lossless: Annotated[str, typer.Option(help="zstd on messages: none, down, up or both.")] = DEFAULTS.lossless,
     rest_format: Annotated[str, typer.Option(help="In which FP32 variables travel.")] = DEFAULTS.rest_format,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
+    tensorboard: Annotated[bool, typer.Option(help="Write bytes, seconds and errors of each round, too.")] = False,
 ) -> None:
     """Train the same model with several formats in Flower's simulation and compare them.
 
@@ -94,10 +95,10 @@ def compare(
             rest_format=rest_format,
             seed=seed,
         )
-        _compare(settings, output / name, resume, console)
+        _compare(settings, output / name, resume, tensorboard, console)
 
 
-def _compare(settings: Settings, path: Path, resume: bool, console: Console) -> None:
+def _compare(settings: Settings, path: Path, resume: bool, tensorboard: bool, console: Console) -> None:
     model.check_size(settings.model)
     loaded = _load_corpus(settings)
     parts = corpus.split(loaded.train, settings.split, settings.clients or None, settings.seed)
@@ -109,7 +110,7 @@ def _compare(settings: Settings, path: Path, resume: bool, console: Console) -> 
         with RunProgress(settings, console, stop) as progress:
             done: list[bool] = []
             simulate(
-                lambda grid: done.append(federation.run(settings, grid, folder, progress)),
+                lambda grid: done.append(federation.run(settings, grid, folder, progress, tensorboard=tensorboard)),
                 len(parts),
                 path / "flower.log",
             )

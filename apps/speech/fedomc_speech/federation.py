@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -13,11 +13,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam
 
 import fedomc
-from fedomc.flower import OMCStrategy, collect, install
+from fedomc.flower import OMCStrategy, OneByOne, RoundReport, collect, install
+from fedomc.flower.tensorboard import TensorBoard
+from fedomc.rounds import Checkpoint
 from fedomc_speech import corpus, model, training
 from fedomc_speech.client import write_settings
 from fedomc_speech.errors import RoundError, SettingsError
-from fedomc_speech.run_folder import Checkpoint, RunFolder
+from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings, Variant
 from fedomc_speech.tokens import tokenizer_for
 
@@ -89,8 +91,16 @@ class _Cohort:
         return self._nodes
 
 
-def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer) -> bool:
-    """Run all variants, going on from the folder's checkpoint if it has one; False if it was stopped."""
+def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer, *, tensorboard: bool = False) -> bool:
+    """Run all variants, going on from the folder's checkpoint if it has one; False if it was stopped.
+
+    Args:
+        settings: of the run.
+        grid: where the nodes are.
+        folder: for results and checkpoints.
+        observer: is told of each round.
+        tensorboard: whether the folder gets what TensorBoard shows.
+    """
     loaded = corpus.load(settings.corpus, Path(settings.corpus_path) if settings.corpus_path else None)
     parts = corpus.split(loaded.train, settings.split, settings.clients or None, settings.seed)
     check_cohort(settings, len(parts))
@@ -102,7 +112,8 @@ def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer) -
 
     for variant in settings.variants:
         if not folder.finished(str(variant)):
-            rounds = _Rounds(settings, variant, clients, tokenizer.vocab_size, measure)
+            boards = [TensorBoard(folder.path / "tensorboard" / str(variant))] if tensorboard else []
+            rounds = _Rounds(settings, variant, clients, tokenizer.vocab_size, measure, boards)
             if not rounds.run(grid, folder, observer):
                 return False
     return True
@@ -125,6 +136,14 @@ def bytes_of_a_visit(network: model.SpeechModel) -> int:
     return up + (fedomc.parameter_bytes(network).total - update_bytes if update_bytes else up)
 
 
+def _noting_errors(replies: Iterator[Message], reasons: set[str]) -> Iterator[Message]:
+    for reply in replies:
+        if reply.has_error():
+            reasons.add(str(reply.error.reason))
+        yield reply
+        del reply  # before the next one is there
+
+
 class _Rounds:
     """The rounds of one variant."""
 
@@ -135,6 +154,7 @@ class _Rounds:
         clients: Clients,
         vocabulary: int,
         measure: Callable[[model.SpeechModel], float],
+        boards: Sequence[TensorBoard],
     ) -> None:
         self.settings = settings
         self.variant = variant
@@ -151,6 +171,7 @@ class _Rounds:
             client_name=clients.name_of,
             lossless=settings.lossless,
             rest_format=settings.rest_format or None,
+            observers=boards,
         )
         self.network = model.build(settings.model, vocabulary, seed=settings.seed)
         self.arrays = collect(self.network)
@@ -181,15 +202,16 @@ class _Rounds:
         draw = random.Random(f"{settings.seed} cohort {number}")  # noqa: S311
         cohort = _Cohort([self.clients.nodes[i] for i in draw.sample(range(len(self.clients.nodes)), settings.cohort)])
         messages = self.strategy.configure_train(number, self.arrays, write_settings(settings), cast(Grid, cohort))
-        replies = list(grid.send_and_receive(messages, timeout=ROUND_TIMEOUT))
-        arrays, metrics = self.strategy.aggregate_train(number, replies)
+        messages = sorted(messages, key=lambda message: self.clients.name_of(message.metadata.dst_node_id))
+        reasons: set[str] = set()
+        replies = OneByOne(grid, in_order=True).send_and_receive(messages, timeout=ROUND_TIMEOUT)
+        arrays, metrics = self.strategy.aggregate_train(number, _noting_errors(replies, reasons))
         if arrays is None or metrics is None:
-            reasons = {str(reply.error.reason) for reply in replies if reply.has_error()}
             raise RoundError(
                 f"round {number}: no client returned a model: {'; '.join(sorted(reasons)) or 'see the log'}"
             )
         self.arrays = arrays
-        traffic = self.strategy.traffic[-1]
+        traffic, report = self.strategy.traffic[-1], cast(RoundReport, self.strategy.report)
         for key, value in (
             ("messages", traffic.sent),
             ("replies", traffic.received),
@@ -210,6 +232,12 @@ class _Rounds:
             "down_bytes": self.totals["down"],
             "up_bytes": self.totals["up"],
             "seconds": self.totals["seconds"],
+            "server_seconds": {
+                "encode": report.encode_seconds,
+                "decode": report.decode_seconds,
+                "aggregate": report.aggregate_seconds,
+            },
+            "compression_error": report.compression_error,
             "wer": wer,
         }
 
@@ -246,6 +274,7 @@ class _Rounds:
             "down_ratio": down / self.fp32_bytes,
             "up_ratio": up / self.fp32_bytes,
             "rounds_per_minute": 60 * len(self.history) / totals["seconds"] if totals["seconds"] else 0.0,
+            "variables": {} if self.strategy.report is None else self.strategy.report.by_variable(),
             "history": self.history,
         }
 

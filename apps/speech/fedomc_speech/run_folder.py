@@ -1,34 +1,18 @@
 """The folder of a run: settings, results and the state to resume from; each file is replaced whole."""
 
 import json
-import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-
+from fedomc.errors import PayloadError
+from fedomc.files import replacing
+from fedomc.rounds import Checkpoint
 from fedomc_speech.errors import SettingsError
 from fedomc_speech.settings import Settings
 
 RESULTS = "results.json"
 CHECKPOINT = "checkpoint.safetensors"
 REPORT = "report.html"
-
-
-@dataclass
-class Checkpoint:
-    """The state after a finished round.
-
-    Attributes:
-        progress: what the run knows of itself: variant, round, history, seconds and bytes so far.
-        arrays: model and optimizer state, by kind (``model``, ``m``, ``v``) and name.
-    """
-
-    progress: dict[str, Any]
-    arrays: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -69,10 +53,7 @@ class RunFolder:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the state after a round."""
-        flat = {f"{kind}/{name}": array for kind, arrays in checkpoint.arrays.items() for name, array in arrays.items()}
-        temporary = self.path / (CHECKPOINT + ".new")
-        save_file(flat, temporary, metadata={"progress": json.dumps(checkpoint.progress)})
-        os.replace(temporary, self.path / CHECKPOINT)
+        checkpoint.write(self.path / CHECKPOINT)
 
     def load(self) -> Checkpoint | None:
         """Read the state after the last finished round, if there is one.
@@ -80,21 +61,13 @@ class RunFolder:
         Raises:
             SettingsError: the file is damaged.
         """
-        from safetensors import safe_open
-
         path = self.path / CHECKPOINT
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="numpy") as file:
-                progress = json.loads((file.metadata() or {})["progress"])
-            arrays: dict[str, dict[str, np.ndarray]] = {}
-            for key, array in load_file(path).items():
-                kind, _, name = key.partition("/")
-                arrays.setdefault(kind, {})[name] = array
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            return Checkpoint.read(path)
+        except (OSError, PayloadError) as error:
             raise SettingsError(f"{path} is damaged ({error}): start again without --resume") from error
-        return Checkpoint(progress, arrays)
 
     def _read_runs(self) -> list[dict[str, Any]]:
         path = self.path / RESULTS
@@ -123,6 +96,5 @@ class RunFolder:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file whole."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(text.encode())

@@ -39,6 +39,13 @@ class Nodes:
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         return [self.answer(message) for message in messages][::-1]
 
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        self.waiting = {str(message.metadata.dst_node_id): message for message in messages}
+        return list(self.waiting)[::-1]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self.answer(self.waiting[key]) for key in message_ids]
+
     def answer(self, message: Message) -> Message:
         part = self.clients - 1 - (message.metadata.dst_node_id - self.first)
         if message.metadata.message_type == "query":
@@ -85,7 +92,7 @@ def without_times(runs: dict[str, Any]) -> dict[str, Any]:
     for result in cleaned.values():
         del result["rounds_per_minute"]
         for row in result["history"]:
-            del row["seconds"]
+            del row["seconds"], row["server_seconds"]
     return cleaned
 
 
@@ -100,6 +107,11 @@ def test_a_run_gives_what_the_contract_names(tones: Path, tmp_path: Path) -> Non
         assert [row["round"] for row in result["history"]] == [1, 2, 3]
         assert [row["wer"] is None for row in result["history"]] == [True, False, False]
         assert result["history"][-1]["down_bytes"] == pytest.approx(result["down_bytes"] * 2 * 3, abs=3)
+        for row in result["history"]:
+            assert set(row["server_seconds"]) == {"encode", "decode", "aggregate"}
+            assert (row["compression_error"] > 0) == (result["format"] != "FP32")
+        last = result["history"][-1]["down_bytes"] - result["history"][-2]["down_bytes"]
+        assert sum(row["down-bytes"] for row in result["variables"].values()) == last
     fp32, one, two = stored["runs"]
     assert fp32["parameter_ratio"] == fp32["down_ratio"] == fp32["up_ratio"] == 1
     assert fp32["wer"] == fp32["wer_compressed"]

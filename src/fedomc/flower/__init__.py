@@ -1,6 +1,10 @@
 """Flower: compressed variables in messages, and a strategy that sends every client a payload of its own."""
 
 from fedomc.flower.arrays import collect, install
-from fedomc.flower.strategy import OMCStrategy, Traffic
+from fedomc.flower.grid import OneByOne
+from fedomc.flower.mods import omc_mod
+from fedomc.flower.strategy import OMCStrategy
+from fedomc.flower.tiers import announce
+from fedomc.flower.traffic import RoundReport, Traffic
 
-__all__ = ["OMCStrategy", "Traffic", "collect", "install"]
+__all__ = ["OMCStrategy", "OneByOne", "RoundReport", "Traffic", "announce", "collect", "install", "omc_mod"]

@@ -1,5 +1,6 @@
 """Between models and Flower's records: a compressed variable travels as an ``Array`` whose data is a frame."""
 
+import functools
 import io
 import math
 from collections.abc import Mapping
@@ -62,28 +63,43 @@ def read_packed(array: Array, name: str, *, copy: bool, sent: Packed | None = No
 
 
 def read_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
-    """Take plain finite values from an ``Array``.
+    """Take plain finite values from an ``Array``: a copy, which may be written.
+
+    Raises:
+        PayloadError: the data is not a numpy array of the array's shape, or a value is NaN or infinite.
+    """
+    return view_dense(array, name).copy()
+
+
+def view_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
+    """Take plain finite values from an ``Array`` where they lie in its data.
 
     Raises:
         PayloadError: the data is not a numpy array of the array's shape, or a value is NaN or infinite.
     """
     if array.stype != "numpy.ndarray":
         raise PayloadError(f"{name}: serialization type {array.stype!r} is unknown")
-    file = io.BytesIO(array.data)
     try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("version 1.0 expected")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        begin = 10 + int.from_bytes(array.data[8:10], "little")
+        shape, columns_first, dtype = _read_header(array.data[:begin])
     except Exception as error:
         raise PayloadError(f"{name}: not a numpy array: {error}") from error
     if shape != tuple(array.shape) or dtype.kind not in "fiub" or not dtype.isnative:
         raise PayloadError(f"{name}: the data claims {dtype} {shape}, its array says {array.dtype} {array.shape}")
-    if math.prod(shape) * dtype.itemsize != len(array.data) - file.tell():
+    if math.prod(shape) * dtype.itemsize != len(array.data) - begin:
         raise PayloadError(f"{name}: {len(array.data)} bytes do not hold {dtype} {shape}")
-    values = array.numpy()
+    values = np.frombuffer(array.data, dtype, offset=begin).reshape(shape, order="F" if columns_first else "C")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise PayloadError(f"{name} has a value that is NaN or infinite")
     return values
+
+
+@functools.lru_cache(maxsize=256)  # a model has few shapes, and parsing one takes longer than checking its values
+def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("version 1.0 expected")
+    return np.lib.format.read_array_header_1_0(file)
 
 
 def to_config(encoding: Encoding, *, lossless: bool = False, rest_format: FloatFormat | None = None) -> ConfigRecord:

@@ -1,56 +1,42 @@
-"""``OMCStrategy``: any Flower strategy, with compressed messages.
-
-[Note: what aggregation adds up]
-The server holds FP32 values V; a client is sent Q(V), trains, and returns R. Plain averaging (``value``, the paper)
-makes the mean of the R the new model, and with it the error Q(V) - V, which is the same for every client and larger
-than a round's update. ``difference`` takes V + (R - Q(V)) for R: the error of the broadcast cancels, and what remains
-is the rounding of the client's own steps. With two parts the client returns R - Q(V) itself, the update.
-"""
+"""``OMCStrategy``: any Flower strategy, with compressed messages; what is added up is told in ``aggregation``."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from logging import ERROR, WARNING
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from logging import ERROR, INFO, WARNING
+from typing import cast
 
 import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
-from fedomc import frame
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
-from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_dense, read_packed, to_config
+from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded, dense_array, in_dtype, is_the_mean
+from fedomc.flower.arrays import view_dense
+from fedomc.flower.broadcast import Broadcast, Returned, float32_shapes
+from fedomc.flower.grid import OneByOne
+from fedomc.flower.resuming import restore, state_of
+from fedomc.flower.tiers import Announced
+from fedomc.flower.traffic import Observer, RoundReport, Traffic
 from fedomc.formats import FloatFormat
 from fedomc.lossless import require
-from fedomc.policy import CompressionPolicy, Selection
-from fedomc.transform import Packed, encode
+from fedomc.policy import CompressionPolicy, TieredPolicy
+from fedomc.rounds import Checkpoints
 
-AGGREGATES = ("difference", "value")
 LOSSLESS = ("none", "down", "up", "both")
 
-_Values = np.ndarray[Any, Any]
+_Checked = tuple[Message, dict[str, Returned]]
 
+_LARGEST_WEIGHT = 2.0**63
+"""Of a reply; it is a count, and sums of larger numbers might not be finite."""
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of the arrays in a round's training messages.
-
-    Attributes:
-        round: number of the round.
-        sent: how many messages went down.
-        received: how many valid ones came up.
-        down_bytes: of all messages down.
-        up_bytes: of all valid messages up.
-    """
-
-    round: int
-    sent: int
-    received: int = 0
-    down_bytes: int = 0
-    up_bytes: int = 0
+_JUDGED_TOGETHER = 3
+"""Replies that come one by one must have the metrics that most of the first few have."""
 
 
 class OMCStrategy(Strategy):
@@ -59,21 +45,31 @@ class OMCStrategy(Strategy):
     Every client gets its own payload: which variables stay FP32 is drawn from the policy's seed, the round and the
     client. Each variable is encoded once a round, whatever the number of clients. A reply must hold one ``ArrayRecord``
     with the variables that were sent (what ``collect`` gives) and one ``MetricRecord`` with the weight; one that is
-    damaged, of another model, not finite or was not asked for is left out and named in the log. The inner strategy
-    aggregates the others, decoding one variable at a time; a result that is not finite is dropped.
+    damaged, of another model, not finite, too late or was not asked for is left out and named in the log. The inner
+    strategy aggregates the others; a result that is not finite is dropped.
+
+    What the server's memory is: for strategies that need a mean (``FedAvg``, ``FedAvgM``, ``FedProx``, ``FedAdam``,
+    ``FedYogi``, ``FedAdagrad``, and subclasses that leave ``aggregate_train`` alone) it does not grow with the number
+    of clients, as ``start`` takes replies one by one. Any other strategy holds all replies, packed, and what it
+    decodes of them: one variable of each in FP32 with ``FedMedian`` and ``FedTrimmedAvg``, all of all, several times,
+    with ``Krum``, ``MultiKrum`` and ``Bulyan``.
 
     Names alone do not tell parameters from buffers: float32 buffers of two dimensions are compressed like parameters
     unless the policy excludes them.
 
     Attributes:
         inner: the wrapped strategy.
-        policy: how to compress; None sends FP32 and only counts.
+        policy: how to compress; None sends FP32 and only counts. With a ``TieredPolicy`` each client gets the format
+            of its tier; clients tell it where their app has ``app.query("fedomc")(fedomc.flower.announce)``.
         aggregate: ``difference`` or ``value``.
         client_name: names a node for the draw: the node's number by default, which a simulation changes in each run.
         lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``. It needs
             zstandard on both sides, and clients that give ``collect`` the message.
         rest_format: in which the variables travel that partial quantization leaves in FP32; None is FP32.
+        checkpoints: where the state is kept after each round, for ``start`` to resume from.
+        observers: are called with the report of each round of training.
         traffic: bytes by round, of training messages.
+        report: what the last round took, by variable; its totals are among the round's metrics, as ``fedomc.up-bytes``.
 
     Raises:
         FormatError: no such format of the rest.
@@ -83,12 +79,14 @@ class OMCStrategy(Strategy):
     def __init__(
         self,
         inner: Strategy,
-        policy: CompressionPolicy | None,
+        policy: CompressionPolicy | TieredPolicy | None,
         *,
         aggregate: str = "difference",
         client_name: Callable[[int], str | int] = str,
         lossless: str = "none",
         rest_format: str | FloatFormat | None = None,
+        checkpoints: Checkpoints | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         if aggregate not in AGGREGATES:
             raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
@@ -102,70 +100,284 @@ class OMCStrategy(Strategy):
         self.lossless = lossless
         self.rest_format = None if rest_format is None else FloatFormat.parse(rest_format)
         self.client_name = client_name
+        self.checkpoints = checkpoints
+        self.observers = observers
         self.traffic: list[Traffic] = []
-        self._broadcast: _Broadcast | None = None
+        self._broadcast: Broadcast | None = None
+        self._means = Announced()
+        self.report: RoundReport | None = None
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
         self.inner.summary()
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds as Flower does, but take the replies one by one as they arrive.
+
+        Args:
+            grid: where the nodes are.
+            initial_arrays: the model.
+            num_rounds: how many.
+            timeout: seconds to wait for the replies of a round; who has not answered by then is left out.
+            train_config: for the clients, in training.
+            evaluate_config: for the clients, in evaluation.
+            evaluate_fn: measures the model on the server, before the first round (as round 0) and after each.
+
+        Returns:
+            The last model and the metrics by round.
+        """
+        one_by_one = OneByOne(grid)
+        initial_arrays, done = self.resume(initial_arrays)
+        log(INFO, "Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
+        log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
+        self.summary()
+        train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        result, arrays = Result(), initial_arrays
+
+        def measure(number: int) -> None:
+            metrics = None if evaluate_fn is None else evaluate_fn(number, arrays)
+            if metrics is not None:
+                log(INFO, "round %d: measured on the server: %s", number, metrics)
+                result.evaluate_metrics_serverapp[number] = metrics
+
+        if not done:
+            measure(0)
+        for number in range(done + 1, num_rounds + 1):
+            log(INFO, "[ROUND %d/%d]", number, num_rounds)
+            messages = self.configure_train(number, arrays, train_config, one_by_one)
+            new, metrics = self.aggregate_train(number, one_by_one.send_and_receive(messages, timeout=timeout))
+            if new is not None:
+                arrays = new
+            if metrics is not None:
+                log(INFO, "round %d: metrics of training: %s", number, metrics)
+                result.train_metrics_clientapp[number] = metrics
+            messages = self.configure_evaluate(number, arrays, evaluate_config, one_by_one)
+            metrics = self.aggregate_evaluate(number, one_by_one.send_and_receive(messages, timeout=timeout))
+            if metrics is not None:
+                log(INFO, "round %d: metrics of evaluation: %s", number, metrics)
+                result.evaluate_metrics_clientapp[number] = metrics
+            measure(number)
+            if self.checkpoints is not None:
+                self.checkpoints.save(number, state_of(self, number, arrays))
+        result.arrays = arrays
+        return result
+
+    def resume(self, arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
+        """Take up the last checkpoint, if there is one: the strategies' state, and Python's random state.
+
+        That is what Flower draws nodes with, so that the rounds go on as they would have without an interruption.
+
+        Args:
+            arrays: the initial model.
+
+        Returns:
+            The model to go on with, and how many rounds it has had.
+
+        Raises:
+            PayloadError: the checkpoint is of another model or policy, or none is whole.
+        """
+        stored = None if self.checkpoints is None else self.checkpoints.load()
+        if stored is None:
+            return arrays, 0
+        return restore(self, stored, arrays)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy choose the clients, then give each its own payload."""
-        self._broadcast = _Broadcast(
-            arrays, self.policy, server_round, self.client_name, self.lossless, self.rest_format
-        )
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
-        down_bytes = sum(self._broadcast.compress(message) for message in messages)
-        self.traffic.append(Traffic(server_round, len(messages), down_bytes=down_bytes))
+        self._broadcast = self._broadcast_of(arrays, server_round, grid, messages)
+        self.report = RoundReport(server_round)
+        with self.report.timed("encode"):
+            for message in messages:
+                self._broadcast.compress(message)
+        for message in messages:
+            self.report.count("down", message)
+        self.report.errors = self._broadcast.errors
+        self.traffic.append(Traffic(server_round, len(messages), down_bytes=self.report.down_bytes.total()))
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies and let the inner strategy aggregate their decoded values."""
-        if self._broadcast is None:
+        """Check the replies and aggregate what they decode to.
+
+        If the inner strategy needs no more than a mean, each reply is added to it and let go of, one variable at a
+        time; of an iterator, such as ``OneByOne`` gives, no more than a few are in memory at any time. Other
+        strategies get all replies, which decode when they are looked at.
+        """
+        if self._broadcast is None or self.report is None:
             raise RuntimeError("aggregate_train was called before configure_train")
-        broadcast, up_bytes = self._broadcast, {}
-
-        def check(reply: Message) -> None:
-            up_bytes[id(reply)] = _bytes_of(reply)
-            broadcast.decode(reply, self.aggregate)
-            self._check_metrics(reply)
-
-        agreed = _usable(server_round, broadcast.expected(replies), check)
-        received = [reply for reply in agreed if not reply.has_error()]
-        self.traffic[-1] = replace(
-            self.traffic[-1], received=len(received), up_bytes=sum(up_bytes[id(reply)] for reply in received)
-        )
-        if not any(self._weight(reply) > 0 for reply in received):
-            agreed = [reply for reply in agreed if reply.has_error()]  # a mean of nothing
-        arrays, metrics = self.inner.aggregate_train(server_round, agreed)
-        if arrays is None:
-            return None, metrics
-        try:
-            return _in_dtypes_of(broadcast.arrays, arrays), metrics
-        except NonFiniteError as error:
-            log(ERROR, "round %d: %s; the model stays as it was", server_round, error)
-            return None, metrics
+        broadcast, errors = self._broadcast, list[Message]()
+        usable = self._usable(broadcast, replies, errors)
+        aggregate = self._mean if averages(self.inner) else self._all
+        arrays, metrics = aggregate(server_round, broadcast, usable, errors)
+        if arrays is not None:
+            try:
+                arrays = _in_dtypes_of(broadcast.arrays, arrays)
+            except NonFiniteError as error:
+                log(ERROR, "round %d: %s; the model stays as it was", server_round, error)
+                arrays = None
+        if metrics is not None:
+            metrics = MetricRecord({**metrics, **self.report.metrics(variables=False)})
+        for observer in self.observers:
+            observer(self.report)
+        return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy choose the clients; they evaluate what they would be sent for training."""
-        broadcast = _Broadcast(arrays, self.policy, server_round, self.client_name, self.lossless, self.rest_format)
         messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
+        broadcast = self._broadcast_of(arrays, server_round, grid, messages)
         for message in messages:
             broadcast.compress(message)
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Check the metrics and let the inner strategy aggregate them."""
-        agreed = _usable(server_round, replies, self._check_metrics)
+        agreed = []
+        for reply in replies:
+            try:
+                if not reply.has_error():
+                    self._check_metrics(reply)
+                agreed.append(reply)
+            except PayloadError as error:
+                _left_out(server_round, reply, error)
+        usual = _usual(reply for reply in agreed if not reply.has_error())
+        agreed = [reply for reply in agreed if reply.has_error() or _is_like(usual, server_round, reply)]
         if not any(self._weight(reply) > 0 for reply in agreed if not reply.has_error()):
             return None
         return self.inner.aggregate_evaluate(server_round, agreed)
+
+    def _broadcast_of(self, arrays: ArrayRecord, server_round: int, grid: Grid, messages: list[Message]) -> Broadcast:
+        tiers = self.policy
+        if not isinstance(tiers, TieredPolicy):
+            return self._broadcast_by(lambda node: tiers, arrays, server_round)
+        self._means.ask(grid, {message.metadata.dst_node_id for message in messages})
+        shapes = float32_shapes(arrays)
+
+        def policy_of(node: int) -> CompressionPolicy | None:
+            client = self.client_name(node)
+            try:
+                return tiers.choose(shapes, **self._means.of(node), round=server_round, client=client)
+            except PolicyError as error:
+                log(WARNING, "round %d: node %d gets the default tier: %s", server_round, node, error)
+                return tiers.choose()
+
+        return self._broadcast_by(policy_of, arrays, server_round)
+
+    def _broadcast_by(
+        self, policy_of: Callable[[int], CompressionPolicy | None], arrays: ArrayRecord, server_round: int
+    ) -> Broadcast:
+        return Broadcast(arrays, policy_of, server_round, self.client_name, self.lossless, self.rest_format)
+
+    def _mean(
+        self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate with a strategy that takes the mean for the reply of a single client."""
+        assert self.report is not None
+        mean, kept = Mean(broadcast, value=self.aggregate == "value"), list[Message]()
+        for reply, variables in usable:
+            with self.report.timed("decode"):
+                mean.add(variables, self._weight(reply))
+            reply.content = _without_arrays(reply.content)
+            kept.append(reply)
+            del reply, variables  # before the next one is there
+        if not mean.weight:
+            return self.inner.aggregate_train(server_round, errors)
+        kept = self._sorted(kept)
+        contents = [reply.content for reply in kept]
+        log(INFO, "round %d: the mean of %d replies, %d errors", server_round, len(kept), len(errors))
+        assert isinstance(self.inner, FedAvg)
+        if is_the_mean(self.inner):
+            with self.report.timed("aggregate"):
+                return mean.arrays(), self.inner.train_metrics_aggr_fn(contents, self._weighted_by)
+        one = kept[0]
+        one.content = RecordDict({"arrays": mean.result(), "metrics": MetricRecord({self._weighted_by: 1.0})})
+        with _metrics_of(self.inner, contents), self.report.timed("aggregate"):
+            return self.inner.aggregate_train(server_round, [*errors, one])
+
+    def _all(
+        self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate with a strategy that looks at each reply."""
+        received = []
+        for reply, variables in usable:
+            key = next(iter(reply.content.array_records))
+            content = RecordDict(dict(reply.content.items()))
+            content[key] = decoded(broadcast, variables, value=self.aggregate == "value")
+            reply.content = content
+            received.append(reply)
+        if not any(self._weight(reply) > 0 for reply in received):
+            received = []  # a mean of nothing
+        assert self.report is not None
+        with self.report.timed("aggregate"):
+            return self.inner.aggregate_train(server_round, [*errors, *self._sorted(received)])
+
+    def _sorted(self, replies: Iterable[Message]) -> list[Message]:
+        """Sort by the clients' names, so that what is computed does not depend on who was first."""
+        return sorted(replies, key=lambda reply: str(self.client_name(reply.metadata.src_node_id)))
+
+    def _usable(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[_Checked]:
+        """Give the replies that can be used; errors are put aside.
+
+        Their metrics must be named alike, since Flower aggregates none otherwise: as those of most, or, where replies
+        come one by one, of most of the first few.
+        """
+        whole = isinstance(replies, Sequence)
+        if whole:
+            asked = [reply for reply in replies if reply.metadata.src_node_id in broadcast.nodes]
+            others = [reply for reply in replies if reply.metadata.src_node_id not in broadcast.nodes]
+            replies = self._sorted(asked) + others
+        checked = self._checked(broadcast, replies, errors)
+        first = list(checked if whole else islice(checked, _JUDGED_TOGETHER))
+        usual = _usual(reply for reply, _ in first)
+        assert self.report is not None
+        received = 0
+        for one in _each(first, checked):
+            reply = one[0]
+            if _is_like(usual, broadcast.round, reply):
+                self.report.count("up", reply)
+                received += 1
+                yield one
+            del one, reply
+        self.traffic[-1] = replace(self.traffic[-1], received=received, up_bytes=self.report.up_bytes.total())
+
+    def _checked(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[_Checked]:
+        report, answered = self.report, set[int]()
+        assert report is not None
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                errors.append(reply)
+                answered.add(node)
+                _left_out(broadcast.round, reply, reply.error.reason)
+            elif node not in broadcast.nodes or node in answered:
+                _left_out(broadcast.round, reply, "it was not asked, or has answered before")
+            else:
+                answered.add(node)
+                try:
+                    with report.timed("decode"):
+                        variables = broadcast.read(reply)
+                    self._check_metrics(reply)
+                except PayloadError as error:
+                    _left_out(broadcast.round, reply, error)
+                else:
+                    yield reply, variables
+                    del variables
+            del reply
+        for node in sorted(broadcast.nodes - answered):
+            log(WARNING, "round %d: left out node %d: no reply came in time", broadcast.round, node)
 
     def _check_metrics(self, reply: Message) -> None:
         """Refuse what would make a weighted mean mean nothing."""
@@ -176,8 +388,8 @@ class OMCStrategy(Strategy):
             if not np.isfinite(value).all():
                 raise PayloadError(f"metric {name}={value} is not finite")
         weight = records[0].get(self._weighted_by)
-        if isinstance(weight, list) or weight is None or weight < 0:
-            raise PayloadError(f"metric {self._weighted_by}={weight}: a number that is not negative is expected")
+        if isinstance(weight, list) or weight is None or not 0 <= weight <= _LARGEST_WEIGHT:
+            raise PayloadError(f"metric {self._weighted_by}={weight}: a number from 0 to 2**63 is expected")
 
     @property
     def _weighted_by(self) -> str:
@@ -191,213 +403,45 @@ def _left_out(server_round: int, reply: Message, why: object) -> None:
     log(WARNING, "round %d: left out node %d: %s", server_round, reply.metadata.src_node_id, why)
 
 
-def _bytes_of(message: Message) -> int:
-    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+def _structure(reply: Message) -> tuple[object, ...]:
+    metrics = next(iter(reply.content.metric_records.values()))
+    kinds = sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items())
+    return (*sorted(reply.content.array_records), *sorted(reply.content.metric_records), *kinds)
 
 
-def _usable(server_round: int, replies: Iterable[Message], check: Callable[[Message], None]) -> list[Message]:
-    """Return errors, and the replies that pass a check and are alike, since Flower aggregates none otherwise."""
-    checked = []
-    for reply in replies:
-        try:
-            if not reply.has_error():
-                check(reply)
-            checked.append(reply)
-        except PayloadError as error:
-            _left_out(server_round, reply, error)
-    return _of_one_structure(server_round, checked)
+def _usual(replies: Iterable[Message]) -> tuple[object, ...] | None:
+    """Return how the records and metrics of most replies are named."""
+    counts = Counter(_structure(reply) for reply in replies)
+    return counts.most_common(1)[0][0] if counts else None
 
 
-def _of_one_structure(server_round: int, replies: list[Message]) -> list[Message]:
-    """Leave out replies whose records or metrics are named otherwise than most."""
-
-    def structure(reply: Message) -> tuple[object, ...]:
-        metrics = next(iter(reply.content.metric_records.values()))
-        kinds = sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items())
-        return (*sorted(reply.content.array_records), *sorted(reply.content.metric_records), *kinds)
-
-    counts = Counter(structure(reply) for reply in replies if not reply.has_error())
-    if len(counts) < 2:
-        return replies
-    usual = counts.most_common(1)[0][0]
-    agreed = []
-    for reply in replies:
-        if reply.has_error() or structure(reply) == usual:
-            agreed.append(reply)
-        else:
-            _left_out(server_round, reply, "its records or metrics are not those of the other replies")
-    return agreed
+def _is_like(usual: tuple[object, ...] | None, server_round: int, reply: Message) -> bool:
+    if _structure(reply) == usual:
+        return True
+    _left_out(server_round, reply, "its records or metrics are not those of the other replies")
+    return False
 
 
-class _Broadcast:
-    """One round's model: the FP32 values, each variable encoded at most once, and who was sent what."""
-
-    def __init__(
-        self,
-        arrays: ArrayRecord,
-        policy: CompressionPolicy | None,
-        server_round: int,
-        client_name: Callable[[int], str | int],
-        lossless: str = "none",
-        rest_format: FloatFormat | None = None,
-    ) -> None:
-        self.arrays = arrays
-        self.policy = policy
-        self.round = server_round
-        self.client_name = client_name
-        self.shapes = {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
-        self.lossless_down = lossless in ("down", "both")
-        self.lossless_up = lossless in ("up", "both")
-        self.rest_format = rest_format
-        self.packed: dict[str, Packed] = {}
-        self.encoded: dict[str, Array] = {}
-        self.rest_packed: dict[str, Packed] = {}
-        self.rest_encoded: dict[str, Array] = {}
-        self.selections: dict[int, Selection] = {}
-        self.nodes: set[int] = set()
-
-    def expected(self, replies: Iterable[Message]) -> list[Message]:
-        """Return the errors, and one reply of each node that was sent a message, in order of the clients' names.
-
-        So that a sum does not depend on who was first.
-        """
-        errors, answered = [], {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                errors.append(reply)
-            elif node in self.nodes and node not in answered:
-                answered[node] = reply
-            else:
-                _left_out(self.round, reply, "it was not asked, or has answered before")
-        return [*errors, *(answered[node] for node in sorted(answered, key=lambda node: str(self.client_name(node))))]
-
-    def compress(self, message: Message) -> int:
-        """Replace the model in a message by the client's own payload; returns the bytes of its arrays."""
-        node = message.metadata.dst_node_id
-        self.nodes.add(node)
-        if self.policy is not None:
-            client = self.client_name(node)
-            selection = self.policy.select(self.shapes, round=self.round, client=client)
-            rest = self.policy.compressible(self.shapes) if self.rest_format is not None else {}
-            self.selections[node] = selection
-            payload = ArrayRecord()
-            for name, array in self.arrays.items():
-                if name in selection:
-                    payload[name] = self._encoded(name)
-                else:
-                    payload[name] = self._rest(name) if name in rest else array
-            content = RecordDict(dict(message.content.items()))
-            models = [key for key, record in message.content.array_records.items() if set(record) == set(self.arrays)]
-            if not models:
-                raise PolicyError(
-                    "the inner strategy sends no model of the variables it was given: nothing to compress"
-                )
-            for key in models:
-                content[key] = payload
-            content[CONFIG] = to_config(
-                self.policy.encoding(round=self.round, client=client),
-                lossless=self.lossless_up,
-                rest_format=self.rest_format,
-            )
-            message.content = content
-        return _bytes_of(message)
-
-    def decode(self, reply: Message, aggregate: str) -> None:
-        """Check a reply and replace its arrays by ones that decode when they are asked for their values.
-
-        Raises:
-            PayloadError: it is damaged, not finite, or of another model.
-        """
-        records = list(reply.content.array_records.items())
-        if len(records) != 1:
-            raise PayloadError(f"the reply has {len(records)} array records, one expected")
-        key, record = records[0]
-        if set(record) != set(self.arrays):
-            raise PayloadError("the reply's variables are not those of the model that was sent")
-        selection = self.selections.get(reply.metadata.src_node_id, Selection({}))
-        decoded = ArrayRecord()
-        for name, array in record.items():
-            if tuple(array.shape) != tuple(self.arrays[name].shape):
-                raise PayloadError(f"{name}: shape {array.shape}, but {self.arrays[name].shape} was sent")
-            sent = self.packed[name] if name in selection else self.rest_packed.get(name)
-            decoded[name] = self._decoder(name, array, sent, aggregate)
-        content = RecordDict(dict(reply.content.items()))
-        content[key] = decoded
-        reply.content = content
-
-    def _encoded(self, name: str) -> Array:
-        if name not in self.encoded:
-            assert self.policy is not None
-            how = self.policy.encoding(round=self.round)
-            values = torch.from_numpy(self.arrays[name].numpy())
-            self.packed[name] = encode(values, how.format, how.transform, how.base_rounding, how.seed, name)
-            self.encoded[name] = packed_array(self.packed[name], tuple(values.shape), lossless=self.lossless_down)
-        return self.encoded[name]
-
-    def _rest(self, name: str) -> Array:
-        if name not in self.rest_encoded:
-            assert self.policy is not None and self.rest_format is not None
-            values = torch.from_numpy(self.arrays[name].numpy())
-            packed = encode(values, self.rest_format, self.policy.transform, name=name)
-            self.rest_packed[name] = packed
-            self.rest_encoded[name] = packed_array(
-                packed, tuple(values.shape), frame.DENSE, lossless=self.lossless_down
-            )
-        return self.rest_encoded[name]
-
-    def _decoder(self, name: str, array: Array, sent: Packed | None, aggregate: str) -> Array:
-        """Check an array and return one that decodes when it is its turn; ``sent`` is what went down packed, if so."""
-        shape = tuple(array.shape)
-        if array.stype == STYPE:
-
-            def parsed() -> frame.Frame:
-                return read_packed(array, name, copy=False, sent=sent)
-
-            is_update = parsed().kind == frame.UPDATE  # checked now, and read again when it is its turn
-            if is_update and sent is None:
-                raise PayloadError(f"{name}: an update came back, but the variable was sent in FP32")
-
-            def returned() -> _Values:
-                return _decode(parsed().packed, shape)
-
-        else:
-            dtype = read_dense(array, name).dtype  # likewise
-            if dtype != self.arrays[name].dtype:
-                raise PayloadError(f"{name}: dtype {dtype}, but {self.arrays[name].dtype} was sent")
-            if sent is None or aggregate == "value":
-                return array
-
-            def returned() -> _Values:
-                return read_dense(array, name)
-
-            is_update = False
-
-        def values() -> _Values:
-            result = returned()
-            flat = torch.from_numpy(result).view(-1)
-            if sent is not None and is_update and aggregate == "value":
-                sent.add_to(flat)
-            elif sent is not None and aggregate == "difference":
-                if not is_update:
-                    sent.add_to(flat, -1.0)
-                result += self.arrays[name].numpy()
-            return result
-
-        return _DecodedArray(array.dtype, shape, values)
+def _each(first: list[_Checked], rest: Iterator[_Checked]) -> Iterator[_Checked]:
+    """Chain without holding on to what was given."""
+    while first:
+        yield first.pop(0)
+    yield from rest
 
 
-class _DecodedArray(Array):
-    """An ``Array`` whose values are made when they are asked for; it is never sent."""
+def _without_arrays(content: RecordDict) -> RecordDict:
+    return RecordDict({key: record for key, record in content.items() if not isinstance(record, ArrayRecord)})
 
-    def __init__(self, dtype: str, shape: tuple[int, ...], values: Callable[[], _Values]) -> None:
-        super().__init__(dtype, shape, STYPE, b"")
-        self.__dict__["_values"] = values
 
-    def numpy(self) -> _Values:
-        """Decode the values."""
-        values: _Values = self.__dict__["_values"]()
-        return values
+@contextmanager
+def _metrics_of(strategy: FedAvg, contents: list[RecordDict]) -> Iterator[None]:
+    """Let a strategy that is given one reply aggregate the metrics of all."""
+    own = strategy.train_metrics_aggr_fn
+    strategy.train_metrics_aggr_fn = lambda _, weighted_by: own(contents, weighted_by)
+    try:
+        yield
+    finally:
+        strategy.train_metrics_aggr_fn = own
 
 
 def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
@@ -408,16 +452,12 @@ def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
     """
     result = ArrayRecord()
     for name, array in arrays.items():
-        values, wanted = array.numpy(), sent[name].dtype
+        wanted = sent[name].dtype
         if array.dtype != wanted:
-            values = np.asarray(values if np.dtype(wanted).kind == "f" else np.rint(values), dtype=wanted)
-            array = Array(values)
-        if not np.isfinite(values).all():
-            raise NonFiniteError(f"{name} would become NaN or infinite")
+            array = dense_array(in_dtype(array.numpy(), wanted))
+        try:
+            view_dense(array, name)
+        except PayloadError:
+            raise NonFiniteError(f"{name} would become NaN or infinite") from None
         result[name] = array
     return result
-
-
-def _decode(packed: Packed, shape: tuple[int, ...]) -> _Values:
-    values: _Values = packed.decode(torch.empty(packed.numel)).view(shape).numpy()
-    return values

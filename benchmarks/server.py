@@ -1,0 +1,168 @@
+"""What aggregation takes of the server: peak memory by size of the cohort, and time against memcpy.
+
+    python -m benchmarks.server [--json out.json] [--rounds 3] [--clients 4 16 64] [--formats S1E3M7@0.9]
+
+A round of ``OMCStrategy(FedAvg())`` with the application's large model (about 115 M parameters), one thread. The
+replies are made here, one after the other as a network would deliver them, each in memory of its own. Rows ``{format,
+clients, peak_rss_bytes, seconds, memcpy_ratio}``: the peak is that of the process above its level before the server's
+model is there, the seconds are of the whole of ``aggregate_train`` without the making of replies, and the ratio is that
+of memcpy of the FP32 model for each client, measured between any two replies, to them: more than 1 is faster than
+memcpy. Each row is the median of runs in processes of their own. ``peak_ratio`` is against the
+smallest cohort.
+"""
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training import memory, values
+
+FORMATS = ("S1E2M3+S1E2M1", "S1E3M7@0.9", "FP32")
+CLIENTS = (4, 16, 64)
+VOCABULARY = 1024
+BUFFER = 2**26  # bytes: larger than the caches
+
+
+def main() -> None:
+    """Run all rows in turn, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each row is measured")
+    parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS), help="sizes of the cohort")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="of the clients, as the application's")
+    parser.add_argument("--strategy", default="FedAvg", help="the name of Flower's, such as FedAdam")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(run(**json.loads(options.worker))))
+        return
+    jobs = [{"format": f, "clients": c, "strategy": options.strategy} for f in options.formats for c in options.clients]
+    print(f"{len(jobs)} rows x {options.rounds} rounds, 5 to 60 seconds each, about 3 GB of memory", flush=True)
+    runs: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    for number in range(1, options.rounds + 1):
+        for job, found in zip(jobs, runs, strict=True):
+            command = [sys.executable, "-m", "benchmarks.server", "--worker", json.dumps(job)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+            if done.returncode:
+                sys.exit(done.stderr)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"round {number} of {options.rounds} done", flush=True)
+    rows = [
+        {**job, **{k: statistics.median(one[k] for one in f) for k in f[0]}} for job, f in zip(jobs, runs, strict=True)
+    ]
+    print(f"{'':<16} {'clients':>7} {'peak':>9} {'':>6} {'seconds':>9} {'a client':>9}")
+    for row in rows:
+        least = next(r for r in rows if r["format"] == row["format"])
+        row["peak_ratio"] = row["peak_rss_bytes"] / least["peak_rss_bytes"]
+        peak, each = row["peak_rss_bytes"] / 1e6, row["seconds"] / row["clients"]
+        print(
+            f"{row['format']:<16} {row['clients']:>7} {peak:>6.0f} MB {row['peak_ratio']:>5.2f}x "
+            f"{row['seconds']:>7.2f} s {each:>7.3f} s {row['memcpy_ratio']:>6.2f} x memcpy"
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows}, indent=2))
+
+
+# ---- one row, in its own process -----------------------------------------------------------------------------------
+
+
+class Nodes:
+    """As much of a grid as choosing nodes takes."""
+
+    def __init__(self, clients: int) -> None:
+        self.clients = clients
+
+    def get_node_ids(self) -> list[int]:
+        """List the nodes."""
+        return list(range(1, self.clients + 1))
+
+
+def run(format: str, clients: int, strategy: str) -> dict[str, float]:
+    """Aggregate one round."""
+    import logging
+
+    import torch
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.serverapp import strategy as strategies
+    from flwr.supercore.task_identity import TaskIdentity
+
+    import fedomc
+    from fedomc import frame
+    from fedomc.flower import OMCStrategy
+    from fedomc.flower.arrays import STYPE, packed_array
+    from fedomc.transform import encode
+    from fedomc_speech.model import build
+
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    for name in ("_run_id", "_node_id", "_task_id"):
+        setattr(TaskIdentity, name, 1)
+    base, _, fraction = format.partition("@")
+    base, _, update = base.partition("+")
+    policy = None
+    if base != "FP32":
+        policy = fedomc.CompressionPolicy(format=base, update_format=update or None, fraction=float(fraction or 1))
+    one, other = torch.zeros(BUFFER // 4), torch.ones(BUFFER // 4)
+    model = build("large", VOCABULARY)
+
+    def compressed(name: str, update_like: torch.Tensor) -> Array:
+        fmt = fedomc.FloatFormat.parse(update or base)
+        packed = encode(update_like, fmt, name=name)
+        return packed_array(packed, tuple(update_like.shape), frame.UPDATE if update else frame.VARIABLE)
+
+    # What a client returns for each variable, packed and in FP32, before the level of memory is taken.
+    torch.manual_seed(1)
+    scale = 0.01 if update else 1.0
+    dense = {name: Array(value.numpy()) for name, value in values(model)}
+    packed = {
+        n: compressed(n, torch.from_numpy(a.numpy()) * scale)
+        for n, a in dense.items()
+        if policy and a.dtype == "float32"
+    }
+    start = memory("VmRSS")
+
+    torch.manual_seed(0)
+    arrays = ArrayRecord({name: Array(value.numpy()) for name, value in values(model)})
+    fp32_bytes = sum(len(array.data) for array in arrays.values())
+    wrapped = OMCStrategy(getattr(strategies, strategy)(), policy)
+    messages = list(wrapped.configure_train(1, arrays, ConfigRecord(), Nodes(clients)))  # type: ignore[arg-type]
+    outside = 0.0
+    memcpy: list[float] = []
+
+    def replies() -> Iterator[Message]:
+        nonlocal outside
+        for message in messages:
+            began = time.perf_counter()
+            ctypes.memmove(one.data_ptr(), other.data_ptr(), BUFFER)
+            memcpy.append((time.perf_counter() - began) * fp32_bytes / BUFFER)
+            record = ArrayRecord()
+            for name, array in message.content["arrays"].items():
+                own = (packed if array.stype == STYPE else dense)[name]
+                record[name] = Array(own.dtype, own.shape, own.stype, bytes(bytearray(own.data)))
+            content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 7, "loss": 1.0})})
+            reply = Message(content, reply_to=message)
+            del record, content
+            outside += time.perf_counter() - began
+            yield reply
+            del reply
+
+    began = time.perf_counter()
+    result, _ = wrapped.aggregate_train(1, replies())
+    seconds = time.perf_counter() - began - outside
+    assert result is not None and wrapped.traffic[-1].received == clients
+    return {
+        "peak_rss_bytes": memory("VmHWM") - start,
+        "seconds": seconds,
+        "memcpy_ratio": clients * statistics.median(memcpy) / seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()

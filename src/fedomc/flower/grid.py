@@ -1,0 +1,85 @@
+"""A grid that gives replies one by one, where Flower's would hold all of a round."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+_INTERVAL = 0.1
+"""Seconds between two looks for replies; more if looking takes long."""
+
+
+class OneByOne(Grid):
+    """Another grid's nodes, with a ``send_and_receive`` that fetches a reply when the one before was dealt with.
+
+    Args:
+        grid: the other one.
+        in_order: give the replies in the order of the messages, so that sums of them have the same last bits in every
+            run. Those that are there before their turn wait outside this process.
+    """
+
+    def __init__(self, grid: Grid, *, in_order: bool = False) -> None:
+        self.grid = grid
+        self.in_order = in_order
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Send messages now; the replies are fetched as the iterator is drawn from.
+
+        Args:
+            messages: to send.
+            timeout: seconds from now on; later replies are not fetched. None waits for all.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return self._fetched([sent for sent in self.grid.push_messages(messages) if sent is not None], deadline)
+
+    def _fetched(self, waiting: list[str], deadline: float | None) -> Iterator[Message]:
+        while waiting:
+            began = time.monotonic()
+            still = []
+            for sent in waiting:
+                replies = list(self.grid.pull_messages([sent]))  # one, so that no other is in memory
+                if not replies:
+                    still.append(sent)
+                while replies:
+                    yield replies.pop()
+                if still and self.in_order and not (deadline is not None and began >= deadline):
+                    still += waiting[waiting.index(sent) + 1 :]
+                    break
+            if deadline is not None and began >= deadline:
+                return  # a last look was taken after it
+            if len(still) == len(waiting):
+                time.sleep(max(_INTERVAL, time.monotonic() - began))
+            waiting = still
+
+    def set_run(self, run: Any) -> None:
+        """Set the run."""
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The run."""
+        return self.grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message."""
+        return self.grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """List the nodes."""
+        return self.grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Describe the nodes."""
+        return self.grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages."""
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Fetch the replies to some messages that are there."""
+        return self.grid.pull_messages(message_ids)

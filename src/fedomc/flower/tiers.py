@@ -1,0 +1,59 @@
+"""Client tiers: a node announces what it can hold, and is sent a format that fits."""
+
+from logging import WARNING
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+_ACTION = "fedomc"
+"""The query's name: ``app.query("fedomc")(announce)``."""
+
+_RECORD = "fedomc-node"
+_TIER, _MEMORY = "tier", "memory-bytes"
+_TIMEOUT = 60.0  # seconds
+
+
+def announce(message: Message, context: Context) -> Message:
+    """Answer the server's query with the ``tier`` or the ``memory-bytes`` of the node config.
+
+    To be registered on the client as ``app.query("fedomc")(announce)``. A node is started with what it announces, as in
+    ``flower-supernode --node-config 'memory-bytes=500000000'``: the bytes that the model's parameters may take.
+    """
+    config = {key: context.node_config[key] for key in (_TIER, _MEMORY) if key in context.node_config}
+    return Message(RecordDict({_RECORD: ConfigRecord({**config})}), reply_to=message)
+
+
+class Announced:
+    """What nodes have announced; each is asked once, or again if it did not answer."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, dict[str, Any]] = {}
+
+    def ask(self, grid: Grid, nodes: set[int]) -> None:
+        """Ask those nodes that have not announced anything yet."""
+        unknown = sorted(nodes - self._of.keys())
+        if not unknown:
+            return
+        query = f"{MessageType.QUERY}.{_ACTION}"
+        messages = [Message(RecordDict(), dst_node_id=node, message_type=query) for node in unknown]
+        for reply in grid.send_and_receive(messages, timeout=_TIMEOUT):
+            if not reply.has_error():
+                self._of[reply.metadata.src_node_id] = _read(reply.content)
+        for node in unknown:
+            if node not in self._of:
+                log(WARNING, "node %d has announced no tier and gets the default", node)
+
+    def of(self, node: int) -> dict[str, Any]:
+        """Return what a node has announced, as ``TieredPolicy.choose`` takes it."""
+        return self._of.get(node, {})
+
+
+def _read(content: RecordDict) -> dict[str, Any]:
+    config = content.config_records.get(_RECORD, ConfigRecord())
+    tier, memory = config.get(_TIER), config.get(_MEMORY)
+    return {
+        **({"tier": tier} if isinstance(tier, str) else {}),
+        **({"memory_bytes": int(memory)} if isinstance(memory, int | float) and 0 < memory < 2**63 else {}),
+    }

@@ -1,0 +1,105 @@
+"""``omc_mod``: a client that only knows FP32 arrays, in a round of compressed messages."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+import fedomc
+from fedomc.flower import OMCStrategy, omc_mod
+from fedomc.flower.arrays import STYPE
+from tests.flower.test_aggregation import SHAPE, Nodes, decode, model
+
+STEP = np.random.default_rng(5).standard_normal(SHAPE).astype(np.float32) * 1e-3
+
+
+def plain_client(change: Any = None) -> ClientApp:
+    """Train with numpy alone."""
+    app = ClientApp(mods=[omc_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        record = message.content["arrays"]
+        assert {array.stype for array in record.values()} == {"numpy.ndarray"}
+        new = ArrayRecord({name: Array(array.numpy()) for name, array in record.items()})
+        new["weight"] = Array(record["weight"].numpy() + STEP)
+        if change is not None:
+            new["weight"] = Array(change)
+        content = RecordDict({"arrays": new, "metrics": MetricRecord({"num-examples": 3})})
+        return Message(content, reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        shape = message.content["arrays"]["weight"].numpy().shape
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": shape[0]})}), reply_to=message)
+
+    return app
+
+
+def context(node: int) -> Context:
+    return Context(1, node, {}, RecordDict(), {})
+
+
+POLICIES = [
+    {"format": "S1E3M7"},
+    {"format": "S1E4M8", "rounding": "stochastic"},
+    {"format": "S1E2M3", "update_format": "S1E2M3"},
+    {"format": "S1E2M3", "update_format": "S1E2M1", "rounding": "stochastic"},
+]
+
+
+@pytest.mark.parametrize("how", POLICIES)
+def test_a_plain_client_takes_part_and_only_its_messages_are_compressed(how: dict[str, str]) -> None:
+    arrays, app = model(), plain_client()
+    wrapped = OMCStrategy(FedAvg(), fedomc.CompressionPolicy(**how))  # type: ignore[arg-type]
+    messages = list(wrapped.configure_train(1, arrays, ConfigRecord(), Nodes(3)))  # type: ignore[arg-type]
+    sent = decode(messages[0], "weight")[0].reshape(SHAPE)
+    replies = [app(message, context(message.metadata.dst_node_id)) for message in messages]
+    up, is_update = decode(replies[0], "weight")
+    assert {name: a.stype for name, a in replies[0].content["arrays"].items() if a.stype == STYPE} == {"weight": STYPE}
+    assert is_update == ("update_format" in how)
+    returned = up.reshape(SHAPE) if is_update else up.reshape(SHAPE) - sent
+    whole = fedomc.FloatFormat.parse(how.get("update_format", how["format"]))
+    reach = np.abs(STEP if is_update else sent).max() * 2.0**-(whole.mantissa_bits)
+    assert np.abs(returned - STEP).max() <= reach
+    result, _ = wrapped.aggregate_train(1, replies)
+    assert result is not None and wrapped.traffic[-1].received == 3
+    moved = result["weight"].numpy() - arrays["weight"].numpy()
+    assert np.abs(moved - STEP).max() <= reach + 1e-6
+    assert wrapped.traffic[-1].up_bytes < 0.5 * 3 * sum(len(array.data) for array in arrays.values())
+
+
+def test_fp32_messages_evaluation_and_errors_pass_through() -> None:
+    app = plain_client()
+    for policy in (None, fedomc.CompressionPolicy(format="S1E3M7")):
+        wrapped = OMCStrategy(FedAvg(), policy)
+        for message in wrapped.configure_train(1, model(), ConfigRecord(), Nodes(2)):  # type: ignore[arg-type]
+            packed = {array.stype for array in message.content["arrays"].values()} != {"numpy.ndarray"}
+            assert packed == (policy is not None)
+            reply = app(message, context(1))
+            assert (reply.content["arrays"]["weight"].stype == STYPE) == packed
+        for message in wrapped.configure_evaluate(1, model(), ConfigRecord(), Nodes(2)):  # type: ignore[arg-type]
+            assert app(message, context(1)).content["metrics"]["num-examples"] == SHAPE[0]
+    message = next(iter(OMCStrategy(FedAvg(), policy).configure_train(1, model(), ConfigRecord(), Nodes(2))))  # type: ignore[arg-type]
+    failed = omc_mod(message, context(1), lambda m, c: Message(Error(code=1, reason="no"), reply_to=m))
+    assert failed.has_error()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (np.zeros((3, 3), np.float32), fedomc.PayloadError),
+        (np.zeros(SHAPE), fedomc.PayloadError),
+        (np.full(SHAPE, np.nan, np.float32), fedomc.NonFiniteError),
+    ],
+)
+def test_what_cannot_go_back_is_named(change: np.ndarray, error: type[Exception]) -> None:
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    wrapped = OMCStrategy(FedAvg(), fedomc.CompressionPolicy(format="S1E3M7"))
+    message = next(iter(wrapped.configure_train(1, model(), ConfigRecord(), Nodes(2))))  # type: ignore[arg-type]
+    with pytest.raises(error, match="weight"):
+        plain_client(change)(message, context(1))
