@@ -72,7 +72,7 @@ def test_compressed_it_computes_what_its_decoded_copy_does(format: str) -> None:
     policy = fedomc.CompressionPolicy(format, transform="none" if format == "S1E8M23" else "scaled-affine")
     fedomc.compress_(network, policy.select(network))
     inputs, frames = torch.randn(2, 100, 40), torch.tensor([100, 80])
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):  # whose sums have another order
         packed = network(inputs, frames)[0]
         dense = fedomc.decompress_(network)(inputs, frames)[0]
     assert torch.equal(packed, dense)
