@@ -262,3 +262,25 @@ def test_a_tensor_without_gradient_needs_none() -> None:
     w = lossless(randn(6, 8))
     assert not F.linear(X, w).requires_grad
     assert torch.equal(F.linear(X, w), F.linear(X, w.dequantize()))
+
+
+KEEPING = {
+    "lstm": (lambda: nn.LSTM(8, 64), (200, 8, 8)),
+    "gru": (lambda: nn.GRU(8, 64), (200, 8, 8)),
+    "lstm cell": (lambda: nn.LSTMCell(8, 64), (1000, 8)),
+    "self attention": (lambda: nn.MultiheadAttention(64, 2), (100, 4, 64)),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_forward_passes_without_backward_leave_nothing(name: str) -> None:
+    make, shape = KEEPING[name]
+    model, x = compressed(make()), randn(*shape)
+    inputs = (x, x, x) if name == "self attention" else (x,)
+    model(*inputs)  # fills caches
+
+    def several() -> None:
+        for _ in range(5):
+            model(*inputs)
+
+    assert sum(allocations(several)) < x.nbytes

@@ -103,7 +103,8 @@ def with_decoded_weights(
             return _SavedWeight(weight, weight._version, saved.dtype, geometry)
         if outer is not None:
             return _SavedElsewhere(outer[0](saved), outer[1])
-        return Saved(saved, saved._version)
+        # Detached, with the same version: what a function saves of its own result would keep itself alive.
+        return Saved(saved.detach(), saved._version)
 
     def unpack(saved: Saved | _SavedElsewhere) -> Tensor:
         return saved.load()
