@@ -119,9 +119,19 @@ def with_decoded_weights(
 def with_autocast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same for functions that autocast runs in its lower precision.
 
-    Autocast would cast the decoded weight and autograd save that copy.
+    Autocast would cast the decoded weight and autograd save that copy. What writes to ``out`` is left to the
+    dispatcher, which encodes it again; so does autocast leave it alone.
     """
+    if kwargs.get("out") is not None:
+        return func(*args, **kwargs)
     return with_decoded_weights(func, args, kwargs, autocast_dtype(args, kwargs) or torch.float32)
+
+
+def einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``torch.einsum``; of one operand, which may give a view of it, by the dispatcher."""
+    if sum(isinstance(x, Tensor) for x in tree_leaves((args, kwargs))) == 1:
+        return func(*args, **kwargs)
+    return with_autocast(func, args, kwargs)
 
 
 def autocast_dtype(*operands: Any) -> torch.dtype | None:
