@@ -1,4 +1,5 @@
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -343,3 +344,40 @@ def test_einsum_of_one_operand(name: str, autocast: bool) -> None:
             found[-1] += [weight.dequantize() if isinstance(weight, CompressedTensor) else weight]
     assert found[0][0].dtype is found[1][0].dtype is torch.float32
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class TestLinearSavesWhatItNeeds:
+    """For the gradient of the weight the input, for that of the input the weight."""
+
+    def test_a_frozen_layer_does_not_keep_its_input(self) -> None:
+        kept = {}
+        for trained in (True, False):
+            layer = compressed(nn.Linear(8, 8, bias=False)).requires_grad_(trained)
+            hidden = X.clone().requires_grad_() * 1
+            there = weakref.ref(hidden)
+            output = layer(hidden)
+            del hidden
+            kept[trained] = there() is not None
+            output.sum().backward()
+        assert kept == {True: True, False: False}
+
+    def test_the_input_of_a_frozen_layer_may_change(self) -> None:
+        found = []
+        for weight in (SQUARE, lossless(SQUARE)):
+            x = X.clone().requires_grad_()
+            hidden = x * 1
+            hidden.add_(F.linear(hidden, weight))
+            hidden.square().sum().backward()
+            found.append([hidden, x.grad])
+        assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+    def test_the_weight_may_change_if_the_input_needs_no_gradient(self) -> None:
+        gradients = []
+        for weight in (nn.Parameter(SQUARE.clone()), nn.Parameter(lossless(SQUARE))):
+            outputs = [F.linear(X, weight).sum() for _ in range(2)]
+            for output in outputs:
+                output.backward()
+                with torch.no_grad():
+                    weight.add_(1)
+            gradients.append(weight.grad)
+        assert same_bits(*gradients)

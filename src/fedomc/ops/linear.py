@@ -12,12 +12,12 @@ from fedomc.tensor import CompressedTensor, is_compressed
 
 
 class _Linear(torch.autograd.Function):
-    """``x W^T + b``, saving x and the codes of W."""
+    """``x W^T + b``, saving the codes of W, and x for the gradient of W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: CompressedTensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight = Saved(weight, weight._version)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        ctx.weight, ctx.shape = Saved(weight, weight._version), x.shape
         panels = weight.panels()
         if len(panels) == 1:
             return project(x, weight.decode().to(x.dtype), bias)
@@ -30,15 +30,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        weight = ctx.weight.load()
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])  # [N, out]
-        flat = x.reshape(-1, x.shape[-1])  # [N, in]
         # For a second derivative torch's own product is needed, whose derivative is known.
         times_weight, times_x = (_torch_times_weight, torch.mm) if torch.is_grad_enabled() else (_times_weight, product)
         return (
-            times_weight(rows, weight).view(x.shape) if of_x else None,
-            times_x(rows.t(), flat).float() if of_weight else None,
+            times_weight(rows, ctx.weight.load()).view(ctx.shape) if of_x else None,
+            times_x(rows.t(), x.reshape(-1, x.shape[-1])).float() if of_weight else None,  # [out, in]
             rows.sum(0) if of_bias else None,
         )
 
