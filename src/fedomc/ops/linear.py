@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedomc.ops.multiply import product, project
-from fedomc.ops.whole import Saved, autocast_dtype, with_autocast, with_decoded_weights
+from fedomc.ops.whole import Saved, autocast_dtype, is_operand, with_autocast, with_decoded_weights
 from fedomc.tensor import CompressedTensor, is_compressed
 
 
@@ -59,16 +59,21 @@ def _torch_times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
 def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``F.linear`` by panels where the weight is what is compressed, and as a whole elsewhere."""
     x, weight, bias = _arguments(*args, **kwargs)
-    plain = is_compressed(weight) and weight.dim() == 2 and not is_compressed(x) and not is_compressed(bias)
-    if not plain or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        return with_autocast(func, args, kwargs)
+    if not (is_compressed(weight) and _fits(x, weight, bias)):
+        return with_autocast(func, args, kwargs)  # which says what is wrong, if anything is
     dtype = autocast_dtype(weight)
     if dtype is None:
-        if x.dtype is not torch.float32 or (bias is not None and bias.dtype is not torch.float32):
-            return with_autocast(func, args, kwargs)  # which says what is wrong
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     with torch.autocast(weight.device.type, enabled=False):
         return _Linear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-untyped-call]
+
+
+def _fits(x: Tensor, weight: CompressedTensor, bias: Tensor | None) -> bool:
+    if not is_operand(x, weight) or x.dim() == 0 or weight.dim() != 2 or weight.numel() == 0:
+        return False
+    if x.shape[-1] != weight.shape[1]:
+        return False
+    return bias is None or (is_operand(bias, weight) and bias.shape == (len(weight),))
 
 
 def _arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
