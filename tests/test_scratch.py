@@ -1,12 +1,16 @@
 import gc
+import sys
 import threading
+import weakref
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedomc.scratch import Scratch
+from fedomc.scratch import Scratch, ScratchUse
 
 CPU = torch.device("cpu")
 N = 100_000
@@ -81,3 +85,52 @@ def test_several_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong and scratch.use().lent == 0
+
+
+@pytest.mark.parametrize("ask", [False, True])
+@pytest.mark.parametrize("method", ["_take", "_take_back"])
+@pytest.mark.parametrize("moment", range(20))
+def test_what_interrupts_it_in_its_own_thread(moment: int, method: str, ask: bool) -> None:
+    """A signal handler or the garbage collector may drop tensors, and ask for some, before any line."""
+    scratch = Scratch(keep=8 * 4 * N)
+    held = [scratch.empty(N + 1000 * (12 - i), CPU) for i in range(12)]  # the next idle piece is always too small
+    del held[::2]
+    asked: list[torch.Tensor] = []
+    code, lines = getattr(Scratch, method).__code__, 0
+
+    def at_a_line(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if frame.f_code is not code:
+            return None
+        if event == "line" and (lines := lines + 1) > moment:
+            held.clear()
+            if ask:
+                asked.append(scratch.empty(N, CPU).fill_(-1))
+                scratch.use()
+        return at_a_line
+
+    before = sys.gettrace()
+    sys.settrace(at_a_line)
+    try:
+        found = [scratch.empty(N + 1000 * i, CPU) for i in range(12)]
+    finally:
+        sys.settrace(before)
+    for i, values in enumerate(found):
+        assert values.fill_(i).shape == (N + 1000 * i,)
+    assert not held and all(bool((values == i).all()) for i, values in enumerate(found))
+    assert all(bool((values == -1).all()) for values in asked)
+    del values
+    for tensors in (found, asked):
+        tensors.clear()
+    use = scratch.use()
+    assert use.lent == 0 and use.idle == sum(piece.nbytes for piece in scratch._idle)
+    scratch.clear()
+    assert scratch.use() == ScratchUse(0, 0, 0)
+
+
+def test_what_comes_back_beyond_the_bound_is_given_up_at_once() -> None:
+    scratch = Scratch(keep=4 * N)
+    held = [scratch.empty(N, CPU) for _ in range(3)]
+    pieces = [weakref.ref(piece) for _, piece in scratch._views.values()]
+    del held
+    assert sum(piece() is not None for piece in pieces) <= 1

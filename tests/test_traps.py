@@ -234,12 +234,17 @@ class TestOrderOfPasses:
         with pytest.raises(RuntimeError, match=r"layer\.weight was changed in place"):
             once.backward()
 
+    @pytest.mark.parametrize("make", [optim.SGD, optim.Adam])
+    @pytest.mark.parametrize("how", [{}, {"foreach": True}, {"fused": True}], ids=["for loop", "foreach", "fused"])
     @pytest.mark.parametrize("again", [lambda model, x, first: loss(model, x), lambda model, x, first: first])
     def test_two_forward_passes_then_two_backward_passes_with_a_step_in_each(
-        self, again: Callable[[nn.Module, Tensor, Tensor], Tensor]
+        self,
+        again: Callable[[nn.Module, Tensor, Tensor], Tensor],
+        how: dict[str, bool],
+        make: Callable[..., optim.Optimizer],
     ) -> None:
         _, packed, x = build("module called twice")
-        step_in_backward(packed, optim.SGD, lr=0.1)
+        step_in_backward(packed, make, lr=0.1, **how)
         first = loss(packed, x)
         second = again(packed, x, first)
         first.backward(retain_graph=True)

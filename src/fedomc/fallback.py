@@ -60,6 +60,9 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             values = decoded[id(x)][1]
             x.rewrite_from(values)
             written[id(values)] = x
+    if func._schema.name.startswith(("aten::_foreach", "aten::_fused")):
+        # The variables in lists have to tell autograd themselves that they were changed.
+        torch.autograd.graph.increment_version(written.values())
     return tree_map(lambda x: written.get(id(x), x), result)
 
 

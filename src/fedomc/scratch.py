@@ -11,6 +11,9 @@ gone, whoever kept it: nothing can be overwritten while it is still looked at.
 import os
 import threading
 import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,37 +54,60 @@ class Scratch:
         self.keep = keep
         self._idle: list[_Piece] = []  # least recently used first
         self._views: dict[int, tuple[weakref.ref[_Piece], _Piece]] = {}  # what is lent, by the reference's identity
+        self._returned: deque[int] = deque()  # of what is lent, what came back since
         self._idle_bytes = self._lent_bytes = self._peak = 0
-        self._lock = threading.RLock()  # memory may come back while this thread holds it
+        self._lock, self._busy = threading.RLock(), False
 
     def empty(self, numel: int, device: torch.device) -> Tensor:
         """Lend float32 ``[numel]``; on other devices than the CPU, torch's allocator does the same."""
         if numel < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
             return torch.empty(numel, device=device)
-        with self._lock:
+        with self._alone() as alone:
+            if not alone:
+                return torch.empty(numel, device=device)
             piece = self._take(numel)
-            self._lent_bytes += piece.nbytes
-            self._peak = max(self._peak, self._lent_bytes + self._idle_bytes)
             view = piece[:numel]
             reference = weakref.ref(view, self._give_back)
             self._views[id(reference)] = reference, piece
+            self._lent_bytes += piece.nbytes
+            self._peak = max(self._peak, self._lent_bytes + self._idle_bytes)
         return torch.from_numpy(view)
 
     def use(self) -> ScratchUse:
         """Report the bytes lent and idle."""
-        with self._lock:
+        with self._alone():
             return ScratchUse(self._lent_bytes, self._idle_bytes, self._peak)
 
     def clear(self) -> None:
         """Give idle memory back to the system, and forget the peak."""
-        with self._lock:
-            self._idle.clear()
-            self._idle_bytes = 0
-            self._peak = self._lent_bytes
+        with self._alone() as alone:
+            if alone:
+                self._idle.clear()
+                self._idle_bytes = 0
+                self._peak = self._lent_bytes
 
     def forget_lock(self) -> None:
         """Make a new lock: in a forked process nobody is left who could release the old one."""
-        self._lock = threading.RLock()
+        self._lock, self._busy = threading.RLock(), False
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Take what came back, and let nobody else in.
+
+        Yields:
+            False in the midst of such a context of the same thread, which a signal handler or the garbage collector
+            interrupted: nothing may be changed then.
+        """
+        with self._lock:
+            if self._busy:
+                yield False
+                return
+            try:
+                self._busy = True
+                self._take_back()
+                yield True
+            finally:
+                self._busy = False
 
     def _take(self, numel: int) -> _Piece:
         """Take the smallest piece that fits without wasting more than a fifth of it, or a new one."""
@@ -98,13 +124,18 @@ class Scratch:
         return unaligned[skip : skip + numel]
 
     def _give_back(self, reference: "weakref.ref[_Piece]") -> None:
-        with self._lock:
-            _, piece = self._views.pop(id(reference))
+        self._returned.append(id(reference))  # in one instant; in the midst of another context it stays there
+        with self._alone():
+            pass
+
+    def _take_back(self) -> None:
+        while self._returned:
+            _, piece = self._views.pop(self._returned.popleft())
             self._lent_bytes -= piece.nbytes
             self._idle.append(piece)
             self._idle_bytes += piece.nbytes
-            while self._idle_bytes > self.keep:
-                self._idle_bytes -= self._idle.pop(0).nbytes
+        while self._idle_bytes > self.keep:
+            self._idle_bytes -= self._idle.pop(0).nbytes
 
 
 scratch = Scratch(keep=3 * PANEL_BYTES)

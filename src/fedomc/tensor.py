@@ -134,10 +134,10 @@ class CompressedTensor(Tensor):
         return max(1, PANEL_BYTES * len(self) // max(1, 4 * self.base.numel))
 
     def panels(self) -> list[tuple[int, int]]:
-        """Cut the first dimension into even stretches of no more rows."""
+        """Cut the first dimension into even stretches of no more rows; one of none if there are no rows."""
         rows = len(self)
-        height = -(-rows // max(1, -(-rows // self.panel_rows)))
-        return [(start, min(start + height, rows)) for start in range(0, rows, height)]
+        height = max(1, -(-rows // max(1, -(-rows // self.panel_rows))))
+        return [(start, min(start + height, rows)) for start in range(0, max(1, rows), height)]
 
     def _decoded(self, out: Tensor) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():

@@ -30,3 +30,43 @@ def test_without_onednn_the_bits_are_those_of_torch() -> None:
 
 def test_a_result_is_no_view() -> None:
     assert project(randn(2, 20, 300), randn(200, 300), None)._base is None
+
+
+TABLE = randn(129, 4, seed=2)
+BIASES = {
+    "a column": TABLE[:, 1],
+    "one number for all": TABLE[:1, 1].expand(129),
+    "every other": randn(258)[::2],
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_of_any_stride(name: str) -> None:
+    x, weight, bias = randn(64, 128), randn(129, 128, seed=1), BIASES[name]
+    torch.testing.assert_close(project(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (64, 1), (64, 129), (1, 129)])
+def test_biases_of_any_shape(shape: tuple[int, ...]) -> None:
+    x, weight, bias = randn(64, 128), randn(129, 128, seed=1), randn(*shape, seed=2)
+    torch.testing.assert_close(project(x, weight, bias), F.linear(x, weight, bias))
+
+
+FRAMES = randn(16_000).unfold(0, 512, 100)  # [155, 512], one over the other
+OPERANDS = {
+    "overlapping": FRAMES,
+    "all rows one": randn(512).expand(64, 512),
+    "all columns one": randn(64, 1).expand(64, 512),
+    "every other column": randn(64, 1024)[:, ::2],
+    "part of a row": randn(64, 600)[:, 7:519],
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_operands_of_any_stride(name: str) -> None:
+    a, b = OPERANDS[name], randn(512, 64, seed=1)
+    found = product(a, b), product(b.t(), a.t()), product(a.t(), a), project(a, b.t(), None), project(b.t(), a, None)
+    expected = a @ b, b.t() @ a.t(), a.t() @ a, a @ b, b.t() @ a.t()
+    for values, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(values, wanted, rtol=1e-4, atol=1e-4)

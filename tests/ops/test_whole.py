@@ -1,4 +1,5 @@
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -262,3 +263,121 @@ def test_a_tensor_without_gradient_needs_none() -> None:
     w = lossless(randn(6, 8))
     assert not F.linear(X, w).requires_grad
     assert torch.equal(F.linear(X, w), F.linear(X, w.dequantize()))
+
+
+KEEPING = {
+    "lstm": (lambda: nn.LSTM(8, 64), (200, 8, 8)),
+    "gru": (lambda: nn.GRU(8, 64), (200, 8, 8)),
+    "lstm cell": (lambda: nn.LSTMCell(8, 64), (1000, 8)),
+    "self attention": (lambda: nn.MultiheadAttention(64, 2), (100, 4, 64)),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_forward_passes_without_backward_leave_nothing(name: str) -> None:
+    make, shape = KEEPING[name]
+    model, x = compressed(make()), randn(*shape)
+    inputs = (x, x, x) if name == "self attention" else (x,)
+    model(*inputs)  # fills caches
+
+    def several() -> None:
+        for _ in range(5):
+            model(*inputs)
+
+    assert sum(allocations(several)) < x.nbytes
+
+
+SQUARE, BATCH = randn(8, 8, seed=3), randn(3, 8, 8, seed=4)
+OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "mm": lambda out: torch.mm(SQUARE, SQUARE, out=out),
+    "matmul": lambda out: torch.matmul(SQUARE, SQUARE, out=out),
+    "addmm": lambda out: torch.addmm(SQUARE, SQUARE, SQUARE, out=out),
+    "of itself": lambda out: torch.addmm(out, SQUARE, SQUARE, out=out),
+    "bmm": lambda out: torch.bmm(BATCH, BATCH, out=out),
+    "baddbmm": lambda out: torch.baddbmm(BATCH, BATCH, BATCH, out=out),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", OUT)
+def test_products_into_a_compressed_tensor(name: str, autocast: bool) -> None:
+    plain = torch.zeros_like(BATCH if "bmm" in name else SQUARE)
+    packed = lossless(plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        OUT[name](plain)
+        assert OUT[name](packed) is packed
+    assert same_bits(plain, packed.dequantize()) and plain.any()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_of_compressed_tensors_into_a_plain_one(autocast: bool) -> None:
+    outs = [torch.zeros(8, 8) for _ in range(2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for out, weight in zip(outs, (SQUARE, lossless(SQUARE)), strict=True):
+            assert torch.mm(weight, SQUARE, out=out) is out
+    assert same_bits(*outs) and outs[0].any()
+
+
+EINSUMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda w: torch.einsum("ij->ji", w),
+    "transposed, in a list": lambda w: torch.einsum("ij->ji", [w]),
+    "transposed, by numbers": lambda w: torch.einsum(w, [0, 1], [1, 0]),
+    "as it is": lambda w: torch.einsum("ij", w),
+    "diagonal": lambda w: torch.einsum("ii->i", w),
+    "sum": lambda w: torch.einsum("ij->i", w),
+    "trace": lambda w: torch.einsum("ii", w),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", EINSUMS)
+def test_einsum_of_one_operand(name: str, autocast: bool) -> None:
+    weights = [nn.Parameter(SQUARE.clone()), nn.Parameter(lossless(SQUARE))]
+    found = []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for weight in weights:
+            found.append([EINSUMS[name](weight)])
+            found[-1][0].sin().sum().backward()
+            found[-1].append(weight.grad)
+            with torch.no_grad():
+                EINSUMS[name](weight).mul_(2)  # which may be a view of the weight
+            found[-1] += [weight.dequantize() if isinstance(weight, CompressedTensor) else weight]
+    assert found[0][0].dtype is found[1][0].dtype is torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class TestLinearSavesWhatItNeeds:
+    """For the gradient of the weight the input, for that of the input the weight."""
+
+    def test_a_frozen_layer_does_not_keep_its_input(self) -> None:
+        kept = {}
+        for trained in (True, False):
+            layer = compressed(nn.Linear(8, 8, bias=False)).requires_grad_(trained)
+            hidden = X.clone().requires_grad_() * 1
+            there = weakref.ref(hidden)
+            output = layer(hidden)
+            del hidden
+            kept[trained] = there() is not None
+            output.sum().backward()
+        assert kept == {True: True, False: False}
+
+    def test_the_input_of_a_frozen_layer_may_change(self) -> None:
+        found = []
+        for weight in (SQUARE, lossless(SQUARE)):
+            x = X.clone().requires_grad_()
+            hidden = x * 1
+            hidden.add_(F.linear(hidden, weight))
+            hidden.square().sum().backward()
+            found.append([hidden, x.grad])
+        assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+    def test_the_weight_may_change_if_the_input_needs_no_gradient(self) -> None:
+        gradients = []
+        for weight in (nn.Parameter(SQUARE.clone()), nn.Parameter(lossless(SQUARE))):
+            outputs = [F.linear(X, weight).sum() for _ in range(2)]
+            for output in outputs:
+                output.backward()
+                with torch.no_grad():
+                    weight.add_(1)
+            gradients.append(weight.grad)
+        assert same_bits(*gradients)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedomc.ops import convolution, embedding, linear
-from fedomc.ops.whole import with_autocast, with_decoded_weights
+from fedomc.ops.whole import einsum, with_autocast, with_decoded_weights
 from fedomc.tensor import FUNCTIONS
 
 _LOWER_PRECISION = (
@@ -20,7 +20,6 @@ _LOWER_PRECISION = (
     torch.bmm,
     torch.addmm,
     torch.baddbmm,
-    torch.einsum,
     Tensor.matmul,
     Tensor.__matmul__,
     Tensor.__rmatmul__,
@@ -42,5 +41,6 @@ _WHOLE = (
 FUNCTIONS.update(dict.fromkeys(_LOWER_PRECISION, with_autocast))
 FUNCTIONS.update(dict.fromkeys(_WHOLE, with_decoded_weights))
 FUNCTIONS.update(dict.fromkeys(convolution.CONVOLUTIONS, convolution.convolution))
+FUNCTIONS[torch.einsum] = einsum
 FUNCTIONS[F.linear] = linear.linear
 FUNCTIONS[F.embedding] = embedding.embedding

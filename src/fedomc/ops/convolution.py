@@ -6,8 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-from fedomc.ops.whole import Saved, autocast_dtype, with_autocast, with_decoded_weights
+from fedomc.ops.whole import Saved, autocast_dtype, is_operand, with_autocast, with_decoded_weights
 from fedomc.scratch import scratch
 from fedomc.tensor import CompressedTensor, is_compressed
 
@@ -42,7 +43,8 @@ class _Convolution(torch.autograd.Function):
                 out = part if out is None else out.add_(part)
                 continue
             if out is None:
-                out = part.new_empty(len(part), len(weight), *part.shape[2:])
+                shape, order = (len(part), len(weight), *part.shape[2:]), suggest_memory_format(part)
+                out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=order)
             out[:, start:stop] = part
         assert out is not None
         return out
@@ -79,18 +81,27 @@ def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     x, weight, bias, stride, padding, output_padding, groups, dilation = (
         _transposed_arguments if transposed else _arguments
     )(*args, **kwargs)
-    plain = is_compressed(weight) and not is_compressed(x) and not is_compressed(bias) and not isinstance(padding, str)
-    if not plain or groups != 1 or len(weight.panels()) == 1 or x.dim() != dimensions + 2:
-        return with_autocast(func, args, kwargs)
-    how = (*(_each(size, dimensions) for size in (stride, padding, dilation)), transposed)
-    how = (*how, _each(output_padding, dimensions), groups)
+    sizes = [_each(size, dimensions) for size in (stride, padding, dilation, output_padding)]
+    plain = groups == 1 and None not in sizes
+    if not (plain and is_compressed(weight) and _fits(x, weight, bias, dimensions, transposed)):
+        return with_autocast(func, args, kwargs)  # which says what is wrong, if anything is
+    how = (*sizes[:3], transposed, sizes[3], groups)
     dtype = autocast_dtype(weight)
     out: Tensor = _Convolution.apply(x if dtype is None else x.to(dtype), weight, how)  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias.to(out.dtype).view(-1, *[1] * dimensions)
 
 
-def _each(size: int | tuple[int, ...], dimensions: int) -> list[int]:
-    return [size] * dimensions if isinstance(size, int) else list(size) * (dimensions // len(size))
+def _fits(x: Tensor, weight: CompressedTensor, bias: Tensor | None, dimensions: int, transposed: bool) -> bool:
+    if not (is_operand(x, weight) and x.dim() == weight.dim() == dimensions + 2 and len(weight.panels()) > 1):
+        return False
+    into, out_of = weight.shape[:2] if transposed else weight.shape[1::-1]
+    return x.shape[1] == into and (bias is None or (is_operand(bias, weight) and bias.shape == (out_of,)))
+
+
+def _each(size: Any, dimensions: int) -> list[int] | None:
+    """Return the size for each dimension, or None for what is neither one integer nor as many."""
+    each = [size] * dimensions if isinstance(size, int) else list(size)
+    return each if len(each) == dimensions and all(isinstance(one, int) for one in each) else None
 
 
 def _arguments(

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from fedomc.ops.multiply import product, project
-from fedomc.ops.whole import Saved, autocast_dtype, with_autocast, with_decoded_weights
+from fedomc.ops.whole import Saved, autocast_dtype, is_operand, with_autocast, with_decoded_weights
 from fedomc.tensor import CompressedTensor, is_compressed
 
 
 class _Linear(torch.autograd.Function):
-    """``x W^T + b``, saving x and the codes of W."""
+    """``x W^T + b``, saving the codes of W, and x for the gradient of W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: CompressedTensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight = Saved(weight, weight._version)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        ctx.weight, ctx.shape = Saved(weight, weight._version), x.shape
         panels = weight.panels()
         if len(panels) == 1:
             return project(x, weight.decode().to(x.dtype), bias)
@@ -30,15 +30,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        weight = ctx.weight.load()
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])  # [N, out]
-        flat = x.reshape(-1, x.shape[-1])  # [N, in]
         # For a second derivative torch's own product is needed, whose derivative is known.
         times_weight, times_x = (_torch_times_weight, torch.mm) if torch.is_grad_enabled() else (_times_weight, product)
         return (
-            times_weight(rows, weight).view(x.shape) if of_x else None,
-            times_x(rows.t(), flat).float() if of_weight else None,
+            times_weight(rows, ctx.weight.load()).view(ctx.shape) if of_x else None,
+            times_x(rows.t(), x.reshape(-1, x.shape[-1])).float() if of_weight else None,  # [out, in]
             rows.sum(0) if of_bias else None,
         )
 
@@ -61,16 +59,21 @@ def _torch_times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
 def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``F.linear`` by panels where the weight is what is compressed, and as a whole elsewhere."""
     x, weight, bias = _arguments(*args, **kwargs)
-    plain = is_compressed(weight) and weight.dim() == 2 and not is_compressed(x) and not is_compressed(bias)
-    if not plain or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        return with_autocast(func, args, kwargs)
+    if not (is_compressed(weight) and _fits(x, weight, bias)):
+        return with_autocast(func, args, kwargs)  # which says what is wrong, if anything is
     dtype = autocast_dtype(weight)
     if dtype is None:
-        if x.dtype is not torch.float32 or (bias is not None and bias.dtype is not torch.float32):
-            return with_autocast(func, args, kwargs)  # which says what is wrong
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     with torch.autocast(weight.device.type, enabled=False):
         return _Linear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-untyped-call]
+
+
+def _fits(x: Tensor, weight: CompressedTensor, bias: Tensor | None) -> bool:
+    if not is_operand(x, weight) or x.dim() == 0 or weight.dim() != 2 or weight.numel() == 0:
+        return False
+    if x.shape[-1] != weight.shape[1]:
+        return False
+    return bias is None or (is_operand(bias, weight) and bias.shape == (len(weight),))
 
 
 def _arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

@@ -16,7 +16,8 @@ _LEAST_SIZE, _LEAST_PRODUCTS = 8, 2**20  # where oneDNN takes less time
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b`` for ``[..., in]`` and ``[out, in]``."""
     rows = x.reshape(-1, x.shape[-1])
-    out = _onednn(rows, weight, bias) if _by_onednn(rows, len(weight)) else F.linear(rows, weight, bias)
+    by_onednn = _by_onednn(rows, len(weight)) and (bias is None or bias.shape == (len(weight),))  # which it takes as is
+    out = _onednn(rows, weight, bias) if by_onednn else F.linear(rows, weight, bias)
     # No view to autograd: what an autograd function returns may then be changed in place.
     shaped: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
     return shaped
@@ -28,8 +29,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    bias = None if bias is None else bias.contiguous()  # its stride is not looked at
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(_ordered(x), _ordered(weight), bias, "none", [], "")
     return product
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """Copy a matrix whose rows overlap or have gaps, which oneDNN cannot describe."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
 def _by_onednn(a: Tensor, columns: int) -> bool:

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedomc.tensor import CompressedTensor, is_compressed
 
+_CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts; the first as well without it
+
 
 class _Decode(torch.autograd.Function):
     """Decode a weight; its gradient is that of the decoded values."""
@@ -97,13 +99,15 @@ def with_decoded_weights(
         return values
 
     def pack(saved: Tensor) -> Saved | _SavedElsewhere:
-        weight = weights.get(saved.untyped_storage().data_ptr()) if type(saved) is Tensor else None
+        dense = type(saved) is Tensor and saved.layout is torch.strided  # else there may be no storage to ask
+        weight = weights.get(saved.untyped_storage().data_ptr()) if dense else None
         if weight is not None:
             geometry = (saved.size(), saved.stride(), saved.storage_offset())
             return _SavedWeight(weight, weight._version, saved.dtype, geometry)
         if outer is not None:
             return _SavedElsewhere(outer[0](saved), outer[1])
-        return Saved(saved, saved._version)
+        # Detached, with the same version: what a function saves of its own result would keep itself alive.
+        return Saved(saved.detach(), saved._version)
 
     def unpack(saved: Saved | _SavedElsewhere) -> Tensor:
         return saved.load()
@@ -118,12 +122,28 @@ def with_decoded_weights(
 def with_autocast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same for functions that autocast runs in its lower precision.
 
-    Autocast would cast the decoded weight and autograd save that copy.
+    Autocast would cast the decoded weight and autograd save that copy. What writes to ``out`` is left to the
+    dispatcher, which encodes it again; so does autocast leave it alone.
     """
+    if kwargs.get("out") is not None:
+        return func(*args, **kwargs)
     return with_decoded_weights(func, args, kwargs, autocast_dtype(args, kwargs) or torch.float32)
+
+
+def einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``torch.einsum``; of one operand, which may give a view of it, by the dispatcher."""
+    if sum(isinstance(x, Tensor) for x in tree_leaves((args, kwargs))) == 1:
+        return func(*args, **kwargs)
+    return with_autocast(func, args, kwargs)
 
 
 def autocast_dtype(*operands: Any) -> torch.dtype | None:
     """Return what autocast, if it is on, casts operands of these devices to."""
     device = next(x.device.type for x in tree_leaves(operands) if is_compressed(x))
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def is_operand(x: Tensor, weight: CompressedTensor) -> bool:
+    """Tell whether a tensor can be multiplied with a weight piece by piece: a dense one of a dtype that fits."""
+    dtypes = _CAST if torch.is_autocast_enabled(weight.device.type) else _CAST[:1]
+    return not is_compressed(x) and x.layout is torch.strided and not x.is_nested and x.dtype in dtypes
