@@ -296,6 +296,7 @@ def test_a_client_may_train_compressed_tensors(server: FLContextManager, update_
     torch.manual_seed(0)
     original = {name: value.clone() for name, value in build().state_dict().items()}
     sent = over_the_wire(send(server_out(chosen), message(original), "site-1", server))
+    written = {name: bytearray(data_of(sent)[name]) for name in packed_names(sent)}
     params = data_of(client_in(compressed=True).process(sent, context_of("site-1", "server")))
     assert {n for n, v in params.items() if isinstance(v, fedomc.CompressedTensor)} == {"0.weight", "2.weight"}
     with torch.device("meta"):
@@ -309,6 +310,7 @@ def test_a_client_may_train_compressed_tensors(server: FLContextManager, update_
         state |= {name: state[name] - original[name] for name in ("0.bias", "2.bias")}
     reply = client_out(chosen).process(message(state, kind), context_of("site-1", "server"))
     result = data_of(server_in().process(over_the_wire(reply), context_of("server", "site-1", server)))
+    assert written == {name: data_of(sent)[name] for name in written}  # the codes' memory is not the message's
     for name, base in before.items():
         after = net.get_parameter(name).dequantize()
         assert not torch.equal(after, base)

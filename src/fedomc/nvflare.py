@@ -52,7 +52,8 @@ def add_filters(
     """Add all four filters to a job's recipe.
 
     Args:
-        recipe: of a PyTorch job; its sites need fedomc installed.
+        recipe: of a PyTorch job; its sites need fedomc installed, and ``fedomc.`` in their ``class_allow_list`` for a
+            job without code of its own.
         policy: how to compress.
         compressed: whether clients get ``CompressedTensor`` instead of float32; see ``DecompressFilter``.
         tasks: names of the tasks that carry models.
