@@ -227,6 +227,21 @@ def test_collections_are_copied_too(server: FLContextManager) -> None:
     assert back["c"].data == {"x": 1.0}
 
 
+def test_replies_of_several_models_are_checked_against_their_own(server: FLContextManager) -> None:
+    models = {"a": {"w": randn(64, 64).numpy()}, "b": {"v": randn(32, 96).numpy()}}
+
+    def collection() -> Shareable:
+        return message({key: DXO(DataKind.WEIGHTS, dict(data)) for key, data in models.items()}, DataKind.COLLECTION)
+
+    send(server_out(policy(fraction=1.0)), collection(), "site-1", server)
+    reply = client_out(policy(fraction=1.0)).process(collection(), context_of("site-1", "server"))
+    back = data_of(server_in().process(reply, context_of("server", "site-1", server)))
+    assert all(np.allclose(back[key].data[name], models[key][name], atol=0.05) for key, name in ("aw", "bv"))
+    data_of(reply)["b"].data["v"] = models["a"]["w"]
+    with pytest.raises(fedomc.PayloadError, match=r"site-1 sent v of shape \(64, 64\)"):
+        server_in().process(reply, context_of("server", "site-1", server))
+
+
 # There and back
 
 

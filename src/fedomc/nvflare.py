@@ -141,7 +141,8 @@ class CompressFilter(_ModelFilter):
             count += 1
         if to_client:
             sent = {name: (tuple(np.shape(value)), _dtype(value), _library(value)) for name, value in dxo.data.items()}
-            fl_ctx.set_prop(_SENT, sent, private=True, sticky=True)
+            with self._lock:  # a job may have several models, or a message a collection of them
+                fl_ctx.set_prop(_SENT, {**fl_ctx.get_prop(_SENT, {}), **sent}, private=True, sticky=True)
         before, after = (sum(map(_nbytes, values.values())) for values in (dxo.data, data))
         left = [name for name in self.policy.compressible(shapes) if name not in selection]
         self.log_info(
@@ -169,8 +170,9 @@ class CompressFilter(_ModelFilter):
 class DecompressFilter(_ModelFilter):
     """Decompress the models that a client receives, or that come back to the server.
 
-    Everything is checked: frames, names, shapes, dtypes, and that every value is finite. NVFlare leaves out, or fails
-    the job for, a client whose result a filter refuses; the log names the client and the variable.
+    Everything is checked: frames, names, shapes, dtypes, and that every value is finite. What a filter refuses is to
+    NVFlare an error of that client like any other: its FedAvg goes on while enough others can answer and otherwise ends
+    the job (``ignore_result_error``). The log names the client and the variable.
 
     Attributes:
         compressed: whether variables of weights that come to a client stay packed, as ``CompressedTensor``; for a job
