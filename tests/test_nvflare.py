@@ -378,7 +378,7 @@ HOSTILE: dict[str, tuple[Callable[[DXO], None], str]] = {
     "infinity": (put("layers.0.bias", np.full(48, np.inf, "f")), r"site-3 sent layers.0.bias with a value that is NaN"),
     "another shape": (put(W, np.zeros((40, 48), "f")), rf"{W} of shape \(40, 48\), but \(48, 40\) was sent"),
     "another shape, compressed": (put(W, of_other_shape()), rf"{W} of shape \(48, 41\), but \(48, 40\) was sent"),
-    "differences": (put(W, of_differences()), rf"{W} as a difference among weights"),
+    "differences": (put(W, of_differences()), rf"{W} as a frame of kind 1, but .*WEIGHTS have kind 0"),
     "compressed counter": (
         put("norm.count", frame.to_bytes(frame.Packed.empty(fedomc.FloatFormat(3, 7), 1, "cpu"), ())),
         r"norm.count compressed, but int64 was sent",
@@ -435,7 +435,9 @@ def test_differences_do_not_pass_for_weights(server: FLContextManager) -> None:
     reply = sent_and_reply(server, DataKind.WEIGHT_DIFF)
     dxo = from_shareable(reply)
     dxo.data_kind = DataKind.WEIGHTS
-    with pytest.raises(fedomc.PayloadError, match=r"site-3 sent layers.* as a difference among weights"):
+    with pytest.raises(
+        fedomc.PayloadError, match=r"site-3 sent layers.* as a frame of kind 1, but .*WEIGHTS have kind 0"
+    ):
         server_in().process(dxo.update_shareable(reply), context_of("server", "site-3", server))
 
 

@@ -223,7 +223,7 @@ class DecompressFilter(_ModelFilter):
             if dtype not in (None, "float32"):
                 raise PayloadError(f"{name} compressed, but {dtype} was sent")
             if parsed.kind != kind:
-                raise PayloadError(f"{name} as " + ("a difference among weights", "weights among differences")[kind])
+                raise PayloadError(f"{name} as a frame of kind {parsed.kind}, but {dxo.data_kind} have kind {kind}")
             if keep:
                 data[name] = _kept(name, parsed, encoding)
             else:
