@@ -61,6 +61,9 @@ def compare(
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = DEFAULTS.rounding,
     aggregate: Annotated[str, typer.Option(help="difference or value.")] = DEFAULTS.aggregate,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
+    round_timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for a round's clients.")
+    ] = DEFAULTS.round_timeout,
     tensorboard: Annotated[bool, typer.Option(help="Write bytes, seconds and errors of each round, too.")] = False,
 ) -> None:
     """Train the same model with several formats in Flower's simulation and compare them.
@@ -90,6 +93,7 @@ def compare(
             rounding=rounding,
             aggregate=aggregate,
             seed=seed,
+            round_timeout=round_timeout,
         )
         _compare(settings, output / name, resume, tensorboard, console)
 

@@ -90,6 +90,7 @@ class Settings:
         rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two.
         aggregate: ``difference`` or ``value``.
         seed: of everything random.
+        round_timeout: seconds to wait for the clients of a round; who is later is left out.
     """
 
     formats: tuple[str, ...] = (FP32, "S1E3M7@0.9", "S1E2M3+S1E2M1")
@@ -111,6 +112,7 @@ class Settings:
     rounding: str = "nearest"
     aggregate: str = "difference"
     seed: int = 0
+    round_timeout: float = 3600.0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "cohort", "local_steps", "batch", "evaluate_every"):
@@ -123,7 +125,7 @@ class Settings:
         for name in ("clients", "warmup"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name}={getattr(self, name)}: it must not be negative")
-        for name in ("client_rate", "clip_norm", "server_rate"):
+        for name in ("client_rate", "clip_norm", "server_rate", "round_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise SettingsError(f"{name}={value}: it must be a positive number")
