@@ -58,8 +58,10 @@ def misbehaving_app(folder: Path) -> Path:
     shutil.copytree(APP / "fedomc_speech", app / "fedomc_speech", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(APP / "tests" / "misbehaving.py", app)
     text = (APP / "pyproject.toml").read_text()
-    assert 'clientapp = "fedomc_speech.client:app"' in text
-    (app / "pyproject.toml").write_text(text.replace("fedomc_speech.client:app", "misbehaving:app"))
+    for ours, theirs in (("fedomc_speech.client:app", "misbehaving:app"), ("fedomc_speech/**/*.py", "**/*.py")):
+        assert text.count(ours) == 1
+        text = text.replace(ours, theirs)
+    (app / "pyproject.toml").write_text(text)
     return app
 
 
