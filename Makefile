@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SANITIZED := build/sanitized
 
-.PHONY: demo test lint types layers tests sanitize clean
+.PHONY: demo test test-deployment lint types layers tests sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech compare --name demo
@@ -26,6 +26,10 @@ layers: $(INSTALLED)
 
 tests: $(INSTALLED)
 	$(BIN)/pytest -n 2
+
+# A real deployment of apps/speech on this machine, and everything that can happen to it; about a quarter of an hour.
+test-deployment: $(INSTALLED)
+	$(BIN)/pytest -m deployment -v apps/speech/tests/deployment
 
 # The kernel tests again, on a build that stops at any bad access or undefined behaviour.
 sanitize: $(INSTALLED)

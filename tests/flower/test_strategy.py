@@ -1,5 +1,6 @@
 """The strategy: own payloads, one encoding a round, aggregation by value and by difference, bad replies left out."""
 
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -189,8 +190,6 @@ def damaged(record: ArrayRecord, name: str, array: Array) -> ArrayRecord:
 
 def test_bad_replies_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING", logger="flwr")
-    import logging
-
     logging.getLogger("flwr").addHandler(caplog.handler)
     wrapped = OMCStrategy(FedAvg(), policy(fraction=1.0))
     alone = OMCStrategy(FedAvg(), policy(fraction=1.0))
@@ -250,6 +249,22 @@ def test_replies_with_wrong_metrics_are_left_out(metrics: dict[str, object] | No
         assert wrapped.traffic[-1].received == 3
         results.append({name: array.data for name, array in result.items()})
     assert results[0] == results[1]
+
+
+def test_an_error_in_the_superlinks_name_is_of_the_node_that_was_asked(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)
+    wrapped = OMCStrategy(FedAvg(), policy())
+    messages = list(configure(wrapped, collect(build())).values())
+    for number, message in enumerate(messages):
+        message.metadata.__dict__["_message_id"] = f"message {number}"
+    lost = Message(Error(code=3, reason="node unavailable"), reply_to=messages[0])
+    lost.metadata.__dict__["_src_node_id"] = 1
+    result, _ = wrapped.aggregate_train(1, iter([lost, *map(trained, messages[1:])]))
+    logger.removeHandler(caplog.handler)
+    assert result is not None and wrapped.traffic[-1].received == 3
+    assert f"left out node {messages[0].metadata.dst_node_id}: node unavailable" in caplog.text
+    assert "no reply came in time" not in caplog.text
 
 
 def test_replies_of_other_dtypes_are_left_out() -> None:

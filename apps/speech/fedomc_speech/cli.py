@@ -63,6 +63,9 @@ def compare(
     lossless: Annotated[str, typer.Option(help="zstd on messages: none, down, up or both.")] = DEFAULTS.lossless,
     rest_format: Annotated[str, typer.Option(help="In which FP32 variables travel.")] = DEFAULTS.rest_format,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
+    round_timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for a round's clients.")
+    ] = DEFAULTS.round_timeout,
     tensorboard: Annotated[bool, typer.Option(help="Write bytes, seconds and errors of each round, too.")] = False,
 ) -> None:
     """Train the same model with several formats in Flower's simulation and compare them.
@@ -94,6 +97,7 @@ def compare(
             lossless=lossless,
             rest_format=rest_format,
             seed=seed,
+            round_timeout=round_timeout,
         )
         _compare(settings, output / name, resume, tensorboard, console)
 

@@ -13,3 +13,7 @@ class RoundError(OMCError):
 
 class SettingsError(OMCError):
     """Settings of a run that are unknown, impossible or do not fit; the message names them and the way out."""
+
+
+class DeploymentError(OMCError):
+    """A process of a deployment does not start or does not answer."""

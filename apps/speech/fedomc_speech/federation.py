@@ -4,11 +4,13 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from logging import INFO
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam
 
@@ -25,7 +27,7 @@ from fedomc_speech.tokens import tokenizer_for
 
 BETA_1, BETA_2 = 0.9, 0.99
 TAU = 1e-7  # Flower's default of 1e-3 is larger than the updates and would stop the training
-ROUND_TIMEOUT = 3600.0  # seconds
+QUERY_TIMEOUT = 600.0  # seconds
 
 
 class Observer(Protocol):
@@ -65,15 +67,18 @@ class Clients:
             time.sleep(0.2)
         messages = [Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
         parts: dict[int, int] = {}
-        for reply in grid.send_and_receive(messages, timeout=ROUND_TIMEOUT):
+        for reply in grid.send_and_receive(messages, timeout=QUERY_TIMEOUT):
             if reply.has_error():
-                raise SettingsError(f"node {reply.metadata.src_node_id} does not answer: {reply.error.reason}")
+                asked = {sent.metadata.message_id: sent.metadata.dst_node_id for sent in messages}
+                node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+                raise SettingsError(f"node {node} does not answer: {reply.error.reason}")
             parts[int(cast(Any, reply.content["identity"])["partition-id"])] = reply.metadata.src_node_id
         if not set(range(expected)) <= set(parts):
             raise SettingsError(
                 f"{len(nodes)} nodes hold {len(parts)} parts of the data, but there are {expected} clients: "
                 f"start it with as many, as in flwr run ... --federation-config 'num-supernodes={expected}'"
             )
+        log(INFO, "parts 0, 1, ... of the data are held by nodes %s", ", ".join(str(parts[i]) for i in range(expected)))
         return cls(tuple(parts[i] for i in range(expected)))
 
     def name_of(self, node: int) -> int:
@@ -204,7 +209,7 @@ class _Rounds:
         messages = self.strategy.configure_train(number, self.arrays, write_settings(settings), cast(Grid, cohort))
         messages = sorted(messages, key=lambda message: self.clients.name_of(message.metadata.dst_node_id))
         reasons: set[str] = set()
-        replies = OneByOne(grid, in_order=True).send_and_receive(messages, timeout=ROUND_TIMEOUT)
+        replies = OneByOne(grid, in_order=True).send_and_receive(messages, timeout=settings.round_timeout)
         arrays, metrics = self.strategy.aggregate_train(number, _noting_errors(replies, reasons))
         if arrays is None or metrics is None:
             raise RoundError(

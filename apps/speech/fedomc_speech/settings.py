@@ -92,6 +92,7 @@ class Settings:
         lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``.
         rest_format: in which what a fraction leaves in FP32 travels, such as ``S1E5M10``; empty is FP32.
         seed: of everything random.
+        round_timeout: seconds to wait for the clients of a round; who is later is left out.
     """
 
     formats: tuple[str, ...] = (FP32, "S1E3M7@0.9", "S1E2M3+S1E2M1")
@@ -115,6 +116,7 @@ class Settings:
     lossless: str = "none"
     rest_format: str = ""
     seed: int = 0
+    round_timeout: float = 3600.0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "cohort", "local_steps", "batch", "evaluate_every"):
@@ -127,7 +129,7 @@ class Settings:
         for name in ("clients", "warmup"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name}={getattr(self, name)}: it must not be negative")
-        for name in ("client_rate", "clip_norm", "server_rate"):
+        for name in ("client_rate", "clip_norm", "server_rate", "round_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise SettingsError(f"{name}={value}: it must be a positive number")

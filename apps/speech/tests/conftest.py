@@ -1,5 +1,6 @@
 """A corpus that is made in a moment: in the layout of AN4, each word a tone."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedomc_speech import client
 
@@ -63,3 +65,17 @@ def one_thread() -> Iterator[None]:
     for cached in (client.client_data, client._model):
         clear: Callable[[], None] = cached.cache_clear
         clear()
+
+
+@pytest.fixture
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages can only be made by a process that Flower gave an identity."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture
+def flower_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What Flower's logger says, also after a simulation that kept it to a file."""
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    return caplog

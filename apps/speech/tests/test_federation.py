@@ -1,19 +1,17 @@
 """The rounds of a run, with the clients called one after the other in this process."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+from nodes import Nodes, Watcher, without_times
 
-from fedomc_speech import client, federation
+from fedomc_speech import federation
 from fedomc_speech.errors import RoundError, SettingsError
 from fedomc_speech.run_folder import RESULTS, RunFolder
-from fedomc_speech.settings import Settings, Variant
+from fedomc_speech.settings import Settings
 
 CONTRACT = {
     "format", "wer", "wer_compressed", "parameter_bytes", "parameter_ratio", "down_bytes", "up_bytes", "down_ratio",
@@ -21,55 +19,7 @@ CONTRACT = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-
-
-class Nodes:
-    """A grid whose nodes work when they are asked; their numbers differ from run to run, as Flower's do."""
-
-    def __init__(self, clients: int, first: int = 100, broken: bool = False) -> None:
-        self.clients, self.first, self.broken = clients, first, broken
-
-    def get_node_ids(self) -> list[int]:
-        return list(range(self.first, self.first + self.clients))
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        return [self.answer(message) for message in messages][::-1]
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        self.waiting = {str(message.metadata.dst_node_id): message for message in messages}
-        return list(self.waiting)[::-1]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self.answer(self.waiting[key]) for key in message_ids]
-
-    def answer(self, message: Message) -> Message:
-        part = self.clients - 1 - (message.metadata.dst_node_id - self.first)
-        if message.metadata.message_type == "query":
-            return Message(RecordDict({"identity": MetricRecord({"partition-id": part})}), reply_to=message)
-        if self.broken:
-            return Message(Error(code=1, reason="no memory"), reply_to=message)
-        return Message(client.train_partition(message, part), reply_to=message)
-
-
-class Watcher:
-    """Keeps what it sees and stops after some rounds."""
-
-    def __init__(self, stop_after: int = 10**9) -> None:
-        self.rows: list[tuple[str, dict[str, Any]]] = []
-        self.stop_after = stop_after
-
-    def started(self, variant: Variant, first_round: int) -> None:
-        pass
-
-    def round_done(self, variant: Variant, row: dict[str, Any]) -> None:
-        self.rows.append((str(variant), row))
-
-    def stop_requested(self) -> bool:
-        return len(self.rows) >= self.stop_after
+pytestmark = pytest.mark.usefixtures("identity")
 
 
 def settings(tones: Path, **kwargs: Any) -> Settings:
@@ -85,15 +35,6 @@ def run(chosen: Settings, path: Path, *, resume: bool = False, watcher: Watcher 
     grid = cast(Grid, Nodes(4, first))
     done = federation.run(chosen, grid, folder, watcher or Watcher())
     return done, {run["variant"]: run for run in folder.runs}
-
-
-def without_times(runs: dict[str, Any]) -> dict[str, Any]:
-    cleaned = json.loads(json.dumps(runs))
-    for result in cleaned.values():
-        del result["rounds_per_minute"]
-        for row in result["history"]:
-            del row["seconds"], row["server_seconds"]
-    return cleaned
 
 
 def test_a_run_gives_what_the_contract_names(tones: Path, tmp_path: Path) -> None:
@@ -182,7 +123,12 @@ def test_resuming_needs_the_same_settings_and_whole_files(tones: Path, tmp_path:
 def test_a_round_without_a_client_and_a_federation_without_nodes_are_named(tones: Path, tmp_path: Path) -> None:
     chosen = settings(tones, formats=("FP32",))
     with pytest.raises(RoundError, match="no memory"):
-        federation.run(chosen, cast(Grid, Nodes(4, broken=True)), RunFolder(tmp_path, chosen, resume=False), Watcher())
+        federation.run(
+            chosen,
+            cast(Grid, Nodes(4, faults={"*": dict.fromkeys("0123", "error")})),
+            RunFolder(tmp_path, chosen, resume=False),
+            Watcher(),
+        )
     with pytest.raises(SettingsError, match="4 parts"):
         federation.Clients.identify(cast(Grid, Nodes(4)), 5, wait=0.1)
 

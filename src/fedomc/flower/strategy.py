@@ -9,7 +9,7 @@ from logging import ERROR, INFO, WARNING
 from typing import cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
@@ -104,6 +104,7 @@ class OMCStrategy(Strategy):
         self.observers = observers
         self.traffic: list[Traffic] = []
         self._broadcast: Broadcast | None = None
+        self._sent: list[Metadata] = []
         self._means = Announced()
         self.report: RoundReport | None = None
 
@@ -200,6 +201,7 @@ class OMCStrategy(Strategy):
         with self.report.timed("encode"):
             for message in messages:
                 self._broadcast.compress(message)
+        self._sent = [message.metadata for message in messages]
         for message in messages:
             self.report.count("down", message)
         self.report.errors = self._broadcast.errors
@@ -252,7 +254,7 @@ class OMCStrategy(Strategy):
                     self._check_metrics(reply)
                 agreed.append(reply)
             except PayloadError as error:
-                _left_out(server_round, reply, error)
+                _left_out(server_round, reply.metadata.src_node_id, error)
         usual = _usual(reply for reply in agreed if not reply.has_error())
         agreed = [reply for reply in agreed if reply.has_error() or _is_like(usual, server_round, reply)]
         if not any(self._weight(reply) > 0 for reply in agreed if not reply.has_error()):
@@ -359,11 +361,12 @@ class OMCStrategy(Strategy):
         for reply in replies:
             node = reply.metadata.src_node_id
             if reply.has_error():
+                node = self._asked(reply)
                 errors.append(reply)
                 answered.add(node)
-                _left_out(broadcast.round, reply, reply.error.reason)
+                _left_out(broadcast.round, node, reply.error.reason)
             elif node not in broadcast.nodes or node in answered:
-                _left_out(broadcast.round, reply, "it was not asked, or has answered before")
+                _left_out(broadcast.round, node, "it was not asked, or has answered before")
             else:
                 answered.add(node)
                 try:
@@ -371,13 +374,18 @@ class OMCStrategy(Strategy):
                         variables = broadcast.read(reply)
                     self._check_metrics(reply)
                 except PayloadError as error:
-                    _left_out(broadcast.round, reply, error)
+                    _left_out(broadcast.round, node, error)
                 else:
                     yield reply, variables
                     del variables
             del reply
         for node in sorted(broadcast.nodes - answered):
             log(WARNING, "round %d: left out node %d: no reply came in time", broadcast.round, node)
+
+    def _asked(self, reply: Message) -> int:
+        """Return the node whose reply this is: of a node that is gone, the SuperLink answers in its own name."""
+        asked = {sent.message_id: sent.dst_node_id for sent in self._sent if sent.message_id}
+        return asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
 
     def _check_metrics(self, reply: Message) -> None:
         """Refuse what would make a weighted mean mean nothing."""
@@ -399,8 +407,8 @@ class OMCStrategy(Strategy):
         return float(cast(float, next(iter(reply.content.metric_records.values()))[self._weighted_by]))
 
 
-def _left_out(server_round: int, reply: Message, why: object) -> None:
-    log(WARNING, "round %d: left out node %d: %s", server_round, reply.metadata.src_node_id, why)
+def _left_out(server_round: int, node: int, why: object) -> None:
+    log(WARNING, "round %d: left out node %d: %s", server_round, node, why)
 
 
 def _structure(reply: Message) -> tuple[object, ...]:
@@ -418,7 +426,7 @@ def _usual(replies: Iterable[Message]) -> tuple[object, ...] | None:
 def _is_like(usual: tuple[object, ...] | None, server_round: int, reply: Message) -> bool:
     if _structure(reply) == usual:
         return True
-    _left_out(server_round, reply, "its records or metrics are not those of the other replies")
+    _left_out(server_round, reply.metadata.src_node_id, "its records or metrics are not those of the other replies")
     return False
 
 

@@ -1,0 +1,6 @@
+"""The app as separate processes with TLS and node keys: what ``docs/deployment.md`` walks through."""
+
+from fedomc_speech.deployment.keys import make_keys
+from fedomc_speech.deployment.loopback import Loopback
+
+__all__ = ["Loopback", "make_keys"]
