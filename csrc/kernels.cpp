@@ -285,12 +285,21 @@ struct Halves {
   H low, high;
 };
 
+inline D widened(const D& v, std::size_t) { return v; }
+inline D widened(const F& v, std::size_t half) {
+  const Halves halves = cast<Halves>(v);
+  return widen(half == 0 ? halves.low : halves.high);
+}
+
+using Lanes = std::array<std::array<double, kLanes>, kSums>;
+
 // Sums of D = V - R and R, both in the format's units. The order is that of codec/reference.py for every instruction
 // set: in each lane the rows of a block, in float32, then, in float64, the blocks of a chunk, then the lanes by halves.
-struct Sums {
-  F d{}, dd{}, dr{}, rr{}, r{};
+template <class V>
+struct SumsIn {
+  V d{}, dd{}, dr{}, rr{}, r{};
 
-  inline void add(F difference, F represented) {
+  inline void add(V difference, V represented) {
     d += difference;
     dd += difference * difference;
     dr += difference * represented;
@@ -298,19 +307,43 @@ struct Sums {
     r += represented;
   }
 
-  template <class LanesOf>
-  inline void add_to(LanesOf& lanes, std::size_t lane) const {
-    const F sums[] = {d, dd, dr, rr, r};
+  // Adds the lanes that a D holds: those of a half, if these are sums in float32.
+  inline void add_to(Lanes& lanes, std::size_t lane, std::size_t half) const {
+    const V sums[] = {d, dd, dr, rr, r};
     for (std::size_t term = 0; term < kSums; ++term) {
-      const Halves halves = cast<Halves>(sums[term]);
-      double* to = &lanes[term][lane];
-      store(to, load<D>(to) + widen(halves.low));
-      store(to + kWidth / 2, load<D>(to + kWidth / 2) + widen(halves.high));
+      double* to = &lanes[term][lane + half * kWidth / 2];
+      store(to, load<D>(to) + widened(sums[term], half));
     }
   }
 };
 
-using Lanes = std::array<std::array<double, kLanes>, kSums>;
+// The sums of a vector's lanes.
+template <bool Wide>
+struct Sums {
+  SumsIn<F> sums;
+
+  inline void add(F difference, F represented) { sums.add(difference, represented); }
+  inline void add_to(Lanes& lanes, std::size_t lane) const {
+    sums.add_to(lanes, lane, 0);
+    sums.add_to(lanes, lane, 1);
+  }
+};
+
+// With eight exponent bits squares may leave the range of float32: all in float64.
+template <>
+struct Sums<true> {
+  SumsIn<D> low, high;
+
+  inline void add(F difference, F represented) {
+    const Halves x = cast<Halves>(difference), y = cast<Halves>(represented);
+    low.add(widen(x.low), widen(y.low));
+    high.add(widen(x.high), widen(y.high));
+  }
+  inline void add_to(Lanes& lanes, std::size_t lane) const {
+    low.add_to(lanes, lane, 0);
+    high.add_to(lanes, lane, 1);
+  }
+};
 
 // Adds lanes by halves; scale is that of the values, and of the products its square.
 void add_lanes(Lanes& lanes, double scale, double* sums) {
@@ -328,7 +361,7 @@ U round_block(const float* values, float scale, const Round round, Codes& codes,
   constexpr std::size_t columns = Summing ? kColumns : 1, stride = Summing ? kLanes : kWidth;
   U largest{};
   for (std::size_t lane = 0; lane < stride; lane += columns * kWidth) {
-    Sums sums[columns];
+    Sums<Round::kWide> sums[columns];
     for (std::size_t row = lane; row < kBlock; row += stride) {
       for (std::size_t column = 0; column < columns; ++column) {
         const std::size_t i = row + column * kWidth;

@@ -115,7 +115,10 @@ def _encode_chunk(
     pack(codes, format.bits, words)
     if sums is not None:
         represented = _values(codes, format, 2.0 ** (format.bias - bias), 0.0)
-        found = _sums(_pad(values, blocks * BLOCK) - represented, represented, blocks)
+        difference = _pad(values, blocks * BLOCK) - represented
+        if format.exponent_bits == 8:  # squares may leave the range of float32
+            difference, represented = difference.double(), represented.double()
+        found = _sums(difference, represented, blocks)
         sums.copy_(found / torch.tensor([1, scale, scale, scale, 1], dtype=torch.float64) / scale)
 
 
@@ -188,11 +191,11 @@ def _values(codes: Tensor, format: FloatFormat, scale: float, offset: float) -> 
 def _sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:
     """Sum D, D*D, D*R, R*R and R over a chunk, in one order on every device and for any number of threads.
 
-    In each lane the rows of a block, in float32; then, in float64, the blocks, then the lanes by halves.
+    In each lane the rows of a block, in the dtype that is given; then, in float64, the blocks, then the lanes by halves.
     """
     d, r = difference, represented
     terms = torch.stack((d, d * d, d * r, r * r, r)).view(SUMS, blocks, ROWS, LANES)
-    rows = torch.zeros(SUMS, blocks, LANES, device=d.device)
+    rows = torch.zeros(SUMS, blocks, LANES, dtype=d.dtype, device=d.device)
     for row in range(ROWS):
         rows += terms[:, :, row]
     lanes = torch.zeros(SUMS, LANES, dtype=torch.float64, device=d.device)
