@@ -191,7 +191,7 @@ def _values(codes: Tensor, format: FloatFormat, scale: float, offset: float) -> 
 def _sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:
     """Sum D, D*D, D*R, R*R and R over a chunk, in one order on every device and for any number of threads.
 
-    In each lane the rows of a block, in the dtype that is given; then, in float64, the blocks, then the lanes by halves.
+    In each lane the rows of a block, in the dtype given; then, in float64, the blocks, then the lanes by halves.
     """
     d, r = difference, represented
     terms = torch.stack((d, d * d, d * r, r * r, r)).view(SUMS, blocks, ROWS, LANES)
