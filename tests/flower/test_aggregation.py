@@ -311,17 +311,11 @@ def bad(message: Message) -> Message | None:
     return good
 
 
-def test_a_round_ends_with_the_good_clients_and_names_the_others(caplog: pytest.LogCaptureFixture) -> None:
-    import logging
-
-    logging.getLogger("flwr").addHandler(caplog.handler)
-    try:
-        arrays = model()
-        policy = fedomc.CompressionPolicy(format="S1E3M7")
-        wrapped = OMCStrategy(strategies.FedAvg(fraction_evaluate=0.0), policy)
-        result = wrapped.start(Network(10, bad), arrays, num_rounds=1, timeout=0.3)  # type: ignore[arg-type]
-    finally:
-        logging.getLogger("flwr").removeHandler(caplog.handler)
+def test_a_round_ends_with_the_good_clients_and_names_the_others(flower_log: pytest.LogCaptureFixture) -> None:
+    arrays = model()
+    policy = fedomc.CompressionPolicy(format="S1E3M7")
+    wrapped = OMCStrategy(strategies.FedAvg(fraction_evaluate=0.0), policy)
+    result = wrapped.start(Network(10, bad), arrays, num_rounds=1, timeout=0.3)  # type: ignore[arg-type]
     assert wrapped.traffic[-1].received == 3
     for node, why in {
         2: "weight",
@@ -332,7 +326,7 @@ def test_a_round_ends_with_the_good_clients_and_names_the_others(caplog: pytest.
         7: "the reply's variables",
         8: "steps",
     }.items():
-        assert f"left out node {node}: {why}" in caplog.text
+        assert f"left out node {node}: {why}" in flower_log.text
     alone = OMCStrategy(strategies.FedAvg(), policy)
     messages = list(alone.configure_train(1, arrays, ConfigRecord(), Nodes(10)))  # type: ignore[arg-type]
     good = [answer(m, 1e-3) for m in messages if m.metadata.dst_node_id in (1, 9, 10)]

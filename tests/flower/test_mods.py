@@ -1,6 +1,5 @@
 """``omc_mod``: a client that only knows FP32 arrays, in a round of compressed messages."""
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -98,7 +97,6 @@ def test_fp32_messages_evaluation_and_errors_pass_through() -> None:
     ],
 )
 def test_what_cannot_go_back_is_named(change: np.ndarray, error: type[Exception]) -> None:
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     wrapped = OMCStrategy(FedAvg(), fedomc.CompressionPolicy(format="S1E3M7"))
     message = next(iter(wrapped.configure_train(1, model(), ConfigRecord(), Nodes(2))))  # type: ignore[arg-type]
     with pytest.raises(error, match="weight"):

@@ -1,6 +1,5 @@
 """The strategy: own payloads, one encoding a round, aggregation by value and by difference, bad replies left out."""
 
-import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -188,9 +187,7 @@ def damaged(record: ArrayRecord, name: str, array: Array) -> ArrayRecord:
     return result
 
 
-def test_bad_replies_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("WARNING", logger="flwr")
-    logging.getLogger("flwr").addHandler(caplog.handler)
+def test_bad_replies_are_left_out_and_named(flower_log: pytest.LogCaptureFixture) -> None:
     wrapped = OMCStrategy(FedAvg(), policy(fraction=1.0))
     alone = OMCStrategy(FedAvg(), policy(fraction=1.0))
     arrays = collect(build())
@@ -211,12 +208,11 @@ def test_bad_replies_are_left_out_and_named(caplog: pytest.LogCaptureFixture) ->
     result, _ = wrapped.aggregate_train(1, replies)
     first = next(m for m in configure(alone, arrays).values() if m.metadata.dst_node_id == good.metadata.src_node_id)
     expected, _ = alone.aggregate_train(1, [trained(first)])
-    logging.getLogger("flwr").removeHandler(caplog.handler)
     assert result is not None and expected is not None
     assert {n: a.data for n, a in result.items()} == {n: a.data for n, a in expected.items()}
     assert wrapped.traffic[-1].received == 1
     for message in messages[1:]:
-        assert f"left out node {message.metadata.dst_node_id}: {name}" in caplog.text
+        assert f"left out node {message.metadata.dst_node_id}: {name}" in flower_log.text
 
 
 @pytest.mark.parametrize(
@@ -251,9 +247,7 @@ def test_replies_with_wrong_metrics_are_left_out(metrics: dict[str, object] | No
     assert results[0] == results[1]
 
 
-def test_an_error_in_the_superlinks_name_is_of_the_node_that_was_asked(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("flwr")
-    logger.addHandler(caplog.handler)
+def test_an_error_in_the_superlinks_name_is_of_the_node_that_was_asked(flower_log: pytest.LogCaptureFixture) -> None:
     wrapped = OMCStrategy(FedAvg(), policy())
     messages = list(configure(wrapped, collect(build())).values())
     for number, message in enumerate(messages):
@@ -261,10 +255,9 @@ def test_an_error_in_the_superlinks_name_is_of_the_node_that_was_asked(caplog: p
     lost = Message(Error(code=3, reason="node unavailable"), reply_to=messages[0])
     lost.metadata.__dict__["_src_node_id"] = 1
     result, _ = wrapped.aggregate_train(1, iter([lost, *map(trained, messages[1:])]))
-    logger.removeHandler(caplog.handler)
     assert result is not None and wrapped.traffic[-1].received == 3
-    assert f"left out node {messages[0].metadata.dst_node_id}: node unavailable" in caplog.text
-    assert "no reply came in time" not in caplog.text
+    assert f"left out node {messages[0].metadata.dst_node_id}: node unavailable" in flower_log.text
+    assert "no reply came in time" not in flower_log.text
 
 
 def test_replies_of_other_dtypes_are_left_out() -> None:
