@@ -1,4 +1,4 @@
-"""Room for decoded weights and for gradients, which is used again and again.
+"""Room for decoded weights and for new codes, which is used again and again.
 
 [Note: why not the allocator]
 A layer's decoded weight lives for one multiplication. Asked from malloc and given back each time, such pieces of some

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from fedomc.ops.whole import Saved, autocast_dtype, is_operand, with_autocast, with_decoded_weights
-from fedomc.scratch import scratch
 from fedomc.tensor import CompressedTensor, is_compressed
 
 CONVOLUTIONS: dict[Callable[..., Any], tuple[int, bool]] = {
@@ -61,7 +60,7 @@ class _Convolution(torch.autograd.Function):
             return found.pop(0) if of_x else None, found.pop(0) if of_weight else None, None
         transposed = how[3]
         x_gradient = torch.zeros_like(x) if of_x else None
-        weight_gradient = scratch.empty(weight.numel(), weight.device).view(weight.shape) if of_weight else None
+        weight_gradient = torch.empty(weight.shape, device=weight.device) if of_weight else None
         for start, stop in weight.panels():
             place = (slice(None), slice(start, stop))
             at_x, at_gradient = (x[place], gradient) if transposed else (x, gradient[place])
