@@ -121,7 +121,7 @@ def test_a_model_file_has_the_values_that_are_written_beside_it(tmp_path: Path) 
 
 FORMATS = st.builds(FloatFormat, st.integers(1, 8), st.integers(0, 23))
 SHAPES = st.lists(st.integers(0, 5), max_size=4) | st.lists(st.integers(0, 2300), min_size=1, max_size=1)
-TRANSFORMS = st.sampled_from(["none", "affine", "scaled-affine"])
+TRANSFORMS = st.sampled_from(["none", "affine", "scaled", "scaled-affine"])
 
 
 def variable(shape: list[int], seed: int, exponent: int) -> torch.Tensor:

@@ -57,7 +57,7 @@ def compare(
     server_rate: Annotated[float, typer.Option(help="Highest rate of the server's Adam.")] = DEFAULTS.server_rate,
     warmup: Annotated[int, typer.Option(help="Rounds in which it rises.")] = DEFAULTS.warmup,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between measurements.")] = DEFAULTS.evaluate_every,
-    transform: Annotated[str, typer.Option(help="none, affine or scaled-affine.")] = DEFAULTS.transform,
+    transform: Annotated[str, typer.Option(help="none, affine, scaled or scaled-affine.")] = DEFAULTS.transform,
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = DEFAULTS.rounding,
     aggregate: Annotated[str, typer.Option(help="difference or value.")] = DEFAULTS.aggregate,
     lossless: Annotated[str, typer.Option(help="zstd on messages: none, down, up or both.")] = DEFAULTS.lossless,
