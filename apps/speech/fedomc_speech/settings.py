@@ -59,10 +59,12 @@ class Variant:
             format=base,
             update_format=update or None,
             transform=settings.transform,
+            weight_matrices_only=settings.weight_matrices_only,
             fraction=self.fraction,
             rounding=settings.rounding,
             seed=settings.seed,
-            exclude=("*.bias_u", "*.bias_v"),  # the attention's biases, which happen to have two dimensions
+            # The attention's biases, which happen to have two dimensions.
+            exclude=("*.bias_u", "*.bias_v") if settings.weight_matrices_only else (),
         )
 
 
@@ -87,6 +89,7 @@ class Settings:
         warmup: rounds in which it rises, at most a quarter of all; then it falls along a cosine.
         evaluate_every: rounds between two measurements of the word error rate.
         transform: the per-variable transformation.
+        weight_matrices_only: leave biases and normalization in FP32.
         rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two.
         aggregate: ``difference`` or ``value``.
         lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``.
@@ -111,6 +114,7 @@ class Settings:
     warmup: int = 20
     evaluate_every: int = 20
     transform: str = "scaled-affine"
+    weight_matrices_only: bool = True
     rounding: str = "nearest"
     aggregate: str = "difference"
     lossless: str = "none"
@@ -182,6 +186,8 @@ class Settings:
                 continue
             kind: type[Any] = type(fields[name].default)
             try:
+                if kind is bool and not isinstance(value, bool):
+                    raise ValueError
                 read[name] = kind(value)
                 if kind is int and read[name] != float(value):
                     raise ValueError

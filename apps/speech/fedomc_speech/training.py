@@ -76,14 +76,35 @@ def train_locally(
     return LocalResult(sum(losses) / len(losses), seen, fedomc.parameter_bytes(model).total)
 
 
-def word_error_rate(model: SpeechModel, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> float:
-    """Measure the word error rate of greedy decoding, in percent."""
-    references, hypotheses = [], []
+@dataclass(frozen=True)
+class Errors:
+    """How a model did on each utterance of a test.
+
+    Attributes:
+        errors: words substituted, left out or put in, by utterance.
+        words: that were spoken, by utterance.
+    """
+
+    errors: tuple[int, ...]
+    words: tuple[int, ...]
+
+    @property
+    def word_error_rate(self) -> float:
+        """In percent."""
+        return 100.0 * sum(self.errors) / sum(self.words)
+
+
+def word_errors(model: SpeechModel, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> Errors:
+    """Count the word errors of greedy decoding."""
+    errors, words = [], []
     for at in range(0, len(utterances), EVALUATION_BATCH):
         part = utterances[at : at + EVALUATION_BATCH]
-        references += [utterance.text for utterance in part]
-        hypotheses += recognize(model, [_features(utterance, model.mels) for utterance in part], tokenizer)
-    return 100.0 * float(jiwer.wer(references, hypotheses))
+        hypotheses = recognize(model, [_features(utterance, model.mels) for utterance in part], tokenizer)
+        for utterance, hypothesis in zip(part, hypotheses, strict=True):
+            found = jiwer.process_words(utterance.text, hypothesis)
+            errors.append(found.substitutions + found.deletions + found.insertions)
+            words.append(found.hits + found.substitutions + found.deletions)
+    return Errors(tuple(errors), tuple(words))
 
 
 def recognize(model: SpeechModel, inputs: Sequence[Tensor], tokenizer: Tokenizer) -> list[str]:

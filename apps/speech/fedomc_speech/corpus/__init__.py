@@ -9,8 +9,11 @@ from fedomc_speech.corpus.librispeech import load_librispeech
 from fedomc_speech.errors import CorpusError
 
 NAMES = ("digits", "an4", "librispeech")
+MADE = ("digits",)
+"""Those that are made on the machine and need no path."""
 
 __all__ = [
+    "MADE",
     "NAMES",
     "SAMPLE_RATE",
     "Corpus",
