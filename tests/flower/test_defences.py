@@ -4,12 +4,13 @@ import copy
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.client import NumPyClient
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import (
@@ -19,7 +20,17 @@ from flwr.clientapp.mod import (
     fixedclipping_mod,
     message_size_mod,
 )
+from flwr.common import bytes_to_ndarray, ndarrays_to_parameters
 from flwr.common.constant import ErrorCode
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
+from flwr.compat.common import recorddict_compat
+from flwr.server import strategy as legacy
+from flwr.server.compat.grid_client_proxy import GridClientProxy
+from flwr.server.compat.legacy_context import LegacyContext
+from flwr.server.workflow import SecAggPlusWorkflow
+from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD
+from flwr.server.workflow.constant import Key as WorkflowKey
+from flwr.server.workflow.default_workflows import default_init_params_workflow
 from flwr.serverapp import strategy as strategies
 from flwr.supercore.privacy_accounting import (
     GaussianPrivacyEvent,
@@ -54,17 +65,17 @@ def step(node: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return (draw / np.linalg.norm(draw) * share * node * 0.6 * C).astype(np.float32)
 
 
-def client(*mods: Any) -> ClientApp:
+def train(message: Message, context: Context) -> Message:
     """Train with numpy alone."""
+    arrays = {name: array.numpy() for name, array in message.content["arrays"].items()}
+    new = ArrayRecord({n: Array(a + step(context.node_id, n, a.shape)) for n, a in arrays.items()})
+    content = RecordDict({"arrays": new, "metrics": MetricRecord({"num-examples": 1, "loss": 0.5})})
+    return Message(content, reply_to=message)
+
+
+def client(*mods: Any) -> ClientApp:
     app = ClientApp(mods=list(mods))
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        arrays = {n: a.numpy() for n, a in message.content["arrays"].items()}
-        new = ArrayRecord({n: Array(a + step(context.node_id, n, a.shape)) for n, a in arrays.items()})
-        content = RecordDict({"arrays": new, "metrics": MetricRecord({"num-examples": 1, "loss": 0.5})})
-        return Message(content, reply_to=message)
-
+    app.train()(train)
     return app
 
 
@@ -226,10 +237,8 @@ def test_nothing_longer_than_the_clipping_norm_is_added_up_and_nothing_else_is_c
         for name in own:
             wanted = own[name] + min(1, C / lengths[node]) * change[name]
             np.testing.assert_allclose(watched.added[node][name], wanted, atol=1e-6)
-    if defence in ON_CLIENTS and how == "coarse":
-        assert (
-            max(lengths.values()) > 1.05 * C
-        )  # what the clients had clipped; this is what the server's clipping is for
+    if defence in ON_CLIENTS and how == "coarse":  # the clients had clipped: hence the server's clipping
+        assert max(lengths.values()) > 1.05 * C
 
 
 def test_clients_that_train_compressed_are_clipped_on_the_server() -> None:
@@ -302,6 +311,10 @@ def test_a_client_that_changes_nothing_is_counted_and_does_no_harm(defence: str)
     make, kind, _ = ON_SERVER[defence]
     idle = ClientApp()
     idle.train()(echo)
+    clipped = ClientApp(mods=[omc_mod, fixedclipping_mod])
+    clipped.train()(echo)
+    on_clients = OMCStrategy(fixed(ON_CLIENTS["client, fixed"][1], strategies.FedAvg()), policy())
+    assert "ZeroDivisionError" in str(ask(clipped, configured(on_clients)[0]).error.reason)
     with pytest.raises(ZeroDivisionError):
         rounds(make(kind, strategies.FedAvg()), idle, 1)
     for zeros in (False, True):
@@ -420,3 +433,96 @@ def test_a_resumed_run_goes_on_with_its_norm_its_books_and_its_moments(defence: 
     assert {n: a.tobytes() for n, a in resumed[1].m_t.items()} == {n: a.tobytes() for n, a in whole[1].m_t.items()}
     if make is fixed:
         assert resumed[0].accountant.num_releases == whole[0].accountant.num_releases == 10
+
+
+class LegacyGrid:
+    """As much of a grid as a legacy workflow takes; the nodes keep their state between the stages."""
+
+    def __init__(self, app: ClientApp) -> None:
+        self.app, self.masked = app, list[np.ndarray]()
+        self.contexts = {node: Context(1, node, {}, RecordDict(), {}) for node in range(1, CLIENTS + 1)}
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        replies = []
+        for message in messages:
+            message = Message(copy.deepcopy(message.content), message.metadata.dst_node_id, "train")
+            reply = self.app(message, self.contexts[message.metadata.dst_node_id])
+            masked = reply.content.config_records[RECORD_KEY_CONFIGS].get(Key.MASKED_PARAMETERS)
+            if masked is not None:
+                self.masked.append(bytes_to_ndarray(masked[1]))  # type: ignore[index]
+            replies.append(reply)
+        return replies
+
+
+class CompressedInMemory(NumPyClient):
+    """FP32 in messages, compressed while it trains; it keeps what it trained for the test to see."""
+
+    trained: ClassVar[dict[int, list[np.ndarray]]] = {}
+
+    def __init__(self, node: int) -> None:
+        self.node = node
+
+    def fit(self, parameters: list[np.ndarray], config: dict[str, Any]) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        layer = nn.Linear(*reversed(SHAPE))
+        layer.load_state_dict({n: torch.from_numpy(a) for n, a in zip(layer.state_dict(), parameters, strict=True)})
+        fedomc.compress_(layer, how := policy(format="S1E4M8").select(layer, round=1, client=str(self.node)))
+        assert how and isinstance(layer.weight, fedomc.CompressedTensor)
+        stepping = fedomc.step_in_backward(layer, torch.optim.SGD, lr=1.0)
+        torch.manual_seed(self.node)
+        layer(torch.randn(16, SHAPE[1])).square().mean().backward()
+        stepping.remove()
+        fedomc.decompress_(layer)
+        self.trained[self.node] = [value.numpy().copy() for value in layer.state_dict().values()]
+        return self.trained[self.node], 100, {}
+
+
+@pytest.mark.parametrize("mods", [(secaggplus_mod,), (omc_mod, secaggplus_mod), (secaggplus_mod, omc_mod)])
+def test_secure_aggregation_adds_up_what_clients_trained_compressed(mods: tuple[Any, ...]) -> None:
+    """In Flower's legacy workflow; ``omc_mod`` finds nothing to do there."""
+    grid = LegacyGrid(ClientApp(lambda context: CompressedInMemory(context.node_id).to_client(), mods=list(mods)))
+    context = LegacyContext(Context(1, 0, {}, RecordDict(), {}), strategy=legacy.FedAvg(min_fit_clients=CLIENTS))
+    for node in grid.contexts:
+        context.client_manager.register(GridClientProxy(node, grid, 1))  # type: ignore[arg-type]
+    context.state.config_records[MAIN_CONFIGS_RECORD] = ConfigRecord({WorkflowKey.CURRENT_ROUND: 1})
+    torch.manual_seed(0)
+    start = [value.numpy() for value in nn.Linear(*reversed(SHAPE)).state_dict().values()]
+    parameters = ndarrays_to_parameters(start)
+    context.state.array_records[MAIN_PARAMS_RECORD] = recorddict_compat.parameters_to_arrayrecord(parameters, True)
+    SecAggPlusWorkflow(num_shares=3, reconstruction_threshold=2, max_weight=100)(grid, context)  # type: ignore[arg-type]
+    found = [array.numpy() for array in context.state.array_records[MAIN_PARAMS_RECORD].values()]
+    for i, (array, was) in enumerate(zip(found, start, strict=True)):
+        mean = np.mean([trained[i] for trained in CompressedInMemory.trained.values()], axis=0)
+        np.testing.assert_allclose(array, mean, atol=2 * 16 / 2**22)  # a step of SecAgg+'s own integers, and weights
+        assert np.abs(mean - was).max() > 1e-3
+    # What the server saw of each client is all over the range of the masks.
+    assert len(grid.masked) == CLIENTS and all(np.ptp(masked) > 0.9 * 2**32 for masked in grid.masked)
+
+
+def test_a_legacy_workflow_is_refused() -> None:
+    strategy: Any = OMCStrategy(strategies.FedAvg(), policy())
+    context = LegacyContext(Context(1, 0, {}, RecordDict(), {}), strategy=strategy)
+    with pytest.raises(fedomc.PolicyError, match=r"compress_, then decompress_.*docs/defences"):
+        default_init_params_workflow(None, context)  # type: ignore[arg-type]
+
+
+def test_the_guides_examples_run_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {"__name__": "guide"}
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(block, names)  # noqa: S102
+    printed = [float(x) for x in re.findall(r"(?:norm|cosine) (\d\.\d+)", capsys.readouterr().out)]
+    assert printed == pytest.approx([1.01, 0.99, 1.96, 0.51, 0.98, 0.98], abs=0.03)  # the table's second row
+    names["client"].train()(train)
+    names["noisy_client"].train()(train)
+    for strategy, app in (
+        (names["server_side"], packed_client()),
+        (names["client_side"], names["client"]),
+        (names["local"], names["noisy_client"]),
+    ):
+        result, _ = strategy.aggregate_train(1, [ask(app, message) for message in configured(strategy)])
+        assert result is not None and strategy.traffic[-1].received == CLIENTS
+    start = [value.numpy().copy() for value in nn.Linear(96, 64).state_dict().values()]
+    trained, examples, _ = names["Client"]().fit(start, {})
+    assert examples == 16 and not np.array_equal(trained[0], start[0])

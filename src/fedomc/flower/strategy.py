@@ -56,8 +56,8 @@ class OMCStrategy(Strategy):
     with ``Krum``, ``MultiKrum`` and ``Bulyan``, and with the strategies of differential privacy that clip on the
     server; those that clip on the clients need one variable of a reply at a time.
 
-    Differential privacy goes inside, ``OMCStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), ...))``; what is
-    refused, and what becomes of a client's clipping, is told in ``defences``.
+    Differential privacy goes inside, ``OMCStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), ...))``; what
+    is refused, and what becomes of a client's clipping, is told in ``defences``.
 
     Names alone do not tell parameters from buffers: float32 buffers of two dimensions are compressed like parameters
     unless the policy excludes them.
