@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.client import NumPyClient
-from flwr.client.mod import secaggplus_mod
+from flwr.client.mod import secagg_mod, secaggplus_mod
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import (
     LocalDpMod,
@@ -77,6 +77,17 @@ def client(*mods: Any) -> ClientApp:
     app = ClientApp(mods=list(mods))
     app.train()(train)
     return app
+
+
+def poison(message: Message, context: Context) -> Message:
+    arrays = message.content["arrays"]
+    new = ArrayRecord({name: Array(np.full(array.shape, 50, np.float32)) for name, array in arrays.items()})
+    content = RecordDict({"arrays": new, "metrics": MetricRecord({"num-examples": 1, "loss": 0.5})})
+    return Message(content, reply_to=message)
+
+
+poisoned = ClientApp(mods=[omc_mod])
+poisoned.train()(poison)
 
 
 def packed_client(*mods: Any) -> ClientApp:
@@ -241,12 +252,38 @@ def test_nothing_longer_than_the_clipping_norm_is_added_up_and_nothing_else_is_c
         assert max(lengths.values()) > 1.05 * C
 
 
-def test_clients_that_train_compressed_are_clipped_on_the_server() -> None:
-    for make, kind, _ in ON_SERVER.values():
-        watched = Watched()
-        rounds(OMCStrategy(make(kind, watched), policy(**FORMATS["two parts"])), packed_client(), 1)
-        lengths = {node: length(added, numpy(model())) for node, added in watched.added.items()}
-        assert 0.5 < lengths[1] < 0.7 and lengths[4] == pytest.approx(C, rel=1e-5)
+@pytest.mark.parametrize("defence", [*ON_SERVER, "client, fixed"])
+def test_clients_that_train_compressed_are_clipped_on_the_server(defence: str) -> None:
+    """And so is a client that should have clipped and has no mod for it."""
+    make, kind, _ = CLIPPING[defence]
+    watched = Watched()
+    rounds(OMCStrategy(make(kind, watched), policy(**FORMATS["two parts"])), packed_client(), 1)
+    lengths = {node: length(added, numpy(model())) for node, added in watched.added.items()}
+    assert 0.5 < lengths[1] < 0.7 and lengths[4] == pytest.approx(C, rel=1e-5)
+
+
+ROBUST = {
+    "Krum": {"num_malicious_nodes": 1},
+    "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 3},
+    "Bulyan": {"num_malicious_nodes": 1},
+    "FedMedian": {},
+    "FedTrimmedAvg": {"beta": 0.2},
+}
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("name", ROBUST)
+def test_robust_strategies_find_the_poisoned_update_among_decoded_ones(name: str, how: str) -> None:
+    moved = {}
+    for inner in (getattr(strategies, name)(**ROBUST[name]), strategies.FedAvg()):
+        strategy = OMCStrategy(inner, policy(**FORMATS[how]))
+        apps = [client(omc_mod)] * 7 + [poisoned]
+        replies = [ask(app, m) for app, m in zip(apps, configured(strategy, count=8), strict=True)]
+        result, _ = strategy.aggregate_train(1, replies)
+        assert result is not None
+        moved[inner] = length(numpy(result), numpy(model()))
+    robust, plain = moved.values()
+    assert robust < 7 * 0.6 * C < 100 < plain
 
 
 WRONG_ORDERS = {
@@ -256,6 +293,7 @@ WRONG_ORDERS = {
     "local noise around omc_mod": ("local", client(LocalDpMod(C, 1.0, 1.0, 1e-5), omc_mod), "after omc_mod"),
     "local noise around compressed training": ("local", packed_client(LocalDpMod(C, 1.0, 1.0, 1e-5)), "after omc_mod"),
     "secure aggregation outside": ("local", client(secaggplus_mod, omc_mod), "legacy strategies alone"),
+    "SecAgg inside": ("local", client(omc_mod, secagg_mod), "legacy strategies alone"),
     "secure aggregation inside": ("local", client(omc_mod, secaggplus_mod), "legacy strategies alone"),
 }
 
