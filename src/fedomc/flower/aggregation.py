@@ -160,15 +160,15 @@ class LazyArray(Array):
 
 
 def decoded(broadcast: Broadcast, reply: Mapping[str, Returned], *, value: bool) -> ArrayRecord:
-    """Give the arrays of a reply for who needs them all: each is decoded when it is asked for.
+    """Give the arrays of a reply for who needs them all, in the model's order: each is decoded when it is asked for.
 
     Until then a reply takes no more memory than its bytes. Strategies that look at a variable at a time (``FedMedian``,
     ``FedTrimmedAvg``) hold that one of all replies in FP32, those that stack models (``Krum``, ``MultiKrum``,
     ``Bulyan``) hold all models in FP32, more than once.
     """
     record = ArrayRecord()
-    for name, returned in reply.items():
-        server = broadcast.dense(name)
+    for name in broadcast.arrays:
+        returned, server = reply[name], broadcast.dense(name)
 
         def values(name: str = name, returned: Returned = returned) -> Values:
             return _values(returned, broadcast.dense(name), value)
