@@ -174,7 +174,7 @@ def test_a_rewrite_is_an_encoding(transform: str, rounding: str, scale: float) -
 
 def test_scaling_alone_keeps_stochastic_rounding_unbiased() -> None:
     values = 0.05 + torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    assert 2.0**-exponent_of(values, "S1E2M1") * 6 > float(values.max())  # nothing saturates
+    assert 2.0 ** -exponent_of(values, "S1E2M1") * 6 > float(values.max())  # nothing saturates
 
     def mean_error(transform: str) -> float:
         draws = [decoded(encode(values, FloatFormat(2, 1), transform, "stochastic", seed)) for seed in range(400)]

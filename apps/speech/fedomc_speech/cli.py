@@ -52,6 +52,9 @@ def compare(
     split: Annotated[str, typer.Option(help="speaker (a client is a speaker) or iid.")] = DEFAULTS.split,
     clients: Annotated[int, typer.Option(help="Number of clients; 0: one a speaker.")] = DEFAULTS.clients,
     model_size: Annotated[str, typer.Option("--model", help="tiny or large.")] = DEFAULTS.model,
+    streaming: Annotated[
+        bool, typer.Option(help="A model that can run while the speaker speaks.")
+    ] = DEFAULTS.streaming,
     rounds: Annotated[int, typer.Option(help="Rounds of each format.")] = DEFAULTS.rounds,
     cohort: Annotated[int, typer.Option(help="Clients a round.")] = DEFAULTS.cohort,
     local_steps: Annotated[int, typer.Option(help="Steps of each client in a round.")] = DEFAULTS.local_steps,
@@ -89,6 +92,7 @@ def compare(
             split=split,
             clients=clients,
             model=model_size,
+            streaming=streaming,
             rounds=rounds,
             cohort=cohort,
             local_steps=local_steps,

@@ -31,7 +31,7 @@ def cost_of(settings: Settings, variant: Variant) -> Cost:
     parts, tokenizer = client_data(
         settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
     )
-    network = model.build(settings.model, tokenizer.vocab_size, seed=settings.seed)
+    network = model.build(settings.model, tokenizer.vocab_size, seed=settings.seed, streaming=settings.streaming)
     policy = variant.policy(settings)
     if policy is not None:
         fedomc.compress_(network, policy.select(network, round=1, client=0))

@@ -178,7 +178,7 @@ class _Rounds:
             rest_format=settings.rest_format or None,
             observers=boards,
         )
-        self.network = model.build(settings.model, vocabulary, seed=settings.seed)
+        self.network = model.build(settings.model, vocabulary, seed=settings.seed, streaming=settings.streaming)
         self.arrays = collect(self.network)
         self.fp32_bytes = sum(len(array.data) for array in self.arrays.values())
         self.fp32_parameter_bytes = fedomc.parameter_bytes(self.network).fp32

@@ -79,6 +79,7 @@ class Settings:
         split: ``speaker`` (a client is a speaker) or ``iid``.
         clients: number of clients; 0 means one a speaker.
         model: ``tiny`` or ``large``.
+        streaming: whether the model is one that can be run while the speaker speaks.
         rounds: how many.
         cohort: clients a round.
         local_steps: of each client in a round.
@@ -104,6 +105,7 @@ class Settings:
     split: str = "speaker"
     clients: int = 0
     model: str = "tiny"
+    streaming: bool = False
     rounds: int = 300
     cohort: int = 8
     local_steps: int = 1
@@ -186,11 +188,16 @@ class Settings:
                 continue
             kind: type[Any] = type(fields[name].default)
             try:
-                if kind is bool and not isinstance(value, bool):
-                    raise ValueError
-                read[name] = kind(value)
+                read[name] = _to_bool(value) if kind is bool else kind(value)
                 if kind is int and read[name] != float(value):
                     raise ValueError
-            except (TypeError, ValueError, OverflowError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 raise SettingsError(f"{key}={value!r}: a value of type {kind.__name__} is expected") from None
         return cls(**read)
+
+
+def _to_bool(value: Any) -> bool:
+    """Read what TOML and run configs write for a truth value."""
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}[value]

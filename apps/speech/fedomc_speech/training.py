@@ -65,7 +65,7 @@ def train_locally(
     try:
         for step in range(steps):
             chosen = [order[(step * batch + i) % len(order)] for i in range(min(batch, len(order)))]
-            ready = features.pad([_features(utterance, model.mels) for utterance in chosen])
+            ready = features.pad([_features(utterance, model) for utterance in chosen])
             targets = [tokenizer.encode(utterance.text) for utterance in chosen]
             loss = model.ctc_loss(ready.features, ready.frames, targets)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -99,7 +99,7 @@ def word_errors(model: SpeechModel, utterances: Sequence[Utterance], tokenizer: 
     errors, words = [], []
     for at in range(0, len(utterances), EVALUATION_BATCH):
         part = utterances[at : at + EVALUATION_BATCH]
-        hypotheses = recognize(model, [_features(utterance, model.mels) for utterance in part], tokenizer)
+        hypotheses = recognize(model, [_features(utterance, model) for utterance in part], tokenizer)
         for utterance, hypothesis in zip(part, hypotheses, strict=True):
             found = jiwer.process_words(utterance.text, hypothesis)
             errors.append(found.substitutions + found.deletions + found.insertions)
@@ -120,13 +120,13 @@ def recognize(model: SpeechModel, inputs: Sequence[Tensor], tokenizer: Tokenizer
     ]
 
 
-def _features(utterance: Utterance, mels: int) -> Tensor:
+def _features(utterance: Utterance, model: SpeechModel) -> Tensor:
     """Compute features; those of short utterances are kept, 160 kB each at most."""
     if utterance.frames > 5 * SAMPLE_RATE:
-        return features.log_mel(utterance.audio(), mels)
-    return _kept_features(utterance, mels)
+        return features.log_mel(utterance.audio(), model.mels, streaming=model.streaming)
+    return _kept_features(utterance, model.mels, model.streaming)
 
 
 @functools.lru_cache(maxsize=1024)
-def _kept_features(utterance: Utterance, mels: int) -> Tensor:
-    return features.log_mel(utterance.audio(), mels)
+def _kept_features(utterance: Utterance, mels: int, streaming: bool) -> Tensor:
+    return features.log_mel(utterance.audio(), mels, streaming=streaming)
