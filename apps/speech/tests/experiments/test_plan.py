@@ -105,7 +105,7 @@ def test_what_is_wrong_is_named_with_the_file(tmp_path: Path, text: str, says: s
 
 def test_the_experiments_of_the_project_can_be_read() -> None:
     experiments = [Experiment.read(path) for path in FILES]
-    assert sum(experiment.pooled for experiment in experiments) >= 2
+    assert sum(experiment.pooled for experiment in experiments) >= 3
     for experiment in experiments:
         assert experiment.rows[0].settings.formats == (FP32,), experiment.name
         assert experiment.title and experiment.paper and experiment.model
