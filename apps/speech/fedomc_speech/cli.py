@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 import fedomc
-from fedomc_speech import corpus, federation, model, report, training
-from fedomc_speech.progress import RunProgress
+from fedomc_speech import corpus, federation, model, pretraining, report, training
+from fedomc_speech.augmentation import Augmentation
+from fedomc_speech.progress import PretrainingProgress, RunProgress, minutes
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings
 from fedomc_speech.simulation import simulate
@@ -26,6 +27,7 @@ from fedomc_speech.tokens import tokenizer_for
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 DEFAULTS: Final = Settings()
+PRETRAINING: Final = pretraining.Pretraining()
 
 # What Flower's simulation adds to the training itself, as measured with cohorts of 8: to start, and to each round.
 START_SECONDS = 15.0
@@ -43,17 +45,21 @@ def compare(
     name: Annotated[str, typer.Option(help="The run's folder is OUTPUT/NAME.")] = "speech",
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option(help="Go on from the last finished round.")] = False,
-    corpus_name: Annotated[str, typer.Option("--corpus", help="digits, an4 or librispeech.")] = DEFAULTS.corpus,
+    corpus_name: Annotated[
+        str, typer.Option("--corpus", help="digits, commands, an4 or librispeech.")
+    ] = DEFAULTS.corpus,
     corpus_path: Annotated[str, typer.Option(help="Folder of an4 or librispeech.")] = DEFAULTS.corpus_path,
     split: Annotated[str, typer.Option(help="speaker (a client is a speaker) or iid.")] = DEFAULTS.split,
     clients: Annotated[int, typer.Option(help="Number of clients; 0: one a speaker.")] = DEFAULTS.clients,
     model_size: Annotated[str, typer.Option("--model", help="tiny or large.")] = DEFAULTS.model,
+    initial: Annotated[str, typer.Option(help="Model file to begin with, as pretrain writes it.")] = DEFAULTS.initial,
     rounds: Annotated[int, typer.Option(help="Rounds of each format.")] = DEFAULTS.rounds,
     cohort: Annotated[int, typer.Option(help="Clients a round.")] = DEFAULTS.cohort,
     local_steps: Annotated[int, typer.Option(help="Steps of each client in a round.")] = DEFAULTS.local_steps,
     batch: Annotated[int, typer.Option(help="Utterances a step.")] = DEFAULTS.batch,
     client_rate: Annotated[float, typer.Option(help="Learning rate of the clients' SGD.")] = DEFAULTS.client_rate,
     clip_norm: Annotated[float, typer.Option(help="Of each variable's gradient.")] = DEFAULTS.clip_norm,
+    augment: Annotated[bool, typer.Option(help="Change what a client hears at each sight.")] = DEFAULTS.augment,
     server_rate: Annotated[float, typer.Option(help="Highest rate of the server's Adam.")] = DEFAULTS.server_rate,
     warmup: Annotated[int, typer.Option(help="Rounds in which it rises.")] = DEFAULTS.warmup,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between measurements.")] = DEFAULTS.evaluate_every,
@@ -82,12 +88,14 @@ def compare(
             split=split,
             clients=clients,
             model=model_size,
+            initial=initial,
             rounds=rounds,
             cohort=cohort,
             local_steps=local_steps,
             batch=batch,
             client_rate=client_rate,
             clip_norm=clip_norm,
+            augment=augment,
             server_rate=server_rate,
             warmup=warmup,
             evaluate_every=evaluate_every,
@@ -100,6 +108,44 @@ def compare(
             round_timeout=round_timeout,
         )
         _compare(settings, output / name, resume, tensorboard, console)
+
+
+@app.command()
+def pretrain(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Of the model, for compare --initial.")],
+    corpus_name: Annotated[str, typer.Option("--corpus", help="digits, commands, an4 or librispeech.")] = "commands",
+    corpus_path: Annotated[str, typer.Option(help="Folder of an4 or librispeech.")] = DEFAULTS.corpus_path,
+    model_size: Annotated[str, typer.Option("--model", help="tiny or large.")] = DEFAULTS.model,
+    initial: Annotated[str, typer.Option(help="Model file to begin with.")] = DEFAULTS.initial,
+    augment: Annotated[bool, typer.Option(help="Change the features at each sight.")] = True,
+    steps: Annotated[int, typer.Option(help="Steps.")] = PRETRAINING.steps,
+    batch: Annotated[int, typer.Option(help="Utterances a step.")] = PRETRAINING.batch,
+    rate: Annotated[float, typer.Option(help="Highest rate of AdamW.")] = PRETRAINING.rate,
+    warmup: Annotated[int, typer.Option(help="Steps in which it rises.")] = PRETRAINING.warmup,
+    weight_decay: Annotated[float, typer.Option(help="Of the matrices.")] = PRETRAINING.weight_decay,
+    clip_norm: Annotated[float, typer.Option(help="Of the whole gradient.")] = PRETRAINING.clip_norm,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = PRETRAINING.seed,
+) -> None:
+    """Train a model in one place, for a federation to begin with.
+
+    The file is written at the end; Ctrl-C leaves what was there.
+    """
+    console = Console()
+    with _clear_errors():
+        settings = pretraining.Pretraining(steps, batch, rate, warmup, weight_decay, clip_norm, seed)
+        run = Settings(corpus=corpus_name, corpus_path=corpus_path, model=model_size, initial=initial, seed=seed)
+        model.check_size(model_size)
+        loaded = _load_corpus(run)
+        tokenizer = tokenizer_for(loaded)
+        torch.set_num_threads(1)  # more make so small a model no faster
+        network = federation.starting_model(run, tokenizer)
+        with PretrainingProgress(settings.steps, console) as progress:
+            pretraining.train(
+                network, loaded.train, tokenizer, settings, Augmentation() if augment else None, progress.step_done
+            )
+        pretraining.save(network, tokenizer, settings, path)
+        wer = training.word_error_rate(network, loaded.test, tokenizer)
+        console.print(f"{path}: WER {wer:.1f}% on the {len(loaded.test)} test utterances of {corpus_name}")
 
 
 def _compare(settings: Settings, path: Path, resume: bool, tensorboard: bool, console: Console) -> None:
@@ -140,14 +186,22 @@ def _cost(settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Ut
     overhead = START_SECONDS + ROUND_SECONDS * settings.rounds * len(settings.formats)
     seconds, sent = 0.0, 0.0
     for variant in settings.variants:
-        network = model.build(settings.model, tokenizer.vocab_size, seed=settings.seed)
+        network = federation.starting_model(settings, tokenizer)
         policy = variant.policy(settings)
         if policy is not None:
             fedomc.compress_(network, policy.select(network, round=1, client=0))
         for _ in range(2):  # the first is slower than the others will be
             began = time.perf_counter()
             training.train_locally(
-                network, parts[0], tokenizer, steps=1, batch=settings.batch, rate=1e-3, clip_norm=1.0, seed=0
+                network,
+                parts[0],
+                tokenizer,
+                steps=1,
+                batch=settings.batch,
+                rate=1e-3,
+                clip_norm=1.0,
+                seed=0,
+                augment=Augmentation() if settings.augment else None,
             )
             took = time.perf_counter() - began
         seconds += took * settings.local_steps * visits
@@ -155,13 +209,9 @@ def _cost(settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Ut
     return (
         f"{len(settings.formats)} formats, {settings.rounds} rounds of {settings.cohort} out of {len(parts)} clients, "
         f"{len(loaded.train)} utterances to train and {len(loaded.test)} to test. "
-        f"It will send about {report.megabytes(sent)} in all and take about {_minutes(seconds / cores + overhead)} "
+        f"It will send about {report.megabytes(sent)} in all and take about {minutes(seconds / cores + overhead)} "
         f"on {cores} cores."
     )
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 @contextmanager

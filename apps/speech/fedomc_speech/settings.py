@@ -77,12 +77,14 @@ class Settings:
         split: ``speaker`` (a client is a speaker) or ``iid``.
         clients: number of clients; 0 means one a speaker.
         model: ``tiny`` or ``large``.
+        initial: file of the model to begin with, as ``pretrain`` writes it; empty begins with a random one.
         rounds: how many.
         cohort: clients a round.
         local_steps: of each client in a round.
         batch: utterances a local step.
         client_rate: learning rate of the clients' SGD.
         clip_norm: of the gradient of each variable.
+        augment: whether the clients change the features at each sight.
         server_rate: highest learning rate of the server's Adam.
         warmup: rounds in which it rises, at most a quarter of all; then it falls along a cosine.
         evaluate_every: rounds between two measurements of the word error rate.
@@ -101,12 +103,14 @@ class Settings:
     split: str = "speaker"
     clients: int = 0
     model: str = "tiny"
+    initial: str = ""
     rounds: int = 300
     cohort: int = 8
     local_steps: int = 1
     batch: int = 8
     client_rate: float = 0.1
     clip_norm: float = 0.3
+    augment: bool = False
     server_rate: float = 1.5e-3
     warmup: int = 20
     evaluate_every: int = 20
@@ -182,9 +186,16 @@ class Settings:
                 continue
             kind: type[Any] = type(fields[name].default)
             try:
-                read[name] = kind(value)
+                read[name] = _to_bool(value) if kind is bool else kind(value)
                 if kind is int and read[name] != float(value):
                     raise ValueError
-            except (TypeError, ValueError, OverflowError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 raise SettingsError(f"{key}={value!r}: a value of type {kind.__name__} is expected") from None
         return cls(**read)
+
+
+def _to_bool(value: Any) -> bool:
+    """Read what TOML and run configs write for a truth value."""
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}[value]

@@ -1,0 +1,157 @@
+"""A model for a federation to begin with, trained in one place."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+import fedomc
+from fedomc.errors import PayloadError
+from fedomc_speech import features, training
+from fedomc_speech.augmentation import Augmentation
+from fedomc_speech.corpus import Utterance
+from fedomc_speech.errors import SettingsError
+from fedomc_speech.model import SpeechModel
+from fedomc_speech.tokens import Tokenizer
+
+TOKENS = "tokens"
+"""The entry of a file's metadata that lists what the model's outputs stand for, as JSON."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a model is trained in one place: AdamW, with a linear warm-up and half a cosine.
+
+    Attributes:
+        steps: how many.
+        batch: utterances a step.
+        rate: highest learning rate.
+        warmup: steps in which it rises.
+        weight_decay: of the weight matrices.
+        clip_norm: of the gradient of all variables together.
+        seed: of the model and everything random.
+
+    Raises:
+        SettingsError: a value that cannot be.
+    """
+
+    steps: int = 2000
+    batch: int = 16
+    rate: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}={getattr(self, name)}: it must be 1 or more")
+        for name in ("warmup", "weight_decay", "seed"):
+            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
+                raise SettingsError(f"{name}={value}: it must not be negative")
+        for name in ("rate", "clip_norm"):
+            if not (math.isfinite(value := getattr(self, name)) and value > 0):
+                raise SettingsError(f"{name}={value}: it must be a positive number")
+
+    def rate_in(self, step: int) -> float:
+        """Return the learning rate in a step; the first is 1."""
+        warm = min(1.0, step / max(1, self.warmup))
+        return self.rate * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
+
+
+def train(
+    model: SpeechModel,
+    utterances: Sequence[Utterance],
+    tokenizer: Tokenizer,
+    settings: Pretraining,
+    augment: Augmentation | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train a model in place.
+
+    Args:
+        model: to train.
+        utterances: of all speakers.
+        tokenizer: of the corpus.
+        settings: of the training.
+        augment: changes the features at each sight.
+        progress: called with the steps done and the CTC loss of the last one.
+    """
+    draw = random.Random(settings.seed)  # noqa: S311
+    torch.manual_seed(settings.seed)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.rate,
+        betas=(0.9, 0.98),
+    )
+    order: list[Utterance] = []
+    model.train()
+    for step in range(1, settings.steps + 1):
+        while len(order) < settings.batch:
+            order += draw.sample(utterances, len(utterances))
+        chosen, order = order[: settings.batch], order[settings.batch :]
+        inputs = [training.features_of(utterance, model) for utterance in chosen]
+        ready = features.pad([augment(f, draw) for f in inputs] if augment else inputs)
+        loss = model.ctc_loss(ready.features, ready.frames, [tokenizer.encode(u.text) for u in chosen])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate_in(step)
+        optimizer.step()
+        if progress:
+            progress(step, float(loss.detach()))
+
+
+def save(model: SpeechModel, tokenizer: Tokenizer, settings: Pretraining, path: str | os.PathLike[str]) -> None:
+    """Write a model, with what its outputs stand for.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
+    metadata = {TOKENS: json.dumps(tokenizer.units), "pretraining": json.dumps(dataclasses.asdict(settings))}
+    try:
+        fedomc.save_model(model, path, metadata)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written ({error}): choose another file") from error
+
+
+def load(model: SpeechModel, tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
+    """Make a model what ``save`` wrote.
+
+    Raises:
+        SettingsError: the file is missing or damaged, or of another model or vocabulary; the model is as it was.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tokens = json.loads((file.metadata() or {}).get(TOKENS, "null"))
+        if tokens != tokenizer.units:
+            raise SettingsError(
+                f"initial={path}: {_difference(tokens, tokenizer.units)}: pretrain on a corpus with them"
+            )
+        fedomc.load_model(model, path)
+    except (OSError, SafetensorError, PayloadError, ValueError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(
+            f"initial={path} cannot be taken ({error}): give a file that pretrain wrote for the same model"
+        ) from error
+
+
+def _difference(found: object, wanted: list[str]) -> str:
+    if not isinstance(found, list):
+        return "it does not say what its outputs stand for"
+    missing = [token for token in wanted if token not in found]
+    return (
+        f"its {len(found)} outputs are not the {len(wanted)} tokens of the corpus"
+        f"{f', which has {missing[0]!r}' if missing else ''}"
+    )
