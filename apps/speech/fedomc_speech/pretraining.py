@@ -20,8 +20,8 @@ from fedomc_speech.errors import SettingsError
 from fedomc_speech.model import SpeechModel
 from fedomc_speech.tokens import Tokenizer
 
-TOKENS = "tokens"
-"""The entry of a file's metadata that lists what the model's outputs stand for, as JSON."""
+_TOKENS = "tokens"  # in a file's metadata: what the model's outputs stand for, as JSON
+_MODEL = "model"  # and its class: models of different classes may have variables of the same names and shapes
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def save(model: SpeechModel, tokenizer: Tokenizer, settings: Pretraining, path: 
     Raises:
         SettingsError: the file cannot be written.
     """
-    metadata = {TOKENS: json.dumps(tokenizer.units), "pretraining": json.dumps(dataclasses.asdict(settings))}
+    metadata = {**_description(model, tokenizer), "pretraining": json.dumps(dataclasses.asdict(settings))}
     try:
         fedomc.save_model(model, path, metadata)
     except OSError as error:
@@ -133,25 +133,20 @@ def load(model: SpeechModel, tokenizer: Tokenizer, path: str | os.PathLike[str])
     """
     try:
         with safe_open(path, "pt") as file:
-            tokens = json.loads((file.metadata() or {}).get(TOKENS, "null"))
-        if tokens != tokenizer.units:
-            raise SettingsError(
-                f"initial={path}: {_difference(tokens, tokenizer.units)}: pretrain on a corpus with them"
-            )
+            metadata = file.metadata() or {}
+        for key, wanted in _description(model, tokenizer).items():
+            if (found := metadata.get(key)) != wanted:
+                raise PayloadError(f"{key}: {_short(found)}, not {_short(wanted)}")
         fedomc.load_model(model, path)
-    except (OSError, SafetensorError, PayloadError, ValueError) as error:
-        if isinstance(error, SettingsError):
-            raise
+    except (OSError, SafetensorError, PayloadError) as error:
         raise SettingsError(
-            f"initial={path} cannot be taken ({error}): give a file that pretrain wrote for the same model"
+            f"initial={path} cannot be taken ({error}): give what pretrain wrote for this model and these words"
         ) from error
 
 
-def _difference(found: object, wanted: list[str]) -> str:
-    if not isinstance(found, list):
-        return "it does not say what its outputs stand for"
-    missing = [token for token in wanted if token not in found]
-    return (
-        f"its {len(found)} outputs are not the {len(wanted)} tokens of the corpus"
-        f"{f', which has {missing[0]!r}' if missing else ''}"
-    )
+def _description(model: SpeechModel, tokenizer: Tokenizer) -> dict[str, str]:
+    return {_MODEL: type(model).__name__, _TOKENS: json.dumps(tokenizer.units)}
+
+
+def _short(text: str | None) -> str:
+    return "nothing" if text is None else text if len(text) < 60 else f"{text[:50]} ..."

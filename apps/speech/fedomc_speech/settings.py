@@ -72,8 +72,8 @@ class Settings:
 
     Attributes:
         formats: what to compare, as ``Variant.parse`` reads it.
-        corpus: ``digits``, ``an4`` or ``librispeech``.
-        corpus_path: folder of the corpus; empty for ``digits``, which is made on the machine.
+        corpus: ``digits``, ``commands``, ``an4`` or ``librispeech``.
+        corpus_path: folder of the corpus; empty for the first two, which are made on the machine.
         split: ``speaker`` (a client is a speaker) or ``iid``.
         clients: number of clients; 0 means one a speaker.
         model: ``tiny`` or ``large``.

@@ -110,15 +110,24 @@ def of_another_model(path: Path) -> None:
     pretraining.save(network, WordTokenizer(["one", "two"]), Pretraining(), path)
 
 
+class AnotherModel(model.SpeechModel):
+    """Of the same variables."""
+
+
+def of_another_class(path: Path) -> None:
+    pretraining.save(AnotherModel(model.SIZES["tiny"], 3), WordTokenizer(["one", "two"]), Pretraining(), path)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda path: None, "No such file"),
         (lambda path: path.write_bytes(b"nothing"), "cannot be taken"),
         (truncated, "cannot be taken"),
-        (of_other_words, "'two'"),
-        (of_fewer_words, "1 outputs are not the 2 tokens"),
-        (without_words, "does not say what its outputs stand for"),
+        (of_other_words, r'tokens: \["one", "ten"\], not \["one", "two"\]'),
+        (of_fewer_words, r'tokens: \["one"\], not'),
+        (without_words, "model: nothing, not SpeechModel"),
+        (of_another_class, "model: AnotherModel, not SpeechModel"),
         (of_another_model, "head"),
     ],
 )
