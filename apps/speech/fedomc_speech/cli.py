@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.markup import escape
 
 import fedomc
-from fedomc_speech import corpus, federation, model, report
-from fedomc_speech.cost import cost_of, minutes
+from fedomc_speech import corpus, federation, model, pretraining, report
+from fedomc_speech.cost import cost_of
 from fedomc_speech.errors import SettingsError
 from fedomc_speech.experiments import command
 from fedomc_speech.experiments.plan import Experiment
 from fedomc_speech.experiments.runner import Runs
-from fedomc_speech.progress import RunProgress
+from fedomc_speech.progress import PretrainingProgress, RunProgress, minutes
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings
 from fedomc_speech.simulation import simulate
@@ -30,6 +30,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 DEFAULTS: Final = Settings()
 EXPERIMENTS: Final = Path("apps/speech/experiments")
+PRETRAINING: Final = pretraining.Pretraining()
 
 # What Flower's simulation adds to the training itself, as measured with cohorts of 8: to start, and to each round.
 START_SECONDS = 15.0
@@ -47,7 +48,9 @@ def compare(
     name: Annotated[str, typer.Option(help="The run's folder is OUTPUT/NAME.")] = "speech",
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option(help="Go on from the last finished round.")] = False,
-    corpus_name: Annotated[str, typer.Option("--corpus", help="digits, an4 or librispeech.")] = DEFAULTS.corpus,
+    corpus_name: Annotated[
+        str, typer.Option("--corpus", help="digits, commands, an4 or librispeech.")
+    ] = DEFAULTS.corpus,
     corpus_path: Annotated[str, typer.Option(help="Folder of an4 or librispeech.")] = DEFAULTS.corpus_path,
     split: Annotated[str, typer.Option(help="speaker (a client is a speaker) or iid.")] = DEFAULTS.split,
     clients: Annotated[int, typer.Option(help="Number of clients; 0: one a speaker.")] = DEFAULTS.clients,
@@ -55,12 +58,14 @@ def compare(
     streaming: Annotated[
         bool, typer.Option(help="A model that can run while the speaker speaks.")
     ] = DEFAULTS.streaming,
+    initial: Annotated[str, typer.Option(help="Model file to begin with, as pretrain writes it.")] = DEFAULTS.initial,
     rounds: Annotated[int, typer.Option(help="Rounds of each format.")] = DEFAULTS.rounds,
     cohort: Annotated[int, typer.Option(help="Clients a round.")] = DEFAULTS.cohort,
     local_steps: Annotated[int, typer.Option(help="Steps of each client in a round.")] = DEFAULTS.local_steps,
     batch: Annotated[int, typer.Option(help="Utterances a step.")] = DEFAULTS.batch,
     client_rate: Annotated[float, typer.Option(help="Learning rate of the clients' SGD.")] = DEFAULTS.client_rate,
     clip_norm: Annotated[float, typer.Option(help="Of each variable's gradient.")] = DEFAULTS.clip_norm,
+    augment: Annotated[bool, typer.Option(help="Change what a client hears at each sight.")] = DEFAULTS.augment,
     server_rate: Annotated[float, typer.Option(help="Highest rate of the server's Adam.")] = DEFAULTS.server_rate,
     warmup: Annotated[int, typer.Option(help="Rounds in which it rises.")] = DEFAULTS.warmup,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between measurements.")] = DEFAULTS.evaluate_every,
@@ -93,12 +98,14 @@ def compare(
             clients=clients,
             model=model_size,
             streaming=streaming,
+            initial=initial,
             rounds=rounds,
             cohort=cohort,
             local_steps=local_steps,
             batch=batch,
             client_rate=client_rate,
             clip_norm=clip_norm,
+            augment=augment,
             server_rate=server_rate,
             warmup=warmup,
             evaluate_every=evaluate_every,
@@ -112,6 +119,48 @@ def compare(
             round_timeout=round_timeout,
         )
         _compare(settings, output / name, resume, tensorboard, console)
+
+
+@app.command()
+def pretrain(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Of the model, for compare --initial.")],
+    corpus_name: Annotated[str, typer.Option("--corpus", help="digits, commands, an4 or librispeech.")] = "commands",
+    corpus_path: Annotated[str, typer.Option(help="Folder of an4 or librispeech.")] = DEFAULTS.corpus_path,
+    model_size: Annotated[str, typer.Option("--model", help="tiny or large.")] = DEFAULTS.model,
+    streaming: Annotated[
+        bool, typer.Option(help="A model that can run while the speaker speaks.")
+    ] = DEFAULTS.streaming,
+    initial: Annotated[str, typer.Option(help="Model file to begin with.")] = DEFAULTS.initial,
+    augment: Annotated[bool, typer.Option(help="Change the features at each sight.")] = True,
+    steps: Annotated[int, typer.Option(help="Steps.")] = PRETRAINING.steps,
+    batch: Annotated[int, typer.Option(help="Utterances a step.")] = PRETRAINING.batch,
+    rate: Annotated[float, typer.Option(help="Highest rate of AdamW.")] = PRETRAINING.rate,
+    warmup: Annotated[int, typer.Option(help="Steps in which it rises.")] = PRETRAINING.warmup,
+    weight_decay: Annotated[float, typer.Option(help="Of the matrices.")] = PRETRAINING.weight_decay,
+    clip_norm: Annotated[float, typer.Option(help="Of the whole gradient.")] = PRETRAINING.clip_norm,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = PRETRAINING.seed,
+) -> None:
+    """Train a model in one place, for a federation to begin with.
+
+    The file is written at the end; Ctrl-C leaves what was there.
+    """
+    console = Console()
+    with _clear_errors():
+        settings = pretraining.Pretraining(steps, batch, rate, warmup, weight_decay, clip_norm, seed)
+        start = Settings(
+            corpus=corpus_name,
+            corpus_path=corpus_path,
+            model=model_size,
+            streaming=streaming,
+            initial=initial,
+            augment=augment,
+            seed=seed,
+        )
+        model.check_size(model_size)
+        loaded = _load_corpus(start)
+        with PretrainingProgress(settings.steps, console) as progress:
+            wer = pretraining.make(path, start, settings, progress.step_done)
+        console.print(f"{path}: WER {wer:.1f}% on the {len(loaded.test)} test utterances of {corpus_name}")
 
 
 @app.command()
@@ -138,7 +187,7 @@ def experiments(
             if missing:
                 console.print(f"{file}: left out, as it needs --{' and --'.join(sorted(missing))}", soft_wrap=True)
                 continue
-            chosen.append(experiment.only(row or [], seed or []).at(paths))
+            chosen.append(experiment.only(row or [], seed or []).at(paths, output))
         if not chosen:
             raise SettingsError(f"no experiment to run in {folder}: name a TOML file")
         with _stop_on_interrupt(console) as stop:

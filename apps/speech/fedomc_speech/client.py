@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 
 from fedomc.flower import collect, install
 from fedomc_speech import corpus, model, training
+from fedomc_speech.augmentation import Augmentation
 from fedomc_speech.corpus.base import Utterance
 from fedomc_speech.settings import Settings
 from fedomc_speech.tokens import Tokenizer, tokenizer_for
@@ -52,6 +53,7 @@ def train_partition(message: Message | RecordDict, partition: int) -> RecordDict
         rate=settings.client_rate,
         clip_norm=settings.clip_norm,
         seed=seed,
+        augment=Augmentation() if settings.augment else None,
     )
     metrics = MetricRecord(
         {"num-examples": result.examples, "loss": result.loss, "parameter-bytes": result.parameter_bytes}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 import fedomc
-from fedomc_speech import federation, model, training
+from fedomc_speech import federation, pretraining, training
+from fedomc_speech.augmentation import Augmentation
 from fedomc_speech.client import client_data
 from fedomc_speech.settings import Settings, Variant
 
@@ -31,20 +32,23 @@ def cost_of(settings: Settings, variant: Variant) -> Cost:
     parts, tokenizer = client_data(
         settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
     )
-    network = model.build(settings.model, tokenizer.vocab_size, seed=settings.seed, streaming=settings.streaming)
+    network = pretraining.starting_model(settings, tokenizer)
     policy = variant.policy(settings)
     if policy is not None:
         fedomc.compress_(network, policy.select(network, round=1, client=0))
     for _ in range(2):  # the first is slower than the others will be
         began = time.perf_counter()
         training.train_locally(
-            network, parts[0], tokenizer, steps=1, batch=settings.batch, rate=1e-3, clip_norm=1.0, seed=0
+            network,
+            parts[0],
+            tokenizer,
+            steps=1,
+            batch=settings.batch,
+            rate=1e-3,
+            clip_norm=1.0,
+            seed=0,
+            augment=Augmentation() if settings.augment else None,
         )
         took = time.perf_counter() - began
     torch.set_num_threads(threads)
     return Cost(took, federation.bytes_of_a_visit(network))
-
-
-def minutes(seconds: float) -> str:
-    """Write a time."""
-    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"

@@ -18,12 +18,12 @@ import fedomc
 from fedomc.flower import OMCStrategy, OneByOne, RoundReport, collect, install
 from fedomc.flower.tensorboard import TensorBoard
 from fedomc.rounds import Checkpoint
-from fedomc_speech import corpus, model, training
+from fedomc_speech import corpus, model, pretraining, training
 from fedomc_speech.client import write_settings
 from fedomc_speech.errors import RoundError, SettingsError
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings, Variant
-from fedomc_speech.tokens import tokenizer_for
+from fedomc_speech.tokens import Tokenizer, tokenizer_for
 
 BETA_1, BETA_2 = 0.9, 0.99
 TAU = 1e-7  # Flower's default of 1e-3 is larger than the updates and would stop the training
@@ -118,7 +118,7 @@ def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer, *
     for variant in settings.variants:
         if not folder.finished(str(variant)):
             boards = [TensorBoard(folder.path / "tensorboard" / str(variant))] if tensorboard else []
-            rounds = _Rounds(settings, variant, clients, tokenizer.vocab_size, measure, boards)
+            rounds = _Rounds(settings, variant, clients, tokenizer, measure, boards)
             if not rounds.run(grid, folder, observer):
                 return False
     return True
@@ -157,7 +157,7 @@ class _Rounds:
         settings: Settings,
         variant: Variant,
         clients: Clients,
-        vocabulary: int,
+        tokenizer: Tokenizer,
         measure: Callable[[model.SpeechModel], training.Errors],
         boards: Sequence[TensorBoard],
     ) -> None:
@@ -178,7 +178,7 @@ class _Rounds:
             rest_format=settings.rest_format or None,
             observers=boards,
         )
-        self.network = model.build(settings.model, vocabulary, seed=settings.seed, streaming=settings.streaming)
+        self.network = pretraining.starting_model(settings, tokenizer)
         self.arrays = collect(self.network)
         self.fp32_bytes = sum(len(array.data) for array in self.arrays.values())
         self.fp32_parameter_bytes = fedomc.parameter_bytes(self.network).fp32

@@ -1,5 +1,6 @@
-"""What a run shows while it runs: a rich progress bar a format on a terminal, plain lines elsewhere."""
+"""What is shown while something runs: rich progress bars on a terminal, plain lines elsewhere."""
 
+import math
 import threading
 import time
 from types import TracebackType
@@ -12,10 +13,11 @@ from fedomc_speech.report import megabytes
 from fedomc_speech.settings import Settings, Variant
 
 LINE_EVERY = 20.0  # seconds between plain lines
+FIRST_STEPS = 10  # of a pre-training, after which it is known what it takes
 
 
 class RunProgress:
-    """Watches a run; use it as a context manager.
+    """Watches a run, with a bar a format; use it as a context manager.
 
     Args:
         settings: of the run.
@@ -79,3 +81,52 @@ class RunProgress:
     def stop_requested(self) -> bool:
         """Tell whether to stop."""
         return self.stop.is_set()
+
+
+class PretrainingProgress:
+    """Watches a pre-training; use it as a context manager. It says what it takes after a few steps.
+
+    Args:
+        steps: how many there will be.
+        console: where to write.
+    """
+
+    def __init__(self, steps: int, console: Console) -> None:
+        self.steps = steps
+        self.console = console
+        self._bar = Progress(
+            TextColumn("[bold]pretraining"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:5.2f}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, loss=math.nan)
+
+    def __enter__(self) -> "PretrainingProgress":
+        self._bar.start()
+        self._began = self._last_line = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step_done(self, step: int, loss: float) -> None:
+        """Move the bar on."""
+        self._bar.update(self._task, completed=step, loss=loss)
+        now = time.monotonic()
+        left = (self.steps - step) * (now - self._began) / step
+        if step == min(FIRST_STEPS, self.steps):
+            self.console.print(f"{self.steps} steps will take about {minutes(left + now - self._began)}.")
+        if not self.console.is_terminal and (now - self._last_line > LINE_EVERY or step == self.steps):
+            self._last_line = now
+            self.console.print(f"step {step}/{self.steps}  loss {loss:5.2f}  {left:.0f} s left", soft_wrap=True)
+
+
+def minutes(seconds: float) -> str:
+    """Write a time as people say it."""
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"

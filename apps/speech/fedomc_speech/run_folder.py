@@ -86,7 +86,8 @@ class RunFolder:
             raise SettingsError(f"there is nothing to resume in {self.path}: start without --resume") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(f"{path} is damaged ({error}): start again without --resume") from error
-        settings = replace(settings, corpus_path=self.settings.corpus_path)  # a corpus may be moved
+        if Path(settings.initial).name == Path(self.settings.initial).name:  # where things are may change
+            settings = replace(settings, corpus_path=self.settings.corpus_path, initial=self.settings.initial)
         if settings != self.settings:
             changed = [key for key, value in settings.to_dict().items() if value != self.settings.to_dict()[key]]
             raise SettingsError(

@@ -74,18 +74,20 @@ class Settings:
 
     Attributes:
         formats: what to compare, as ``Variant.parse`` reads it.
-        corpus: ``digits``, ``an4`` or ``librispeech``.
-        corpus_path: folder of the corpus; empty for ``digits``, which is made on the machine.
+        corpus: ``digits``, ``commands``, ``an4`` or ``librispeech``.
+        corpus_path: folder of the corpus; empty for the first two, which are made on the machine.
         split: ``speaker`` (a client is a speaker) or ``iid``.
         clients: number of clients; 0 means one a speaker.
         model: ``tiny`` or ``large``.
         streaming: whether the model is one that can be run while the speaker speaks.
+        initial: file of the model to begin with, as ``pretrain`` writes it; empty begins with a random one.
         rounds: how many.
         cohort: clients a round.
         local_steps: of each client in a round.
         batch: utterances a local step.
         client_rate: learning rate of the clients' SGD.
         clip_norm: of the gradient of each variable.
+        augment: whether the clients change the features at each sight.
         server_rate: highest learning rate of the server's Adam.
         warmup: rounds in which it rises, at most a quarter of all; then it falls along a cosine.
         evaluate_every: rounds between two measurements of the word error rate.
@@ -106,12 +108,14 @@ class Settings:
     clients: int = 0
     model: str = "tiny"
     streaming: bool = False
+    initial: str = ""
     rounds: int = 300
     cohort: int = 8
     local_steps: int = 1
     batch: int = 8
     client_rate: float = 0.1
     clip_norm: float = 0.3
+    augment: bool = False
     server_rate: float = 1.5e-3
     warmup: int = 20
     evaluate_every: int = 20

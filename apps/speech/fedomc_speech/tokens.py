@@ -20,6 +20,10 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """Number of identifiers, with the blank."""
 
+    @property
+    def units(self) -> list[str]:
+        """What the identifiers from 1 on stand for."""
+
     def encode(self, text: str) -> list[int]:
         """Turn text into identifiers; none is the blank.
 
@@ -35,15 +39,15 @@ class _UnitTokenizer:
     """Gives each unit of a closed set an identifier, in sorted order from 1 on."""
 
     def __init__(self, units: Iterable[str], kind: str, separator: str) -> None:
-        self._units = sorted(set(units))
-        self._ids = {unit: number for number, unit in enumerate(self._units, 1)}
+        self.units = sorted(set(units))
+        self._ids = {unit: number for number, unit in enumerate(self.units, 1)}
         self._kind = kind
         self._separator = separator
 
     @property
     def vocab_size(self) -> int:
         """Number of identifiers, with the blank."""
-        return len(self._units) + 1
+        return len(self.units) + 1
 
     def _encode(self, units: Iterable[str]) -> list[int]:
         try:
@@ -55,7 +59,7 @@ class _UnitTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn identifiers, collapsed and without blanks, into text."""
-        return self._separator.join(self._units[number - 1] for number in ids)
+        return self._separator.join(self.units[number - 1] for number in ids)
 
 
 class WordTokenizer(_UnitTokenizer):
@@ -153,6 +157,11 @@ class SentencePieceTokenizer:
     def vocab_size(self) -> int:
         """Number of identifiers, with the blank."""
         return int(self._processor.get_piece_size())
+
+    @property
+    def units(self) -> list[str]:
+        """The pieces of the identifiers from 1 on."""
+        return [str(self._processor.id_to_piece(number)) for number in range(1, self.vocab_size)]
 
     def encode(self, text: str) -> list[int]:
         """Turn text into identifiers; a character that was in none of the texts becomes the unknown piece."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fedomc
 from fedomc_speech import features
+from fedomc_speech.augmentation import Augmentation
 from fedomc_speech.corpus.base import SAMPLE_RATE, Utterance
 from fedomc_speech.model import SpeechModel
 from fedomc_speech.tokens import Tokenizer, ctc_collapse
@@ -43,6 +44,7 @@ def train_locally(
     rate: float,
     clip_norm: float,
     seed: int,
+    augment: Augmentation | None = None,
 ) -> LocalResult:
     """Train a model in place by SGD, stepping in the backward pass.
 
@@ -54,10 +56,12 @@ def train_locally(
         batch: utterances a step, drawn without replacement while there are enough.
         rate: learning rate.
         clip_norm: of the gradient of each variable.
-        seed: of the batches and of dropout.
+        seed: of the batches, of dropout and of the augmentation.
+        augment: changes the features at each sight.
     """
     order = list(utterances)
-    random.Random(seed).shuffle(order)  # noqa: S311
+    draw = random.Random(seed)  # noqa: S311
+    draw.shuffle(order)
     torch.manual_seed(seed)
     stepping = fedomc.step_in_backward(model, torch.optim.SGD, lr=rate, clip_norm=clip_norm)
     model.train()
@@ -65,7 +69,8 @@ def train_locally(
     try:
         for step in range(steps):
             chosen = [order[(step * batch + i) % len(order)] for i in range(min(batch, len(order)))]
-            ready = features.pad([_features(utterance, model) for utterance in chosen])
+            inputs = [features_of(utterance, model) for utterance in chosen]
+            ready = features.pad([augment(f, draw) for f in inputs] if augment else inputs)
             targets = [tokenizer.encode(utterance.text) for utterance in chosen]
             loss = model.ctc_loss(ready.features, ready.frames, targets)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -99,7 +104,7 @@ def word_errors(model: SpeechModel, utterances: Sequence[Utterance], tokenizer: 
     errors, words = [], []
     for at in range(0, len(utterances), EVALUATION_BATCH):
         part = utterances[at : at + EVALUATION_BATCH]
-        hypotheses = recognize(model, [_features(utterance, model) for utterance in part], tokenizer)
+        hypotheses = recognize(model, [features_of(utterance, model) for utterance in part], tokenizer)
         for utterance, hypothesis in zip(part, hypotheses, strict=True):
             found = jiwer.process_words(utterance.text, hypothesis)
             errors.append(found.substitutions + found.deletions + found.insertions)
@@ -120,13 +125,13 @@ def recognize(model: SpeechModel, inputs: Sequence[Tensor], tokenizer: Tokenizer
     ]
 
 
-def _features(utterance: Utterance, model: SpeechModel) -> Tensor:
-    """Compute features; those of short utterances are kept, 160 kB each at most."""
+def features_of(utterance: Utterance, model: SpeechModel) -> Tensor:
+    """Compute the features that a model takes; those of short utterances are kept, 160 kB each at most."""
     if utterance.frames > 5 * SAMPLE_RATE:
         return features.log_mel(utterance.audio(), model.mels, streaming=model.streaming)
     return _kept_features(utterance, model.mels, model.streaming)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _kept_features(utterance: Utterance, mels: int, streaming: bool) -> Tensor:
     return features.log_mel(utterance.audio(), mels, streaming=streaming)

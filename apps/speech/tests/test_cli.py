@@ -30,7 +30,7 @@ from fedomc_speech.settings import Settings
         (["--format", "S1E3M7@0"], "no variable"),
         (["--seed", "-1"], "seed=-1"),
         (["--corpus", "an4", "--corpus-path", "{tones}", "--cohort", "2", "--output", "/dev/null"], "/dev/null"),
-        (["--corpus", "nothing"], "digits, an4, librispeech"),
+        (["--corpus", "nothing"], "digits, commands, an4, librispeech"),
         (["--corpus", "an4"], "path"),
         (["--corpus", "an4", "--corpus-path", "{empty}"], "{empty}"),
         (["--corpus", "librispeech", "--corpus-path", "{empty}"], "{empty}"),

@@ -86,7 +86,7 @@ def test_file_that_changed_after_loading(tmp_path, spoil, message):
 @pytest.mark.parametrize(
     "name, path, message",
     [
-        ("timit", None, "'timit'; there are digits, an4, librispeech"),
+        ("timit", None, "'timit'; there are digits, commands, an4, librispeech"),
         ("an4", None, "an4 needs the path"),
         ("librispeech", None, "librispeech needs the path"),
         ("digits", "somewhere", "leave out the path somewhere"),

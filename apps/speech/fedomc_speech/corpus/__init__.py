@@ -1,28 +1,32 @@
-"""The corpora that the application knows: one made on the spot, and two that are published."""
+"""The corpora that the application knows: two made on the spot, and two that are published."""
 
 from pathlib import Path
 
 from fedomc_speech.corpus.an4 import load_an4
 from fedomc_speech.corpus.base import SAMPLE_RATE, Corpus, Utterance, split
-from fedomc_speech.corpus.digits import DigitsConfig, Progress, load_digits, progress_bar
+from fedomc_speech.corpus.commands import CommandsConfig
+from fedomc_speech.corpus.digits import DigitsConfig
 from fedomc_speech.corpus.librispeech import load_librispeech
+from fedomc_speech.corpus.synthetic import Progress, SyntheticConfig, load_synthetic, progress_bar
 from fedomc_speech.errors import CorpusError
 
-NAMES = ("digits", "an4", "librispeech")
-MADE = ("digits",)
-"""Those that are made on the machine and need no path."""
+SYNTHETIC: dict[str, type[SyntheticConfig]] = {"digits": DigitsConfig, "commands": CommandsConfig}
+PUBLISHED = {"an4": load_an4, "librispeech": load_librispeech}
+NAMES = (*SYNTHETIC, *PUBLISHED)
 
 __all__ = [
-    "MADE",
     "NAMES",
+    "PUBLISHED",
     "SAMPLE_RATE",
+    "CommandsConfig",
     "Corpus",
     "DigitsConfig",
+    "SyntheticConfig",
     "Utterance",
     "load",
     "load_an4",
-    "load_digits",
     "load_librispeech",
+    "load_synthetic",
     "progress_bar",
     "split",
 ]
@@ -33,26 +37,26 @@ def load(
     path: Path | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
-    config: DigitsConfig | None = None,
+    config: SyntheticConfig | None = None,
 ) -> Corpus:
     """Load a corpus.
 
     Args:
-        name: ``digits``, which is synthesised the first time, ``an4`` or ``librispeech``.
+        name: ``digits`` or ``commands``, which are synthesised the first time, ``an4`` or ``librispeech``.
         path: the folder of a published corpus.
-        cache: where ``digits`` is kept; None is ``fedomc`` in the cache directory of the user.
-        progress: called with the utterances made and all utterances while ``digits`` is synthesised.
-        config: of ``digits``; None is the default.
+        cache: where a synthetic one is kept; None is ``fedomc`` in the cache directory of the user.
+        progress: called with the utterances made and all utterances while one is synthesised.
+        config: of a synthetic one; None is the default.
 
     Raises:
         CorpusError: no such corpus, no path where one is needed, or files that are missing or damaged.
     """
     if name not in NAMES:
         raise CorpusError(f"no corpus is called {name!r}; there are {', '.join(NAMES)}")
-    if name == "digits":
+    if name in SYNTHETIC:
         if path is not None:
-            raise CorpusError(f"the corpus digits is made on this machine; leave out the path {path}")
-        return load_digits(config, cache, progress)
+            raise CorpusError(f"the corpus {name} is made on this machine; leave out the path {path}")
+        return load_synthetic(config or SYNTHETIC[name](), cache, progress)
     if path is None:
         raise CorpusError(f"the corpus {name} needs the path of the folder that it was unpacked to")
-    return load_an4(path) if name == "an4" else load_librispeech(path)
+    return PUBLISHED[name](path)

@@ -14,6 +14,7 @@ format = "S1E3M7@0.9"
 transform = "none"
 """
 
+import dataclasses
 import hashlib
 import json
 import tomllib
@@ -25,15 +26,32 @@ from typing import Any
 from fedomc import OMCError
 from fedomc_speech import corpus
 from fedomc_speech.errors import SettingsError
+from fedomc_speech.pretraining import Pretraining
 from fedomc_speech.settings import FP32, Settings
 
 _COMPRESSION = ("transform", "weight_matrices_only", "rounding", "aggregate", "lossless", "rest_format")
 """Settings that mean nothing to a run in FP32."""
 
-_HERE = ("corpus_path",)
-"""Settings that tell where things are on this machine."""
+_KEYS = {"title", "paper", "model", "seeds", "pooled", "formats", "settings", "pretraining", "rows"}
 
-_KEYS = {"title", "paper", "model", "seeds", "pooled", "formats", "settings", "rows"}
+
+@dataclass(frozen=True)
+class Initial:
+    """A model to begin with.
+
+    Attributes:
+        start: corpus, model and augmentation.
+        training: how it is trained.
+    """
+
+    start: Settings
+    training: Pretraining
+
+    @property
+    def name(self) -> str:
+        """Name its file, by all that decides what is in it."""
+        described = {**_told(self.start), **dataclasses.asdict(self.training)}
+        return f"initial-{self.start.corpus}-{_digest(described)}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,7 @@ class Experiment:
         seeds: of each row.
         pooled: whether it counts in the mean over experiments.
         rows: of the table.
+        initial: the model that all rows begin with; None if that is a random one.
     """
 
     name: str
@@ -82,6 +101,7 @@ class Experiment:
     seeds: tuple[int, ...]
     pooled: bool
     rows: tuple[Row, ...]
+    initial: Initial | None = None
 
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> "Experiment":
@@ -118,6 +138,9 @@ class Experiment:
         if not isinstance(formats, list) or not isinstance(own, list):
             raise SettingsError("formats and rows must be lists")
         described = [{"format": text} for text in formats] + own
+        initial = _initial(stored, shared) if "pretraining" in stored else None
+        if initial is not None:
+            shared["initial"] = initial.name
         rows = tuple(_row(one, shared) for one in described)
         names = [row.name for row in rows]
         if not rows or len(set(names)) != len(names):
@@ -130,6 +153,7 @@ class Experiment:
             seeds=tuple(seeds),
             pooled=bool(stored.get("pooled", False)),
             rows=rows,
+            initial=initial,
         )
         list(made.runs())  # raises what is wrong with a seed
         return made
@@ -152,16 +176,27 @@ class Experiment:
 
     def needs_path(self) -> set[str]:
         """Name the corpora of which the path must be known."""
-        return {row.settings.corpus for row in self.rows if row.settings.corpus not in corpus.MADE}
+        initial = {self.initial.start.corpus} if self.initial else set()
+        return ({row.settings.corpus for row in self.rows} | initial) & set(corpus.PUBLISHED)
 
-    def at(self, paths: Mapping[str, Path | None]) -> "Experiment":
-        """Return the experiment with the corpora where they are on this machine."""
+    def at(self, paths: Mapping[str, Path | None], folder: Path) -> "Experiment":
+        """Return the experiment with corpora and initial models where they are on this machine.
+
+        Args:
+            paths: of the corpora.
+            folder: of the initial models.
+        """
 
         def placed(settings: Settings) -> Settings:
             path = paths.get(settings.corpus)
-            return replace(settings, corpus_path=str(path.absolute())) if path else settings
+            initial = str(folder.absolute() / Path(settings.initial).name) if settings.initial else ""
+            return replace(
+                settings, corpus_path=str(path.absolute()) if path else settings.corpus_path, initial=initial
+            )
 
-        return replace(self, rows=tuple(replace(row, settings=placed(row.settings)) for row in self.rows))
+        rows = tuple(replace(row, settings=placed(row.settings)) for row in self.rows)
+        initial = self.initial and replace(self.initial, start=placed(self.initial.start))
+        return replace(self, rows=rows, initial=initial)
 
     def runs(self) -> Iterator[Settings]:
         """List the runs that the rows need, each with its baseline, seed by seed."""
@@ -176,10 +211,20 @@ def key_of(run: Settings) -> str:
 
     Settings at their defaults do not count: one that is new leaves the names of older runs as they are.
     """
+    return f"{run.corpus}-{run.split}-{run.formats[0]}-seed{run.seed}-{_digest(_told(run))}"
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    """Tell the settings that are not at their defaults, without where things are on this machine."""
     defaults = Settings().to_dict()
-    values = {key: value for key, value in run.to_dict().items() if value != defaults[key] and key not in _HERE}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    return f"{run.corpus}-{run.split}-{run.formats[0]}-seed{run.seed}-{digest[:10]}"
+    told = {key: value for key, value in settings.to_dict().items() if value != defaults[key] and key != "corpus_path"}
+    if settings.initial:
+        told["initial"] = Path(settings.initial).name
+    return told
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _table(stored: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -187,6 +232,16 @@ def _table(stored: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise SettingsError(f"{key} must be a table")
     return value
+
+
+def _initial(stored: Mapping[str, Any], shared: Mapping[str, Any]) -> Initial:
+    values = dict(_table(stored, "pretraining"))
+    of_start: dict[str, Any] = {key: values.pop(key) for key in ("corpus", "augment") if key in values}
+    same = {key: shared[key] for key in ("model", "streaming") if key in shared}
+    try:
+        return Initial(Settings.from_mapping({"corpus": "commands", **same, **of_start}), Pretraining(**values))
+    except TypeError as error:
+        raise SettingsError(f"pretraining: {error}") from None
 
 
 def _row(described: Any, shared: Mapping[str, Any]) -> Row:

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedomc.errors import OMCError
-from fedomc_speech import corpus, federation
-from fedomc_speech.experiments.plan import key_of
+from fedomc_speech import corpus, federation, pretraining
+from fedomc_speech.experiments.plan import Initial, key_of
 from fedomc_speech.in_process import InProcess
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings, Variant
@@ -76,7 +76,14 @@ class Runs:
         return RunFolder(path, run, resume=True) if (path / "results.json").exists() else None
 
 
-def run_all(wanted: Sequence[Settings], runs: Runs, workers: int, console: Console, stop: Event) -> bool:
+def run_all(
+    wanted: Sequence[Settings],
+    runs: Runs,
+    workers: int,
+    console: Console,
+    stop: Event,
+    initials: Sequence[Initial] = (),
+) -> bool:
     """Run what is not finished yet.
 
     Args:
@@ -85,6 +92,7 @@ def run_all(wanted: Sequence[Settings], runs: Runs, workers: int, console: Conso
         workers: how many at a time, each on a core of its own.
         console: where to write; the same lines go into a log in the folder of the runs.
         stop: set it to stop all runs after the round that is under way.
+        initials: models that runs begin with; they are trained when the first run needs them.
 
     Returns:
         False if it was stopped.
@@ -96,9 +104,10 @@ def run_all(wanted: Sequence[Settings], runs: Runs, workers: int, console: Conso
     runs.path.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     stopping, events = context.Event(), context.Queue()
+    shared = stopping, events, context.Lock(), {initial.name: initial for initial in initials}
     with (
         _Shown(missing, runs, workers, console) as shown,
-        ProcessPoolExecutor(workers, context, _prepare, (stopping, events)) as pool,
+        ProcessPoolExecutor(workers, context, _prepare, shared) as pool,
     ):
         futures: list[Future[bool]] = [pool.submit(_run, run, runs.path) for run in missing]
         while not all(future.done() for future in futures):
@@ -144,17 +153,23 @@ class _Shown:
         self.bar.stop()
         self.log.close()
 
-    def show(self, event: _Done) -> None:
+    def show(self, event: _Done | str) -> None:
+        if isinstance(event, str):
+            self._line(event)
+            return
         self.done += 1
         self.done_runs += event.number == event.run.rounds
         self.bar.update(self.task, completed=self.done, runs=self._state())
         if event.wer is None:
             return
         left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-        line = (
-            f"{time.strftime('%H:%M:%S')} {key_of(event.run)}: round {event.number}/{event.run.rounds}, "
+        self._line(
+            f"{key_of(event.run)}: round {event.number}/{event.run.rounds}, "
             f"word error rate {event.wer:.1f}%; {self._state()}, {left / 60:.0f} minutes left"
         )
+
+    def _line(self, text: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {text}"
         print(line, file=self.log, flush=True)
         if not self.console.is_terminal:
             self.console.print(line, soft_wrap=True, highlight=False)
@@ -167,15 +182,39 @@ class _Shown:
 
 _stopping: Any = None
 _events: Any = None
+_making: Any = None
+_initials: dict[str, Initial] = {}
 
 
-def _prepare(stopping: Any, events: Any) -> None:
+class _Stopped(Exception):
+    """A pre-training was stopped; nothing of it is kept."""
+
+
+def _prepare(stopping: Any, events: Any, making: Any, initials: dict[str, Initial]) -> None:
     import signal
 
-    global _stopping, _events
-    _stopping, _events = stopping, events
+    global _stopping, _events, _making, _initials
+    _stopping, _events, _making, _initials = stopping, events, making, initials
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells when to stop
     torch.set_num_threads(1)
+
+
+def _make_initial(path: Path) -> None:
+    """Train a model to begin with, unless it is there; one at a time, so that nobody makes the same."""
+    with _making:
+        if path.exists() or path.name not in _initials:
+            return
+        initial = _initials[path.name]
+
+        def progress(step: int, loss: float) -> None:
+            if _stopping.is_set():
+                raise _Stopped
+            if step % 200 == 0:
+                _events.put(f"{path.name}: step {step}/{initial.training.steps}, loss {loss:.2f}")
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wer = pretraining.make(path, initial.start, initial.training, progress)
+        _events.put(f"{path.name}: word error rate {wer:.1f}% on the test of {initial.start.corpus}")
 
 
 class _Watcher:
@@ -195,6 +234,11 @@ class _Watcher:
 def _run(run: Settings, path: Path) -> bool:
     if _stopping.is_set():
         return False
+    if run.initial:
+        try:
+            _make_initial(Path(run.initial))
+        except _Stopped:
+            return False
     where = Path(run.corpus_path) if run.corpus_path else None
     parts = corpus.split(corpus.load(run.corpus, where).train, run.split, run.clients or None, run.seed)
     folder = Runs(path).open(run)

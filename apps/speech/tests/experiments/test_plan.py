@@ -62,7 +62,7 @@ def test_the_key_names_everything_but_where_the_corpus_lies(experiment: Experime
     assert key_of(replace(run, corpus_path="/elsewhere")) == key_of(run)
     assert key_of(replace(run, batch=9)) != key_of(run)
     assert experiment.needs_path() == {"an4"}
-    assert {row.settings.corpus_path for row in experiment.at({"an4": Path("/data")}).rows} == {"/data"}
+    assert {row.settings.corpus_path for row in experiment.at({"an4": Path("/data")}, Path("runs")).rows} == {"/data"}
 
 
 def test_a_part_of_an_experiment(experiment: Experiment) -> None:
@@ -77,9 +77,26 @@ def test_settings_can_be_given_for_all_rows(tmp_path: Path) -> None:
     assert {row.settings.model for row in read(tmp_path, TEXT, model="large").rows} == {"large"}
 
 
+def test_all_rows_begin_with_the_same_model(tmp_path: Path) -> None:
+    text = TEXT + "[pretraining]\ncorpus = 'digits'\naugment = true\nsteps = 5\n"
+    experiment = read(tmp_path, text, streaming=True)
+    initial = experiment.initial
+    assert initial is not None and initial.name.startswith("initial-digits-")
+    assert (initial.start.streaming, initial.start.augment, initial.training.steps) == (True, True, 5)
+    placed = experiment.at({}, tmp_path)
+    assert {run.initial for run in placed.runs()} == {str(tmp_path / initial.name)}
+    assert [key_of(run) for run in placed.runs()] == [key_of(run) for run in experiment.at({}, Path("/else")).runs()]
+    others = [
+        read(tmp_path, text.replace("steps = 5", other)).initial for other in ("steps = 6", "steps = 5\nseed = 1")
+    ]
+    assert len({one.name for one in (initial, *others) if one}) == 3
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("formats = ['FP32']\n[pretraining]\nsteps = 0", "steps=0"),
+        ("formats = ['FP32']\n[pretraining]\nspeed = 1", "speed"),
         ("formats = [", "cannot be read"),
         ("colour = 3", "colour is unknown"),
         ("seeds = []\nformats = ['FP32']", "seeds"),

@@ -95,7 +95,7 @@ def test_what_has_no_corpus_is_left_out(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_goes_on(file: Path, tones: Path, tmp_path: Path) -> None:
-    experiment = Experiment.read(file, {"rounds": 6}).only(["FP32"], [0]).at({"an4": tones})
+    experiment = Experiment.read(file, {"rounds": 6}).only(["FP32"], [0]).at({"an4": tones}, tmp_path)
     [run] = {key_of(run): run for run in experiment.runs()}.values()
     runs, stop = Runs(tmp_path / "runs"), threading.Event()
     checkpoint = runs.folder(run) / CHECKPOINT
@@ -118,7 +118,25 @@ def test_a_stopped_run_goes_on(file: Path, tones: Path, tmp_path: Path) -> None:
     assert [row["loss"] for row in one["history"]] == [row["loss"] for row in other["history"]]
 
 
+def test_runs_begin_with_a_model_that_is_trained_once(file: Path, tones: Path, tmp_path: Path) -> None:
+    text = "\n[pretraining]\ncorpus = 'an4'\nsteps = 3\nbatch = 2\n"
+    file.write_text(TEXT + text)
+    experiment = Experiment.read(file).only(["S1E3M7@0.9"], [0]).at({"an4": tones}, tmp_path / "runs")
+    assert experiment.initial is not None
+    runs, stop = Runs(tmp_path / "runs"), threading.Event()
+    wanted = list(experiment.runs())
+    assert run_all(wanted, runs, 2, Console(quiet=True), stop, [experiment.initial])
+    model = tmp_path / "runs" / experiment.initial.name
+    made = model.stat().st_mtime_ns
+    log = (tmp_path / "runs" / LOG).read_text()
+    assert log.count("on the test of an4") == 1
+    assert all(runs.result(run) for run in wanted)
+    more = list(experiment.only([], [1]).runs())
+    assert run_all(more, runs, 2, Console(quiet=True), stop, [experiment.initial])
+    assert model.stat().st_mtime_ns == made
+
+
 def test_a_run_that_fails_is_named_and_ends_the_others(file: Path, tones: Path, tmp_path: Path) -> None:
-    experiment = Experiment.read(file, {"cohort": 9}).at({"an4": tones})
+    experiment = Experiment.read(file, {"cohort": 9}).at({"an4": tones}, tmp_path)
     with pytest.raises(SettingsError, match=r"an4-speaker-FP32-seed0\S+ cohort=9"):
         run_all(list(experiment.runs()), Runs(tmp_path / "runs"), 1, Console(quiet=True), threading.Event())
