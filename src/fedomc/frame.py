@@ -2,13 +2,13 @@
 
     offset  size
     0       4     magic "FOMC"
-    4       1     version, 2
+    4       1     version, 3
     5       1     kind: 0 a variable (or base), 1 the update part of a variable, 2 a variable that is FP32 elsewhere
     6       1     exponent bits
     7       1     mantissa bits
     8       4     factor, float32
     12      4     offset, float32
-    16      4     CRC-32 of all other bytes of the frame
+    16      4     checksum of all other bytes of the frame: the low half of their XXH3, 64 bits
     20      1     number of dimensions
     21      1     coding: 0 the codes themselves, 1 planes of bytes and bits, 2 planes of bits
     22      1     whether the planes are of differences to codes that were sent
@@ -23,12 +23,12 @@ import math
 import struct
 import sys
 import warnings
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from fedomc import lossless as planes
@@ -38,7 +38,7 @@ from fedomc.formats import FloatFormat
 from fedomc.transform import Encoding, Packed, stays_finite
 
 MAGIC = b"FOMC"
-VERSION = 2
+VERSION = 3
 VARIABLE, UPDATE, DENSE = 0, 1, 2
 MAX_DIMENSIONS = 8
 
@@ -239,6 +239,7 @@ def _codes(view: memoryview, copy: bool) -> Tensor:
 
 
 def _checksum(header: Any, codes: Any) -> int:
-    crc = zlib.crc32(header[: _CHECKSUM.start])
-    crc = zlib.crc32(header[_CHECKSUM.stop :], crc)
-    return zlib.crc32(codes, crc)
+    found = xxhash.xxh3_64(header[: _CHECKSUM.start])
+    found.update(header[_CHECKSUM.stop :])
+    found.update(codes)
+    return found.intdigest() & 0xFFFFFFFF
