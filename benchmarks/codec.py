@@ -60,7 +60,7 @@ def main() -> None:
                 }  # fmt: skip
                 rows.append(row)
                 print(
-                    f"{values:>9} {count} {backend:<24} {format:<8} {op:<10} "
+                    f"{values:>9} {count} {backend:<24} {format:<8} {op:<22} "
                     f"{row['mvalues_per_s']:>8.0f} M/s {ratio:>6.2f} x memcpy",
                     flush=True,
                 )

@@ -22,14 +22,15 @@ The codes themselves are what is in memory: a base may be used where the message
 import math
 import struct
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fedomc import lossless as planes
 from fedomc.codec import words_of
@@ -232,10 +233,8 @@ def _codes(view: memoryview, copy: bool) -> Tensor:
         if sys.byteorder == "big":
             codes.numpy().byteswap(inplace=True)
         return codes
-    with warnings.catch_warnings():
-        # The memory of a message is read-only, and so is a base by construction.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(view, dtype=torch.int32)
+    # The memory of a message is read-only, and so is a base by construction: torch does not mind if it comes so.
+    return from_dlpack(np.frombuffer(view, np.int32))
 
 
 def _checksum(header: Any, codes: Any) -> int:

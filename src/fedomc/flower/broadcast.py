@@ -181,7 +181,7 @@ class Broadcast:
     def dense(self, name: str) -> Values:
         """Return the server's values of a variable; they are not to be written."""
         if name not in self._dense:
-            self._dense[name] = view_dense(self.arrays[name], name)
+            self._dense[name] = view_dense(self.arrays[name], name, check=False)
         return self._dense[name]
 
     def _piece(self, name: str, how: Encoding, kind: int) -> tuple[Array, Packed]:
