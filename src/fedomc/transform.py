@@ -126,6 +126,14 @@ class Packed:
         scale, offset = self.affine.tolist()
         return codec.decode_add(self._words(start, out), self.format, scale, offset, weight, out)
 
+    def add_difference_to(self, out: Tensor, less: "Packed", weight: float = 1.0) -> Tensor:
+        """Add ``weight`` times what this variable is more than another to float32 ``out``, in one pass."""
+        scale, offset = self.affine.tolist()
+        less_scale, less_offset = less.affine.tolist()
+        return codec.decode_add_difference(
+            self.codes, self.format, scale, offset, less.codes, less.format, less_scale, less_offset, weight, out
+        )
+
     def rewrite(
         self,
         produce: Callable[[int, int], Tensor],
