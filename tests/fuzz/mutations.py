@@ -85,7 +85,7 @@ def _dimension(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
     match rng.randrange(5):
         case 0 if sizes:
             sizes[rng.randrange(count)] = rng.choice((*NUMBERS, *LARGE, rng.randrange(5000)))
-        case 1:
+        case 1 if count < 255:
             sizes.insert(rng.randrange(count + 1), rng.choice((0, 1, 1, 2, *LARGE)))
         case 2 if sizes:
             del sizes[rng.randrange(count)]
