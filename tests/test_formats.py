@@ -39,7 +39,7 @@ def test_no_such_name(text: str) -> None:
         FloatFormat.parse(text)
 
 
-@pytest.mark.parametrize("thing", [None, 7, b"S1E3M7"])
+@pytest.mark.parametrize("thing", [None, 7, b"S1E3M7", ["S1E3M7"]])
 def test_not_a_name(thing: object) -> None:
     with pytest.raises(OMCError, match="not a number format"):
         FloatFormat.parse(thing)

@@ -45,7 +45,9 @@ class FloatFormat:
         Raises:
             FormatError: the text names no format.
         """
-        return text if isinstance(text, FloatFormat) else _parse(text)
+        if isinstance(text, FloatFormat):
+            return text
+        return _parse(text if isinstance(text, str) else repr(text))
 
     def __str__(self) -> str:
         return f"S1E{self.exponent_bits}M{self.mantissa_bits}"
@@ -84,7 +86,7 @@ class FloatFormat:
 
 @functools.cache
 def _parse(text: str) -> FloatFormat:
-    match = _NAME.fullmatch(text) if isinstance(text, str) else None
+    match = _NAME.fullmatch(text)
     if match is None:
         raise FormatError(f"{text!r} is not a number format: write S1E<exponent bits>M<mantissa bits>, as in S1E3M7")
     return FloatFormat(int(match[1]), int(match[2]))

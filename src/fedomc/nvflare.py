@@ -218,8 +218,7 @@ class DecompressFilter(_ModelFilter):
             if encoding is None:
                 raise PayloadError(f"{name} as bytes, but nothing in the meta says how to decode them")
             # A base is never rewritten and may lie in the message; a variable in one part needs memory of its own.
-            parsed = frame.from_bytes(value, name, copy=keep and encoding.update_format is None)
-            _check_shape(name, parsed.shape, shape)
+            parsed = frame.from_bytes(value, name, copy=keep and encoding.update_format is None, shape=shape)
             if dtype not in (None, "float32"):
                 raise PayloadError(f"{name} compressed, but {dtype} was sent")
             if parsed.kind != kind:

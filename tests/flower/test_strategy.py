@@ -1,5 +1,6 @@
 """The strategy: own payloads, one encoding a round, aggregation by value and by difference, bad replies left out."""
 
+import weakref
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 import fedomc
 from fedomc.flower import OMCStrategy, broadcast, collect, install
+from fedomc.flower import arrays as arrays_module
 from fedomc.flower.arrays import STYPE
 
 NODES = (11, 22, 33, 44)
@@ -224,6 +226,7 @@ def test_bad_replies_are_left_out_and_named(flower_log: pytest.LogCaptureFixture
         {"num-examples": [1, 2], "loss": 1.0},
         {"num-examples": 1, "loss": float("nan")},
         {"num-examples": 1, "loss": [1.0, 2.0]},
+        {"num-examples": 1, "loss": 2**64},
         {"num-examples": 1},
         {"loss": 1.0},
         None,
@@ -421,3 +424,49 @@ def test_wrong_ways_to_travel_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     OMCStrategy(FedAvg(), policy())
     with pytest.raises(fedomc.PolicyError, match=r"fedomc\[lossless\]"):
         OMCStrategy(FedAvg(), policy(), lossless="down")
+
+
+@pytest.mark.parametrize(
+    ("how", "told", "kept"),
+    [
+        (None, {}, False),
+        ({}, {}, False),
+        ({"format": "S1E2M3", "update_format": "S1E2M1"}, {"lossless": "both"}, False),
+        ({}, {"lossless": "both"}, True),
+        ({}, {"lossless": "down"}, False),
+        ({}, {"rest_format": "S1E5M10"}, True),
+    ],
+)
+def test_a_message_is_consumed_but_for_what_collect_needs(
+    how: dict[str, object] | None, told: dict[str, object], kept: bool
+) -> None:
+    arrays = collect(build())
+    wrapped = OMCStrategy(FedAvg(), None if how is None else policy(**how), **told)  # type: ignore[arg-type]
+    message, other, *_ = configure(wrapped, arrays).values()
+    expected = {name: array.data for name, array in collect(install(build(), message), message).items()}
+    shared = {name: array.data for name, array in other.content["arrays"].items()}
+    model = install(build(), message, consume=True)
+    left = message.content["arrays"]
+    assert {name: tuple(a.shape) for name, a in left.items()} == {name: tuple(a.shape) for name, a in arrays.items()}
+    assert any(array.data for array in left.values()) == kept
+    assert {name: array.data for name, array in collect(model, message).items()} == expected
+    assert {name: array.data for name, array in other.content["arrays"].items()} == shared
+
+
+def test_a_consumed_message_is_let_go_of_one_variable_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = next(iter(configure(OMCStrategy(FedAvg(), policy()), collect(build())).values()))
+    own = ArrayRecord()
+    for name, array in message.content["arrays"].items():
+        own[name] = Array(array.dtype, tuple(array.shape), array.stype, array.data)
+    message.content["arrays"] = own
+    held = [weakref.ref(array) for array in own.values()]
+    del own, array
+    counts, real = [], arrays_module._read
+
+    def counted(*args: object) -> torch.Tensor:
+        counts.append(sum(array() is not None for array in held))
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(arrays_module, "_read", counted)
+    install(build(), message, consume=True)
+    assert counts == list(range(len(held), 0, -1))

@@ -33,16 +33,15 @@ def train(message: Message, context: Context) -> Message:
     return Message(train_partition(message, partition), reply_to=message)
 
 
-def train_partition(message: Message | RecordDict, partition: int) -> RecordDict:
-    """Do a round of local training on one part of the data."""
-    content = message.content if isinstance(message, Message) else message
-    config: Any = content["config"]
+def train_partition(message: Message, partition: int) -> RecordDict:
+    """Do a round of local training on one part of the data; the message is consumed."""
+    config: Any = message.content["config"]
     settings = read_settings(config)
     clients, tokenizer = client_data(
         settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
     )
-    network = _model(settings.model, tokenizer.vocab_size, settings.streaming)
-    install(network, content)
+    network = model.build(settings.model, tokenizer.vocab_size, streaming=settings.streaming)
+    install(network, message, consume=True)
     seed = settings.seed * 1_000_003 + int(config["server-round"]) * 1009 + partition
     result = training.train_locally(
         network,
@@ -58,7 +57,7 @@ def train_partition(message: Message | RecordDict, partition: int) -> RecordDict
     metrics = MetricRecord(
         {"num-examples": result.examples, "loss": result.loss, "parameter-bytes": result.parameter_bytes}
     )
-    return RecordDict({"arrays": collect(network, content), "metrics": metrics})
+    return RecordDict({"arrays": collect(network, message), "metrics": metrics})
 
 
 def write_settings(settings: Settings) -> ConfigRecord:
@@ -78,9 +77,3 @@ def client_data(
     """Load a corpus once a process: the utterances by client, and the tokenizer."""
     loaded = corpus.load(name, Path(path) if path else None)
     return corpus.split(loaded.train, split, clients or None, seed), tokenizer_for(loaded)
-
-
-@functools.lru_cache(maxsize=1)
-def _model(size: str, vocabulary: int, streaming: bool) -> model.SpeechModel:
-    """Build the model once a process, on the meta device; each message fills it anew."""
-    return model.build(size, vocabulary, streaming=streaming)

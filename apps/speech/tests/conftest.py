@@ -62,9 +62,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    for cached in (client.client_data, client._model):
-        clear: Callable[[], None] = cached.cache_clear
-        clear()
+    client.client_data.cache_clear()
 
 
 @pytest.fixture

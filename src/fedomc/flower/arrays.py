@@ -3,13 +3,14 @@
 import functools
 import io
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
@@ -26,6 +27,8 @@ STYPE = "fedomc.frame"
 CONFIG = "fedomc"
 """The name of the ``ConfigRecord`` that tells a client how to encode its updates."""
 
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
+
 
 @dataclass(frozen=True)
 class Instructions:
@@ -40,6 +43,15 @@ class Instructions:
     encoding: Encoding
     lossless: bool = False
     rest_format: FloatFormat | None = None
+
+
+def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
+    """Return a message's records of one kind.
+
+    Flower's own ``array_records`` and so on are views in reference cycles: whatever they saw, the whole content with
+    it, stays in memory until the garbage collector comes by.
+    """
+    return {key: record for key, record in content.items() if isinstance(record, kind)}
 
 
 def packed_array(
@@ -141,7 +153,7 @@ def from_config(config: Mapping[str, Any]) -> Instructions:
         raise PayloadError(f"the message's {CONFIG!r} record: {error}") from None
 
 
-def install(model: nn.Module, message: Message | RecordDict) -> nn.Module:
+def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = False) -> nn.Module:
     """Fill a model from a message; its compressed variables stay packed, and no FP32 copy of them is made.
 
     Args:
@@ -149,12 +161,15 @@ def install(model: nn.Module, message: Message | RecordDict) -> nn.Module:
             part of the state_dict must be real already: no message carries them.
         message: with one ``ArrayRecord`` of all parameters and persistent buffers, and the ``fedomc`` config record
             if variables are compressed.
+        consume: let go of the message's bytes as they are read, so that message and model are never both in memory.
+            What ``collect`` will need of them stays.
 
     Returns:
         The model.
 
     Raises:
-        PayloadError: something is missing, unknown, damaged or of another shape; the model is as it was.
+        PayloadError: something is missing, unknown, damaged or of another shape; the model is as it was, but of the
+            message nothing may be left if it was to be consumed.
     """
     arrays, told = _content(message)
     state, aliases = state_of(model)
@@ -162,8 +177,37 @@ def install(model: nn.Module, message: Message | RecordDict) -> nn.Module:
     if tied:
         raise PayloadError(f"{some(tied)} is tied to another variable and travels under one name: send collect(model)")
     check_names(model, arrays.keys())
-    fill_(model, ((name, _read(array, name, state[name], told)) for name, array in arrays.items()))
+    items = _consumed(message, told) if consume else iter(arrays.items())
+    del arrays
+    fill_(model, ((name, _read(array, name, state[name], told)) for name, array in items))
     return model
+
+
+def _consumed(message: Message | RecordDict, told: Instructions | None) -> Iterator[tuple[str, Array]]:
+    """Give a message's arrays and forget them one by one; the message has them without data from now on."""
+    content = message.content if isinstance(message, Message) else message
+    ((key, record),) = records_of(content, ArrayRecord).items()
+    waiting = deque(record.items())
+    if isinstance(message, Message):  # others may have the same content; and the same record, which stays as it is
+        message.content = content = RecordDict(dict(content.items()))
+    content[key] = _without_data(record, told)
+    del record
+    while waiting:
+        yield waiting.popleft()
+
+
+def _without_data(record: Mapping[str, Array], told: Instructions | None) -> ArrayRecord:
+    left = ArrayRecord()
+    for name, array in record.items():
+        left[name] = array if _needed_later(array, told) else Array(array.dtype, tuple(array.shape), array.stype, b"")
+    return left
+
+
+def _needed_later(array: Array, told: Instructions | None) -> bool:
+    """Tell whether ``collect`` writes a difference to what this array holds."""
+    if told is None or array.stype != STYPE:
+        return False
+    return told.rest_format is not None or (told.lossless and told.encoding.update_format is None)
 
 
 def collect(model: nn.Module, message: Message | RecordDict | None = None) -> ArrayRecord:
@@ -207,10 +251,10 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None) -> Ar
 
 def _content(message: Message | RecordDict) -> tuple[Mapping[str, Array], Instructions | None]:
     content = message.content if isinstance(message, Message) else message
-    records = list(content.array_records.values())
+    records = list(records_of(content, ArrayRecord).values())
     if len(records) != 1:
         raise PayloadError(f"the message has {len(records)} array records, one expected")
-    config = content.config_records.get(CONFIG)
+    config = records_of(content, ConfigRecord).get(CONFIG)
     return records[0], None if config is None else from_config(config)
 
 

@@ -12,7 +12,16 @@ from torch import Tensor
 from fedomc import codec, frame
 from fedomc.codec import CHUNK
 from fedomc.errors import PayloadError, PolicyError
-from fedomc.flower.arrays import CONFIG, STYPE, flat_tensor, packed_array, read_packed, to_config, view_dense
+from fedomc.flower.arrays import (
+    CONFIG,
+    STYPE,
+    flat_tensor,
+    packed_array,
+    read_packed,
+    records_of,
+    to_config,
+    view_dense,
+)
 from fedomc.formats import FloatFormat
 from fedomc.policy import CompressionPolicy
 from fedomc.transform import Encoding, Packed, encode
@@ -150,7 +159,11 @@ class Broadcast:
             for name, array in self.arrays.items():
                 payload[name] = pieces[name][0] if name in pieces else array
             content = RecordDict(dict(message.content.items()))
-            models = [key for key, record in message.content.array_records.items() if set(record) == set(self.arrays)]
+            models = [
+                key
+                for key, record in records_of(message.content, ArrayRecord).items()
+                if set(record) == set(self.arrays)
+            ]
             if not models:
                 raise PolicyError(
                     "the inner strategy sends no model of the variables it was given: nothing to compress"
@@ -170,7 +183,7 @@ class Broadcast:
         Raises:
             PayloadError: it is damaged, not finite, or of another model.
         """
-        records = list(reply.content.array_records.values())
+        records = list(records_of(reply.content, ArrayRecord).values())
         if len(records) != 1:
             raise PayloadError(f"the reply has {len(records)} array records, one expected")
         if set(records[0]) != set(self.arrays):

@@ -1,13 +1,13 @@
 """``omc_mod``: compressed messages for client code that knows nothing of them."""
 
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fedomc import frame
 from fedomc.errors import PayloadError
-from fedomc.flower.arrays import CONFIG, STYPE, Instructions, from_config, packed_array, read_packed
+from fedomc.flower.arrays import CONFIG, STYPE, Instructions, from_config, packed_array, read_packed, records_of
 from fedomc.formats import FloatFormat
 from fedomc.transform import Encoding, Packed, encode
 
@@ -29,12 +29,12 @@ def omc_mod(message: Message, context: Context, call_next: ClientAppCallable) ->
         PayloadError: a variable that came is damaged, or one that goes back has another shape or dtype.
         NonFiniteError: a value that goes back is NaN or infinite.
     """
-    config = message.content.config_records.get(CONFIG)
+    config = records_of(message.content, ConfigRecord).get(CONFIG)
     if config is None:
         return call_next(message, context)
     instructions, came = from_config(config), dict[str, frame.Frame]()
     content = RecordDict({key: record for key, record in message.content.items() if key != CONFIG})
-    for key, record in message.content.array_records.items():
+    for key, record in records_of(message.content, ArrayRecord).items():
         content[key] = decoded = ArrayRecord()
         for name, array in record.items():
             if array.stype == STYPE:
@@ -46,7 +46,7 @@ def omc_mod(message: Message, context: Context, call_next: ClientAppCallable) ->
     if reply.has_error():
         return reply
     content = RecordDict(dict(reply.content.items()))
-    for key, record in reply.content.array_records.items():
+    for key, record in records_of(reply.content, ArrayRecord).items():
         content[key] = encoded = ArrayRecord()
         for name, array in record.items():
             encoded[name] = _encoded(name, array, came[name], instructions) if name in came else array

@@ -1,5 +1,6 @@
 """``OMCStrategy``: any Flower strategy, with compressed messages; what is added up is told in ``aggregation``."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,6 @@ from itertools import islice
 from logging import ERROR, INFO, WARNING
 from typing import NoReturn, cast
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -18,7 +18,7 @@ from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
 from fedomc.flower import defences
 from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded, dense_array, in_dtype, is_the_mean
-from fedomc.flower.arrays import view_dense
+from fedomc.flower.arrays import records_of, view_dense
 from fedomc.flower.broadcast import Broadcast, Returned, float32_shapes
 from fedomc.flower.grid import OneByOne
 from fedomc.flower.resuming import restore, state_of
@@ -336,7 +336,7 @@ class OMCStrategy(Strategy):
         """Aggregate with a strategy that looks at each reply."""
         received = []
         for reply, variables in usable:
-            key = next(iter(reply.content.array_records))
+            key = next(iter(records_of(reply.content, ArrayRecord)))
             content = RecordDict(dict(reply.content.items()))
             arrays = decoded(broadcast, variables, value=self.aggregate == "value")
             try:
@@ -417,12 +417,12 @@ class OMCStrategy(Strategy):
 
     def _check_metrics(self, reply: Message) -> None:
         """Refuse what would make a weighted mean mean nothing."""
-        records = list(reply.content.metric_records.values())
+        records = list(records_of(reply.content, MetricRecord).values())
         if len(records) != 1:
             raise PayloadError(f"the reply has {len(records)} metric records, one expected")
         for name, value in records[0].items():
-            if not np.isfinite(value).all():
-                raise PayloadError(f"metric {name}={value} is not finite")
+            if not all(map(_is_a_number, value if isinstance(value, list) else [value])):
+                raise PayloadError(f"metric {name}={value} is not finite, or beyond 64 bits")
         weight = records[0].get(self._weighted_by)
         if isinstance(weight, list) or weight is None or not 0 <= weight <= _LARGEST_WEIGHT:
             raise PayloadError(f"metric {self._weighted_by}={weight}: a number from 0 to 2**63 is expected")
@@ -433,7 +433,12 @@ class OMCStrategy(Strategy):
         return getattr(innermost, "weighted_by_key", "num-examples")
 
     def _weight(self, reply: Message) -> float:
-        return float(cast(float, next(iter(reply.content.metric_records.values()))[self._weighted_by]))
+        return float(cast(float, next(iter(records_of(reply.content, MetricRecord).values()))[self._weighted_by]))
+
+
+def _is_a_number(value: float) -> bool:
+    """Tell whether numpy can add up such values; Python's whole numbers have no bound."""
+    return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
 
 
 def _left_out(server_round: int, node: int, why: object) -> None:
@@ -441,9 +446,9 @@ def _left_out(server_round: int, node: int, why: object) -> None:
 
 
 def _structure(reply: Message) -> tuple[object, ...]:
-    metrics = next(iter(reply.content.metric_records.values()))
+    metrics = next(iter(records_of(reply.content, MetricRecord).values()))
     kinds = sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items())
-    return (*sorted(reply.content.array_records), *sorted(reply.content.metric_records), *kinds)
+    return (*sorted(records_of(reply.content, ArrayRecord)), *sorted(records_of(reply.content, MetricRecord)), *kinds)
 
 
 def _usual(replies: Iterable[Message]) -> tuple[object, ...] | None:

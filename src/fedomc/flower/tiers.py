@@ -7,6 +7,8 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from fedomc.flower.arrays import records_of
+
 _ACTION = "fedomc"
 """The query's name: ``app.query("fedomc")(announce)``."""
 
@@ -51,7 +53,7 @@ class Announced:
 
 
 def _read(content: RecordDict) -> dict[str, Any]:
-    config = content.config_records.get(_RECORD, ConfigRecord())
+    config = records_of(content, ConfigRecord).get(_RECORD, ConfigRecord())
     tier, memory = config.get(_TIER), config.get(_MEMORY)
     return {
         **({"tier": tier} if isinstance(tier, str) else {}),

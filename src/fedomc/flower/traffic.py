@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
+
+from fedomc.flower.arrays import records_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class RoundReport:
     def count(self, direction: str, message: Message) -> None:
         """Add the bytes of a message's arrays to those ``down`` or ``up``."""
         counter: Counter[str] = getattr(self, f"{direction}_bytes")
-        for record in message.content.array_records.values():
+        for record in records_of(message.content, ArrayRecord).values():
             for name, array in record.items():
                 counter[name] += len(array.data)
 
