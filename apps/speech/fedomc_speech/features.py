@@ -16,9 +16,11 @@ WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
 FFT = 512
 
-# Of log-mel energies of speech, for streaming models. Between two corpora: digits has -7.0 and 2.8, AN4 -10.9 and 4.3.
+# What a streaming model takes log-mel energies of speech to be like before it has heard any, and for how many frames
+# that counts. Between two corpora: digits has -7.0 and 2.8, AN4 -10.9 and 4.3.
 MEAN = -9.0
 DEVIATION = 4.0
+PRIOR_FRAMES = 50
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,15 @@ def log_mel(audio: np.ndarray, mels: int, *, streaming: bool = False) -> Tensor:
     Args:
         audio: float32 ``[samples]`` at 16 kHz.
         mels: number of mel bands.
-        streaming: normalise by the constants ``MEAN`` and ``DEVIATION``, which are known before the utterance ends,
-            instead of to mean 0 and variance 1 over the utterance.
+        streaming: normalise each frame by mean and deviation of what was heard up to it, which are known before the
+            utterance ends, instead of those of the whole utterance.
 
     Returns:
         float32 ``[1 + samples // HOP, mels]``, 100 frames a second.
     """
     energies = _log_energies(F.pad(_tensor(audio), (FFT // 2, FFT // 2)), mels)
     if streaming:
-        return (energies - MEAN) / DEVIATION
+        return _RunningNormalization().normalise(energies)
     return (energies - energies.mean()) / (energies.std() + 1e-5)
 
 
@@ -63,6 +65,7 @@ class LogMelStream:
 
     def __init__(self, mels: int) -> None:
         self.mels = mels
+        self._normalization = _RunningNormalization()
         self._samples = torch.zeros(FFT // 2)  # from the first sample of the next frame on
 
     def push(self, audio: np.ndarray) -> Tensor:
@@ -80,7 +83,30 @@ class LogMelStream:
             return torch.zeros(0, self.mels)
         energies = _log_energies(self._samples, self.mels)
         self._samples = self._samples[frames * HOP :].clone()
-        return (energies - MEAN) / DEVIATION
+        return self._normalization.normalise(energies)
+
+
+class _RunningNormalization:
+    """Normalises frames by mean and deviation of those heard so far: the level of a recording drops out by and by.
+
+    ``PRIOR_FRAMES`` of ``MEAN`` and ``DEVIATION`` count as heard before the first. Sums are float64, so that pieces of
+    any length give the same.
+    """
+
+    def __init__(self) -> None:
+        self._frames = PRIOR_FRAMES
+        self._sums = PRIOR_FRAMES * torch.tensor([MEAN, DEVIATION**2 + MEAN**2], dtype=torch.float64)
+
+    def normalise(self, energies: Tensor) -> Tensor:
+        """Normalise the next frames ``[T, mels]``."""
+        exact = energies.double()
+        sums = self._sums + torch.stack([exact.mean(1), exact.square().mean(1)], 1).cumsum(0)  # [T, 2]
+        counts = self._frames + torch.arange(1, len(exact) + 1)
+        mean, square = (sums / counts[:, None]).T
+        deviation = (square - mean.square()).clamp_min(1e-6).sqrt()
+        self._frames, self._sums = self._frames + len(exact), sums[-1]
+        normalised: Tensor = (exact - mean[:, None]) / deviation[:, None]
+        return normalised.float()
 
 
 def _tensor(audio: np.ndarray) -> Tensor:

@@ -57,11 +57,24 @@ def test_features_of_pieces_are_those_of_the_whole(samples: int, size: int) -> N
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
 
 
-def test_features_normalised_over_the_utterance_or_not_differ_by_a_scale_and_a_shift_alone() -> None:
+def test_features_are_normalised_by_what_was_heard_so_far() -> None:
     audio = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
-    streaming = features.log_mel(audio, MELS, streaming=True)
-    normalised = (streaming - streaming.mean()) / streaming.std()
-    torch.testing.assert_close(features.log_mel(audio, MELS), normalised, rtol=0, atol=1e-4)
+    energies = features.log_mel(audio, MELS).double().numpy() * 2.0 - 8.0  # any
+    found = features._RunningNormalization().normalise(torch.from_numpy(energies).float())
+    prior = features.PRIOR_FRAMES
+    for t in (0, 1, 50, len(energies) - 1):
+        heard = energies[: t + 1].mean(1)
+        mean = (prior * features.MEAN + heard.sum()) / (prior + t + 1)
+        square = prior * (features.DEVIATION**2 + features.MEAN**2) + (energies[: t + 1] ** 2).mean(1).sum()
+        deviation = np.sqrt(square / (prior + t + 1) - mean**2)
+        np.testing.assert_allclose(found[t], (energies[t] - mean) / deviation, atol=1e-5)
+
+
+def test_the_level_of_a_recording_drops_out_by_and_by() -> None:
+    audio = np.random.default_rng(0).normal(0, 0.1, 10 * 16000).astype(np.float32)
+    loud, soft = (features.log_mel(scale * audio, MELS, streaming=True) for scale in (1.0, 0.1))
+    differences = (loud - soft).mean(1).abs()  # [T]
+    assert differences[0] > 1 and differences[-1] < 0.2 * differences[0]
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 3, model.LOOKAHEAD, 13, 80])
