@@ -74,7 +74,7 @@ def test_the_level_of_a_recording_drops_out_by_and_by() -> None:
     audio = np.random.default_rng(0).normal(0, 0.1, 10 * 16000).astype(np.float32)
     loud, soft = (features.log_mel(scale * audio, MELS, streaming=True) for scale in (1.0, 0.1))
     differences = (loud - soft).mean(1).abs()  # [T]
-    assert differences[0] > 1 and differences[-1] < 0.2 * differences[0]
+    assert differences[0] > 1 and differences[-100:].mean() < 0.2
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 3, model.LOOKAHEAD, 13, 80])
