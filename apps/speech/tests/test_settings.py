@@ -49,6 +49,8 @@ def test_the_policy_of_a_variant() -> None:
         ({"rounds": 0}, "rounds=0"),
         ({"warmup": -1}, "warmup=-1"),
         ({"client-rate": "fast"}, "client-rate"),
+        ({"augment": "perhaps"}, "type bool"),
+        ({"augment": 1}, "type bool"),
         ({"client-rate": float("nan")}, "client_rate=nan"),
         ({"server-rate": -1.0}, "server_rate"),
         ({"aggregate": "median"}, "median"),
@@ -64,7 +66,9 @@ def test_what_is_wrong_is_named(values: dict[str, object], says: str) -> None:
 
 
 def test_settings_survive_a_round_trip() -> None:
-    settings = Settings(formats=("FP32", "S1E3M7@0.9"), rounds=7, client_rate=0.25, corpus_path="/somewhere")
+    settings = Settings(
+        formats=("FP32", "S1E3M7@0.9"), rounds=7, client_rate=0.25, corpus_path="/somewhere", augment=True
+    )
     assert Settings.from_mapping(settings.to_dict()) == settings
     dashed = {key.replace("_", "-"): value for key, value in settings.to_dict().items()}
     assert Settings.from_mapping({**dashed, "formats": " ".join(settings.formats)}) == settings
