@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SANITIZED := build/sanitized
 
-.PHONY: demo test test-deployment lint types layers tests sanitize clean
+.PHONY: demo experiments test test-deployment lint types layers tests sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech compare --name demo
+
+# The paper's experiments, some hours; Ctrl-C stops them and the same command goes on. AN4=FOLDER for those that need it.
+experiments: $(INSTALLED)
+	$(BIN)/python -m fedomc_speech experiments $(if $(AN4),--an4 $(AN4))
 
 test: lint types layers tests sanitize
 

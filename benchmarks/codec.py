@@ -60,7 +60,7 @@ def main() -> None:
                 }  # fmt: skip
                 rows.append(row)
                 print(
-                    f"{values:>9} {count} {backend:<24} {format:<8} {op:<10} "
+                    f"{values:>9} {count} {backend:<24} {format:<8} {op:<22} "
                     f"{row['mvalues_per_s']:>8.0f} M/s {ratio:>6.2f} x memcpy",
                     flush=True,
                 )
@@ -106,6 +106,12 @@ def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
             yield name, backend, "encode", partial(at.encode, x, e, m, k, None, 0, words, sums, largest)
             yield name, backend, "decode", partial(at.decode, *present, out)
             yield name, backend, "decode_add", partial(at.decode_add, *present, 0.5, out)
+            yield (
+                name,
+                backend,
+                "decode_add_difference",
+                partial(at.decode_add_difference, *present, *present, 0.5, out),
+            )
             yield name, backend, "update", partial(at.update, *present, gradient, -1e-4, k, None, again, sums, largest)
 
 

@@ -27,6 +27,7 @@ from benchmarks.training import memory, values
 FORMATS = ("S1E2M3+S1E2M1", "S1E3M7@0.9", "FP32")
 CLIENTS = (4, 16, 64)
 VOCABULARY = 1024
+STRATEGY = "the name of Flower's, such as FedAdam, or a DifferentialPrivacy...FixedClipping, around FedAvg"
 BUFFER = 2**26  # bytes: larger than the caches
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each row is measured")
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS), help="sizes of the cohort")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="of the clients, as the application's")
-    parser.add_argument("--strategy", default="FedAvg", help="the name of Flower's, such as FedAdam")
+    parser.add_argument("--strategy", default="FedAvg", help=STRATEGY)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -111,6 +112,10 @@ def run(format: str, clients: int, strategy: str) -> dict[str, float]:
         policy = fedomc.CompressionPolicy(format=base, update_format=update or None, fraction=float(fraction or 1))
     one, other = torch.zeros(BUFFER // 4), torch.ones(BUFFER // 4)
     model = build("large", VOCABULARY)
+    private = strategy.startswith("DifferentialPrivacy")  # which refuses counters
+
+    def drawn() -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, value) for name, value in values(model) if value.is_floating_point() or not private)
 
     def compressed(name: str, update_like: torch.Tensor) -> Array:
         fmt = fedomc.FloatFormat.parse(update or base)
@@ -120,7 +125,7 @@ def run(format: str, clients: int, strategy: str) -> dict[str, float]:
     # What a client returns for each variable, packed and in FP32, before the level of memory is taken.
     torch.manual_seed(1)
     scale = 0.01 if update else 1.0
-    dense = {name: Array(value.numpy()) for name, value in values(model)}
+    dense = {name: Array(value.numpy()) for name, value in drawn()}
     packed = {
         n: compressed(n, torch.from_numpy(a.numpy()) * scale)
         for n, a in dense.items()
@@ -129,9 +134,10 @@ def run(format: str, clients: int, strategy: str) -> dict[str, float]:
     start = memory("VmRSS")
 
     torch.manual_seed(0)
-    arrays = ArrayRecord({name: Array(value.numpy()) for name, value in values(model)})
+    arrays = ArrayRecord({name: Array(value.numpy()) for name, value in drawn()})
     fp32_bytes = sum(len(array.data) for array in arrays.values())
-    wrapped = OMCStrategy(getattr(strategies, strategy)(), policy)
+    kind = getattr(strategies, strategy)
+    wrapped = OMCStrategy(kind(strategies.FedAvg(), 0.1, 1.0, clients) if private else kind(), policy)
     messages = list(wrapped.configure_train(1, arrays, ConfigRecord(), Nodes(clients)))  # type: ignore[arg-type]
     outside = 0.0
     memcpy: list[float] = []

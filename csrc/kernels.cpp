@@ -449,11 +449,26 @@ void decode(const Packed& base, const Packed* update, float* out, std::size_t n,
   if (streaming) fence();
 }
 
-void decode_add(const Packed& packed, float weight, float* out, std::size_t n) {
+// Adds weight * (values - less) to out; no pointer is null.
+void add_difference(const float* values, const float* less, float weight, float* out, std::size_t n) {
+  std::size_t i = 0;
+  for (; i + kWidth <= n; i += kWidth)
+    store(out + i, load<F>(out + i) + (load<F>(values + i) - load<F>(less + i)) * weight);
+  for (; i < n; ++i) out[i] += (values[i] - less[i]) * weight;
+}
+
+void decode_add(const Packed& packed, const Packed* less, float weight, float* out, std::size_t n) {
   const Represent represent(packed);
+  const Represent subtracted(less ? *less : packed);
   for_each_block(n, [&](std::size_t block, std::size_t at, std::size_t count) {
     alignas(64) Values values;
     decode_block(packed, represent, block, count, values.data());
+    if (less) {
+      alignas(64) Values others;
+      decode_block(*less, subtracted, block, count, others.data());
+      add_difference(values.data(), others.data(), weight, out + at, count);
+      return;
+    }
     std::size_t i = 0;
     for (; i + kWidth <= count; i += kWidth)
       store(out + at + i, load<F>(out + at + i) + load<F>(values.data() + i) * weight);
@@ -534,6 +549,6 @@ void update(const Packed& packed, const float* gradient, float alpha, std::size_
 
 }  // namespace
 
-const Kernels kernels = {FEDOMC_NAME(FEDOMC_LEVEL), decode, decode_add, encode, update, largest_of};
+const Kernels kernels = {FEDOMC_NAME(FEDOMC_LEVEL), decode, decode_add, add_difference, encode, update, largest_of};
 
 }  // namespace fedomc::FEDOMC_LEVEL

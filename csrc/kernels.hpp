@@ -9,7 +9,10 @@ struct Kernels {
   const char* level;
   // Decodes base, and update on top of it if not null; streaming writes past the caches.
   void (*decode)(const Packed& base, const Packed* update, float* out, std::size_t n, bool streaming);
-  void (*decode_add)(const Packed& packed, float weight, float* out, std::size_t n);
+  // Adds weight * (decoded - less), and weight * decoded if less is null.
+  void (*decode_add)(const Packed& packed, const Packed* less, float weight, float* out, std::size_t n);
+  // Adds weight * (values - less).
+  void (*add_difference)(const float* values, const float* less, float weight, float* out, std::size_t n);
   void (*encode)(const float* values, std::size_t n, Format format, const Rounding& rounding, std::uint32_t* words,
                  Found& found);
   // Encodes decoded + alpha * gradient.

@@ -174,7 +174,28 @@ void decode_add(const InWords& words, unsigned e, unsigned m, float scale, float
                 const OutValues& out, unsigned threads) {
   const Part part(words, e, m, scale, offset, out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
-    current()->decode_add(part.from(at), weight, out.data() + at, count);
+    current()->decode_add(part.from(at), nullptr, weight, out.data() + at, count);
+  });
+}
+
+void decode_add_difference(const InWords& words, unsigned e, unsigned m, float scale, float offset,
+                           const InWords& less_words, unsigned less_e, unsigned less_m, float less_scale,
+                           float less_offset, float weight, const OutValues& out, unsigned threads) {
+  const Part part(words, e, m, scale, offset, out);
+  const Part less(less_words, less_e, less_m, less_scale, less_offset, out);
+  in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
+    const Packed subtracted = less.from(at);
+    current()->decode_add(part.from(at), &subtracted, weight, out.data() + at, count);
+  });
+}
+
+void add_difference(const InValues& values, const InValues& less, float weight, const OutValues& out,
+                    unsigned threads) {
+  require(values.size() == out.size() && less.size() == out.size(), "values, less and out must have one size");
+  check_apart(values, out);
+  check_apart(less, out);
+  in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
+    current()->add_difference(values.data() + at, less.data() + at, weight, out.data() + at, count);
   });
 }
 
@@ -264,6 +285,11 @@ NB_MODULE(_native, module) {
              "update_words"_a.noconvert(), "update_e"_a, "update_m"_a, "update_scale"_a, "update_offset"_a,
              "out"_a.noconvert(), "threads"_a);
   module.def("decode_add", &fedomc::decode_add, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a, "offset"_a, "weight"_a,
+             "out"_a.noconvert(), "threads"_a);
+  module.def("decode_add_difference", &fedomc::decode_add_difference, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a,
+             "offset"_a, "less_words"_a.noconvert(), "less_e"_a, "less_m"_a, "less_scale"_a, "less_offset"_a,
+             "weight"_a, "out"_a.noconvert(), "threads"_a);
+  module.def("add_difference", &fedomc::add_difference, "values"_a.noconvert(), "less"_a.noconvert(), "weight"_a,
              "out"_a.noconvert(), "threads"_a);
   module.def("encode", &fedomc::encode, "values"_a.noconvert(), "e"_a, "m"_a, "exponent"_a, "stochastic"_a, "seed"_a,
              "start"_a, "words"_a.noconvert(), "sums"_a.noconvert(), "threads"_a);

@@ -2,10 +2,10 @@
 
 import json
 import math
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 import zstandard
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
@@ -36,6 +36,10 @@ def number(code: int, e: int, m: int) -> float:
 
 def largest(e: int, m: int) -> float:
     return (2 - 2.0**-m) * 2.0 ** ((254 if e == 8 else 2**e - 1) - (2 ** (e - 1) - 1))
+
+
+def low_xxh3(data: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 def words(n: int, width: int) -> int:
@@ -122,7 +126,7 @@ def read_planes(data: bytes, n: int, width: int, coding: int) -> list[int]:
 
 def read_frame(data: bytes, sent: list[int] | None = None) -> Frame:
     """Read a frame; refuse what the page says must be refused. ``sent`` are the codes that a difference is to."""
-    if len(data) < 24 or data[:4] != b"FOMC" or data[4] != 2 or data[5] > 2:
+    if len(data) < 24 or data[:4] != b"FOMC" or data[4] != 3 or data[5] > 2:
         raise Refused
     kind, e, m = data[5], data[6], data[7]
     factor, offset = np.frombuffer(data, dtype="<f4", count=2, offset=8)
@@ -141,11 +145,11 @@ def read_frame(data: bytes, sent: list[int] | None = None) -> Frame:
         raise Refused
     with np.errstate(over="ignore", invalid="ignore"):
         most = np.abs(factor) * np.float32(largest(e, m)) + np.abs(offset)
-    if not np.isfinite([factor, offset, most]).all() or checksum != zlib.crc32(data[:16] + data[20:]):
+    if not np.isfinite([factor, offset, most]).all() or checksum != low_xxh3(data[:16] + data[20:]):
         raise Refused
     body = data[begin:]
     if difference:
-        if sent is None or len(sent) != n or int.from_bytes(body[:4], "little") != zlib.crc32(pack(sent, width)):
+        if sent is None or len(sent) != n or int.from_bytes(body[:4], "little") != low_xxh3(pack(sent, width)):
             raise Refused
         body = body[4:]
     codes = unpack(body, n, width) if coding == 0 else read_planes(body, n, width, coding)

@@ -197,7 +197,9 @@ def test_random_planes(body: bytes, way: int, difference: int, size: int) -> Non
 
 
 def framed(size: int, body: bytes, way: int, difference: int = 0) -> bytes:
-    head = b"FOMC" + bytes([2, 0, 2, 3]) + struct.pack("<ffIBBBBQ", 1.0, 0.0, 0, 1, way, difference, 0, size)
+    head = (
+        b"FOMC" + bytes([frame.VERSION, 0, 2, 3]) + struct.pack("<ffIBBBBQ", 1.0, 0.0, 0, 1, way, difference, 0, size)
+    )
     return sealed(head + body)
 
 

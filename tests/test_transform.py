@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from fedomc import Encoding, FloatFormat, NonFiniteError, PolicyError, codec
-from fedomc.transform import Packed, encode, scaling_exponent
+from fedomc.transform import TRANSFORMS, Packed, encode, scaling_exponent
 from tests.conftest import bits_of, flushed_denormals, randn, same_bits, threads
 
 FORMATS = ("S1E1M2", "S1E2M0", "S1E2M1", "S1E2M3", "S1E3M2", "S1E3M7", "S1E5M10", "S1E7M4", "S1E8M7", "S1E8M15")
@@ -114,7 +114,7 @@ def test_constant_codes_get_the_mean_error(transform: str) -> None:
     assert decoded(packed).tolist() == pytest.approx([1.015] * 4)
 
 
-@pytest.mark.parametrize("transform", ["none", "affine", "scaled-affine"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_zeros_stay_zeros_and_keep_their_signs(transform: str, name: str) -> None:
     zeros = torch.tensor([0.0, -0.0, 0.0])
@@ -131,6 +131,7 @@ def test_no_values_at_all() -> None:
     [
         ("S1E3M7", "none", 0.0113),
         ("S1E3M7", "affine", 0.0113),
+        ("S1E3M7", "scaled", 0.0017),
         ("S1E3M7", "scaled-affine", 0.0017),
         ("S1E2M3", "none", 0.70),
         ("S1E2M3", "affine", 0.61),
@@ -143,7 +144,7 @@ def test_errors_are_those_of_the_design(name: str, transform: str, expected: flo
     assert float(error.norm() / values.norm()) == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("transform", ["none", "affine", "scaled-affine"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused_and_changes_nothing(transform: str, bad: float) -> None:
     values = randn(70_000)
@@ -158,7 +159,7 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(transform: str, bad: 
     assert packed.rewrites == before[2]
 
 
-@pytest.mark.parametrize("transform", ["none", "affine", "scaled-affine"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_a_rewrite_is_an_encoding(transform: str, rounding: str, scale: float) -> None:
@@ -169,6 +170,19 @@ def test_a_rewrite_is_an_encoding(transform: str, rounding: str, scale: float) -
     packed.rewrite(lambda start, stop: values[start:stop], transform, rounding)
     fresh = encode(values, FloatFormat(3, 4), transform, rounding)
     assert torch.equal(packed.codes, fresh.codes) and torch.equal(packed.affine, fresh.affine)
+
+
+def test_scaling_alone_keeps_stochastic_rounding_unbiased() -> None:
+    values = 0.05 + torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    assert 2.0 ** -exponent_of(values, "S1E2M1") * 6 > float(values.max())  # nothing saturates
+
+    def mean_error(transform: str) -> float:
+        draws = [decoded(encode(values, FloatFormat(2, 1), transform, "stochastic", seed)) for seed in range(400)]
+        return float((torch.stack(draws).mean(0) - values).abs().mean())
+
+    packed = encode(values, FloatFormat(2, 1), "scaled", "stochastic")
+    assert math.frexp(float(packed.affine[0]))[0] == 0.5 and packed.affine[1] == 0
+    assert mean_error("scaled") < 0.01 < 0.015 < mean_error("scaled-affine")
 
 
 def test_stochastic_rounding_draws_afresh_and_repeatably() -> None:

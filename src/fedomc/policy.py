@@ -47,7 +47,7 @@ class CompressionPolicy:
     Attributes:
         format: of a variable, or of its base, such as ``S1E3M7``.
         update_format: keeps the local steps in a part of their own, in this format; None keeps one part.
-        transform: ``none``, ``affine`` or ``scaled-affine``.
+        transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``.
         weight_matrices_only: leave normalization, biases and scalars in FP32: everything without two or more
             dimensions larger than 1; and matrices of a few values, where the padding of the bit layout takes as many
             bytes as the format saves.

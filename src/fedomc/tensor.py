@@ -75,7 +75,7 @@ class CompressedTensor(Tensor):
             values: of any shape, finite.
             format: such as ``S1E3M7``.
             update_format: keeps in-place updates in a part of their own, in this format.
-            transform: ``none``, ``affine`` or ``scaled-affine``.
+            transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``.
             rounding: ``nearest`` or ``stochastic``.
             seed: of stochastic rounding.
             name: for errors.

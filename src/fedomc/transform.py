@@ -3,7 +3,9 @@
 [Note: the power of two]
 The paper fits s and b by least squares after quantization with the format's plain bias. But weights of N(0, 0.05)
 are almost all subnormal in S1E3M7, and no linear fit brings back bits that were never stored. ``scaled-affine``
-first moves max|V| into the top binade by an integer k, exactly, so that every bit of the format is used.
+first moves max|V| into the top binade by an integer k, exactly, so that every bit of the format is used. ``scaled``
+does that alone: the fit pulls towards the mean what stochastic rounding has made noisy, and so takes away that the
+expected value of a code is the value.
 """
 
 import ctypes
@@ -21,7 +23,9 @@ from fedomc.errors import NonFiniteError, PolicyError
 from fedomc.formats import FloatFormat
 from fedomc.scratch import scratch
 
-TRANSFORMS = ("none", "affine", "scaled-affine")
+TRANSFORMS = ("none", "affine", "scaled", "scaled-affine")
+_SCALED = ("scaled", "scaled-affine")
+_FITTED = ("affine", "scaled-affine")
 ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -32,7 +36,7 @@ class Encoding:
     Attributes:
         format: of the variable, or of its base.
         update_format: of the update part; None keeps the variable in one part.
-        transform: ``none``, ``affine`` or ``scaled-affine``.
+        transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``.
         rounding: ``nearest`` or ``stochastic``: of the variable, or of its update part; a base is rounded to nearest.
         seed: of stochastic rounding.
 
@@ -122,6 +126,14 @@ class Packed:
         scale, offset = self.affine.tolist()
         return codec.decode_add(self._words(start, out), self.format, scale, offset, weight, out)
 
+    def add_difference_to(self, out: Tensor, less: "Packed", weight: float = 1.0) -> Tensor:
+        """Add ``weight`` times what this variable is more than another to float32 ``out``, in one pass."""
+        scale, offset = self.affine.tolist()
+        less_scale, less_offset = less.affine.tolist()
+        return codec.decode_add_difference(
+            self.codes, self.format, scale, offset, less.codes, less.format, less_scale, less_offset, weight, out
+        )
+
     def rewrite(
         self,
         produce: Callable[[int, int], Tensor],
@@ -195,21 +207,21 @@ class Packed:
         """Encode with the right power of two: tried is that of the present values, or what ``needed`` finds."""
         draw = draw_seed(seed, name, self.rewrites) if rounding == "stochastic" else None
         exponent = 0
-        if transform == "scaled-affine":
+        if transform in _SCALED:
             exponent = self._present_exponent() if needed is None else scaling_exponent(needed(), self.format)
         while True:
-            codes, sums, largest = encoded(exponent, draw, transform != "none")
+            codes, sums, largest = encoded(exponent, draw, transform in _FITTED)
             if largest >= codec.INFINITY_BITS:
                 raise NonFiniteError(
                     f"{name} has a value that is NaN or infinite; nothing was changed. "
                     "Look for a diverging loss, lower the learning rate or clip the gradient"
                 )
-            wanted = scaling_exponent(largest, self.format) if transform == "scaled-affine" else 0
+            wanted = scaling_exponent(largest, self.format) if transform in _SCALED else 0
             if wanted == exponent:
                 break
             exponent = wanted
             del codes  # the next ones take their memory
-        s, b = (1.0, 0.0) if transform == "none" else fit(sums, self.numel)
+        s, b = fit(sums, self.numel) if transform in _FITTED else (1.0, 0.0)
         scale = s * 2.0**-exponent
         if not stays_finite(self.format, scale, b):
             scale, b = 2.0**-exponent, 0.0

@@ -97,9 +97,23 @@ def test_decode(name: str) -> None:
                 backend.decode(words, e, m, s, b, alone)
                 backend.decode_add(words, e, m, s, b, 0.3, added)
                 backend.decode_sum(words, e, m, s, b, update_words, 2, 1, 0.001, 0.0, total)
-                return alone, added, total
+                changed = torch.ones(n)
+                backend.decode_add_difference(words, e, m, s, b, update_words, 2, 1, 0.1, 0.01, 0.3, changed)
+                return alone, added, total, changed
 
             both(decode)
+
+
+def test_add_difference() -> None:
+    for n in (0, 1, 31, 1024, codec.CHUNK + 1025):
+        values, less = some_values(n), some_values(n, 1)
+
+        def add(backend: object, values: Tensor = values, less: Tensor = less) -> tuple[Tensor, ...]:
+            out = torch.ones(len(values))
+            backend.add_difference(values, less, -0.3, out)
+            return (out,)
+
+        both(add)
 
 
 @pytest.mark.parametrize("seed", [None, 5])
@@ -185,6 +199,13 @@ def bad_calls() -> dict[str, Callable[[], object]]:
         "update onto itself": lambda: x.update(words, 3, 7, 1.0, 0.0, values, 0.1, 0, False, 0, words, sums, 1),
         "gradient too long": lambda: x.update(words, 3, 7, 1.0, 0.0, torch.zeros(1025), 0.1, 0, False, 0, out, sums, 1),
         "words of the update": lambda: x.decode_sum(words, 3, 7, 1.0, 0.0, words, 2, 1, 1.0, 0.0, values, 1),
+        "words that are subtracted": lambda: x.decode_add_difference(
+            words, 3, 7, 1.0, 0.0, words, 2, 1, 1.0, 0.0, 0.5, values, 1
+        ),
+        "values that are subtracted": lambda: x.add_difference(values, torch.zeros(1023), 0.5, torch.zeros(1024), 1),
+        "values onto themselves": lambda: x.add_difference(
+            memory[:1000].view(torch.float32), torch.zeros(1000), 0.5, memory[100:1100].view(torch.float32), 1
+        ),
         "unknown level": lambda: x.set_level("mmx"),
     }
 
@@ -230,6 +251,8 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
         "decode": (words, 3, 7, 0.5, 0.1, out),
         "decode_sum": (words, 3, 7, 0.5, 0.1, update_words, 2, 1, 0.1, 0.0, out),
         "decode_add": (words, 3, 7, 0.5, 0.1, 0.3, out),
+        "decode_add_difference": (words, 3, 7, 0.5, 0.1, update_words, 2, 1, 0.1, 0.0, 0.3, out),
+        "add_difference": (randn(n), randn(n, seed=1), 0.3, out),
         "encode": (randn(n), 3, 7, 0, None, 0, words, sums, largest),
         "update": (words, 3, 7, 0.5, 0.1, randn(n), 0.1, 0, 3, again, sums, largest),
     }

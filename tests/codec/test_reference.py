@@ -278,6 +278,8 @@ def test_it_runs_under_torch_compile(seed: int | None) -> None:
         at(reference.update)(words, 3, 7, 0.5, 0.1, gradient, -0.1, 3, seed, again, sums.clone(), largest.clone())
         at(reference.decode_sum)(words, 3, 7, 0.5, 0.1, again, 3, 7, 0.5, 0.1, out)
         at(reference.decode_add)(words, 3, 7, 0.5, 0.1, 0.25, out)
+        at(reference.decode_add_difference)(words, 3, 7, 0.5, 0.1, again, 3, 7, 0.5, 0.1, 0.25, out)
+        at(reference.add_difference)(x, gradient, 0.25, out)
         return [words, sums, again, largest, out]
 
     compiled = run(partial(torch.compile, backend="aot_eager"))

@@ -5,12 +5,12 @@ The numbers come from gfloat, the words from ``pack_by_design``, the bytes from 
 
 import json
 import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import gfloat
 import numpy as np
+import xxhash
 import zstandard
 
 from fedomc import FloatFormat
@@ -81,9 +81,14 @@ def frame_of(
 ) -> bytes:  # fmt: skip
     """Put a frame together."""
     body = words_of(codes, 1 + e + m) if body is None else body
-    head = b"FOMC" + struct.pack("<BBBBff", 2, kind, e, m, factor, offset)
+    head = b"FOMC" + struct.pack("<BBBBff", 3, kind, e, m, factor, offset)
     tail = struct.pack(f"<BBBB{len(shape)}Q", len(shape), coding, difference, 0, *shape) + body
-    return head + struct.pack("<I", zlib.crc32(head + tail)) + tail
+    return head + struct.pack("<I", checksum(head + tail)) + tail
+
+
+def checksum(data: bytes) -> int:
+    """Take the low half of XXH3."""
+    return xxhash.xxh3_64_intdigest(data) % 2**32
 
 
 def words_of(codes: Sequence[int], width: int) -> bytes:
@@ -116,7 +121,7 @@ def body_of(codes: Sequence[int], sent: Sequence[int], e: int, m: int, planes: S
     width, body = 1 + e + m, b""
     symbols = list(codes)
     if sent:
-        body = struct.pack("<I", zlib.crc32(words_of(sent, width)))
+        body = struct.pack("<I", checksum(words_of(sent, width)))
         steps = [order(code, e, m) - order(old, e, m) for code, old in zip(codes, sent, strict=True)]
         symbols = [2 * step if step >= 0 else -2 * step - 1 for step in steps]
     low = width

@@ -3,30 +3,33 @@
 import os
 import signal
 import threading
-import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 import fedomc
-from fedomc_speech import corpus, federation, model, pretraining, report, training
-from fedomc_speech.augmentation import Augmentation
+from fedomc_speech import corpus, federation, model, pretraining, report
+from fedomc_speech.cost import cost_of
+from fedomc_speech.errors import SettingsError
+from fedomc_speech.experiments import command
+from fedomc_speech.experiments.plan import Experiment
+from fedomc_speech.experiments.runner import Runs
 from fedomc_speech.progress import PretrainingProgress, RunProgress, minutes
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings
 from fedomc_speech.simulation import simulate
-from fedomc_speech.tokens import tokenizer_for
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 DEFAULTS: Final = Settings()
+EXPERIMENTS: Final = Path("apps/speech/experiments")
 PRETRAINING: Final = pretraining.Pretraining()
 
 # What Flower's simulation adds to the training itself, as measured with cohorts of 8: to start, and to each round.
@@ -52,6 +55,9 @@ def compare(
     split: Annotated[str, typer.Option(help="speaker (a client is a speaker) or iid.")] = DEFAULTS.split,
     clients: Annotated[int, typer.Option(help="Number of clients; 0: one a speaker.")] = DEFAULTS.clients,
     model_size: Annotated[str, typer.Option("--model", help="tiny or large.")] = DEFAULTS.model,
+    streaming: Annotated[
+        bool, typer.Option(help="A model that can run while the speaker speaks.")
+    ] = DEFAULTS.streaming,
     initial: Annotated[str, typer.Option(help="Model file to begin with, as pretrain writes it.")] = DEFAULTS.initial,
     rounds: Annotated[int, typer.Option(help="Rounds of each format.")] = DEFAULTS.rounds,
     cohort: Annotated[int, typer.Option(help="Clients a round.")] = DEFAULTS.cohort,
@@ -63,7 +69,10 @@ def compare(
     server_rate: Annotated[float, typer.Option(help="Highest rate of the server's Adam.")] = DEFAULTS.server_rate,
     warmup: Annotated[int, typer.Option(help="Rounds in which it rises.")] = DEFAULTS.warmup,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between measurements.")] = DEFAULTS.evaluate_every,
-    transform: Annotated[str, typer.Option(help="none, affine or scaled-affine.")] = DEFAULTS.transform,
+    transform: Annotated[str, typer.Option(help="none, affine, scaled or scaled-affine.")] = DEFAULTS.transform,
+    weight_matrices_only: Annotated[
+        bool, typer.Option(help="Leave biases and normalization in FP32.")
+    ] = DEFAULTS.weight_matrices_only,
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = DEFAULTS.rounding,
     aggregate: Annotated[str, typer.Option(help="difference or value.")] = DEFAULTS.aggregate,
     lossless: Annotated[str, typer.Option(help="zstd on messages: none, down, up or both.")] = DEFAULTS.lossless,
@@ -88,6 +97,7 @@ def compare(
             split=split,
             clients=clients,
             model=model_size,
+            streaming=streaming,
             initial=initial,
             rounds=rounds,
             cohort=cohort,
@@ -100,6 +110,7 @@ def compare(
             warmup=warmup,
             evaluate_every=evaluate_every,
             transform=transform,
+            weight_matrices_only=weight_matrices_only,
             rounding=rounding,
             aggregate=aggregate,
             lossless=lossless,
@@ -116,6 +127,9 @@ def pretrain(
     corpus_name: Annotated[str, typer.Option("--corpus", help="digits, commands, an4 or librispeech.")] = "commands",
     corpus_path: Annotated[str, typer.Option(help="Folder of an4 or librispeech.")] = DEFAULTS.corpus_path,
     model_size: Annotated[str, typer.Option("--model", help="tiny or large.")] = DEFAULTS.model,
+    streaming: Annotated[
+        bool, typer.Option(help="A model that can run while the speaker speaks.")
+    ] = DEFAULTS.streaming,
     initial: Annotated[str, typer.Option(help="Model file to begin with.")] = DEFAULTS.initial,
     augment: Annotated[bool, typer.Option(help="Change the features at each sight.")] = True,
     steps: Annotated[int, typer.Option(help="Steps.")] = PRETRAINING.steps,
@@ -133,19 +147,62 @@ def pretrain(
     console = Console()
     with _clear_errors():
         settings = pretraining.Pretraining(steps, batch, rate, warmup, weight_decay, clip_norm, seed)
-        run = Settings(corpus=corpus_name, corpus_path=corpus_path, model=model_size, initial=initial, seed=seed)
+        start = Settings(
+            corpus=corpus_name,
+            corpus_path=corpus_path,
+            model=model_size,
+            streaming=streaming,
+            initial=initial,
+            augment=augment,
+            seed=seed,
+        )
         model.check_size(model_size)
-        loaded = _load_corpus(run)
-        tokenizer = tokenizer_for(loaded)
-        torch.set_num_threads(1)  # more make so small a model no faster
-        network = federation.starting_model(run, tokenizer)
+        loaded = _load_corpus(start)
         with PretrainingProgress(settings.steps, console) as progress:
-            pretraining.train(
-                network, loaded.train, tokenizer, settings, Augmentation() if augment else None, progress.step_done
-            )
-        pretraining.save(network, tokenizer, settings, path)
-        wer = training.word_error_rate(network, loaded.test, tokenizer)
+            wer = pretraining.make(path, start, settings, progress.step_done)
         console.print(f"{path}: WER {wer:.1f}% on the {len(loaded.test)} test utterances of {corpus_name}")
+
+
+@app.command()
+def experiments(
+    files: Annotated[list[Path] | None, typer.Argument(help="TOML files; all of EXPERIMENTS by default.")] = None,
+    folder: Annotated[Path, typer.Option("--experiments", help="Folder of the TOML files.")] = EXPERIMENTS,
+    row: Annotated[list[str] | None, typer.Option(help="Only this row; repeat it.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeat it.")] = None,
+    an4: Annotated[Path | None, typer.Option(help="Folder of AN4; without it what needs AN4 is left out.")] = None,
+    librispeech: Annotated[Path | None, typer.Option(help="Folder of LibriSpeech, likewise.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE for all rows, as model=large.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/experiments"),
+    results: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("docs/results"),
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time, a core each.")] = os.cpu_count() or 1,
+) -> None:
+    """Run the paper's experiments, each run in a process; what is finished is not run again."""
+    console = Console()
+    with _clear_errors():
+        paths = {"an4": an4, "librispeech": librispeech}
+        chosen = []
+        for file in files or sorted(folder.glob("*.toml")):
+            experiment = Experiment.read(file, dict(_assignment(text) for text in setting or []))
+            missing = experiment.needs_path() - {name for name, path in paths.items() if path}
+            if missing:
+                console.print(f"{file}: left out, as it needs --{' and --'.join(sorted(missing))}", soft_wrap=True)
+                continue
+            chosen.append(experiment.only(row or [], seed or []).at(paths, output))
+        if not chosen:
+            raise SettingsError(f"no experiment to run in {folder}: name a TOML file")
+        with _stop_on_interrupt(console) as stop:
+            if not command.run(chosen, Runs(output), results, workers, console, stop):
+                raise typer.Exit(130)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingsError(f"--set {text}: NAME=VALUE is expected")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
 
 
 def _compare(settings: Settings, path: Path, resume: bool, tensorboard: bool, console: Console) -> None:
@@ -179,33 +236,12 @@ def _load_corpus(settings: Settings) -> corpus.Corpus:
 
 def _cost(settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Utterance, ...]]) -> str:
     """Say what the run will send and take: bytes exactly, time from one local step of each format."""
-    torch.set_num_threads(1)  # as on the clients
-    tokenizer = tokenizer_for(loaded)
     visits = settings.rounds * settings.cohort
     cores = os.cpu_count() or 1
     overhead = START_SECONDS + ROUND_SECONDS * settings.rounds * len(settings.formats)
-    seconds, sent = 0.0, 0.0
-    for variant in settings.variants:
-        network = federation.starting_model(settings, tokenizer)
-        policy = variant.policy(settings)
-        if policy is not None:
-            fedomc.compress_(network, policy.select(network, round=1, client=0))
-        for _ in range(2):  # the first is slower than the others will be
-            began = time.perf_counter()
-            training.train_locally(
-                network,
-                parts[0],
-                tokenizer,
-                steps=1,
-                batch=settings.batch,
-                rate=1e-3,
-                clip_norm=1.0,
-                seed=0,
-                augment=Augmentation() if settings.augment else None,
-            )
-            took = time.perf_counter() - began
-        seconds += took * settings.local_steps * visits
-        sent += federation.bytes_of_a_visit(network) * visits
+    costs = [cost_of(settings, variant) for variant in settings.variants]
+    seconds = sum(cost.step_seconds for cost in costs) * settings.local_steps * visits
+    sent = sum(cost.visit_bytes for cost in costs) * visits
     return (
         f"{len(settings.formats)} formats, {settings.rounds} rounds of {settings.cohort} out of {len(parts)} clients, "
         f"{len(loaded.train)} utterances to train and {len(loaded.test)} to test. "

@@ -41,7 +41,7 @@ def train_partition(message: Message | RecordDict, partition: int) -> RecordDict
     clients, tokenizer = client_data(
         settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
     )
-    network = _model(settings.model, tokenizer.vocab_size)
+    network = _model(settings.model, tokenizer.vocab_size, settings.streaming)
     install(network, content)
     seed = settings.seed * 1_000_003 + int(config["server-round"]) * 1009 + partition
     result = training.train_locally(
@@ -81,6 +81,6 @@ def client_data(
 
 
 @functools.lru_cache(maxsize=1)
-def _model(size: str, vocabulary: int) -> model.SpeechModel:
+def _model(size: str, vocabulary: int, streaming: bool) -> model.SpeechModel:
     """Build the model once a process, on the meta device; each message fills it anew."""
-    return model.build(size, vocabulary)
+    return model.build(size, vocabulary, streaming=streaming)

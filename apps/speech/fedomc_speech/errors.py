@@ -15,5 +15,9 @@ class SettingsError(OMCError):
     """Settings of a run that are unknown, impossible or do not fit; the message names them and the way out."""
 
 
+class RecognitionError(OMCError):
+    """Audio that is not recognised in the order or with the chunks that a streaming model allows."""
+
+
 class DeploymentError(OMCError):
     """A process of a deployment does not start or does not answer."""

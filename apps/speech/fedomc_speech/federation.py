@@ -112,8 +112,8 @@ def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer, *
     clients = Clients.identify(grid, len(parts))
     tokenizer = tokenizer_for(loaded)
 
-    def measure(network: model.SpeechModel) -> float:
-        return training.word_error_rate(network, loaded.test, tokenizer)
+    def measure(network: model.SpeechModel) -> training.Errors:
+        return training.word_errors(network, loaded.test, tokenizer)
 
     for variant in settings.variants:
         if not folder.finished(str(variant)):
@@ -122,18 +122,6 @@ def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer, *
             if not rounds.run(grid, folder, observer):
                 return False
     return True
-
-
-def starting_model(settings: Settings, tokenizer: Tokenizer) -> model.SpeechModel:
-    """Build the model that a run begins with.
-
-    Raises:
-        SettingsError: the file of the initial model is missing or damaged, or of another model or vocabulary.
-    """
-    network = model.build(settings.model, tokenizer.vocab_size, seed=settings.seed)
-    if settings.initial:
-        pretraining.load(network, tokenizer, settings.initial)
-    return network
 
 
 def check_cohort(settings: Settings, clients: int) -> None:
@@ -170,7 +158,7 @@ class _Rounds:
         variant: Variant,
         clients: Clients,
         tokenizer: Tokenizer,
-        measure: Callable[[model.SpeechModel], float],
+        measure: Callable[[model.SpeechModel], training.Errors],
         boards: Sequence[TensorBoard],
     ) -> None:
         self.settings = settings
@@ -190,7 +178,7 @@ class _Rounds:
             rest_format=settings.rest_format or None,
             observers=boards,
         )
-        self.network = starting_model(settings, tokenizer)
+        self.network = pretraining.starting_model(settings, tokenizer)
         self.arrays = collect(self.network)
         self.fp32_bytes = sum(len(array.data) for array in self.arrays.values())
         self.fp32_parameter_bytes = fedomc.parameter_bytes(self.network).fp32
@@ -241,7 +229,7 @@ class _Rounds:
             self.totals[key] += value
         wer = None
         if number % settings.evaluate_every == 0 or number == settings.rounds:
-            wer = self.measure(self._server_model())
+            wer = self.measure(self._server_model()).word_error_rate
         return {
             "round": number,
             "loss": float(cast(float, metrics["loss"])),
@@ -264,13 +252,11 @@ class _Rounds:
 
     def _result(self, *, finished: bool) -> dict[str, Any]:
         network = self._server_model()
-        measured = self.history[-1]["wer"] if self.history else None
-        wer = self.measure(network) if measured is None else measured
-        wer_compressed = wer
+        full = compressed = self.measure(network)
         policy = self.variant.policy(self.settings)
         if policy is not None:
             whole = replace(policy, fraction=1.0, update_format=None, rounding="nearest")
-            wer_compressed = self.measure(cast(Any, fedomc.compress_(network, whole.select(network))))
+            compressed = self.measure(cast(Any, fedomc.compress_(network, whole.select(network))))
             fedomc.decompress_(network)
         totals = self.totals
         held = totals["held"] / max(1, totals["rounds"])
@@ -282,8 +268,13 @@ class _Rounds:
             "fraction": self.variant.fraction,
             "finished": finished,
             "rounds": len(self.history),
-            "wer": wer,
-            "wer_compressed": wer_compressed,
+            "wer": full.word_error_rate,
+            "wer_compressed": compressed.word_error_rate,
+            "utterances": {
+                "words": list(full.words),
+                "errors": list(full.errors),
+                "errors_compressed": list(compressed.errors),
+            },
             "parameter_bytes": round(held),
             "parameter_ratio": held / self.fp32_parameter_bytes,
             "down_bytes": round(down),

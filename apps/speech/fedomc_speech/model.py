@@ -1,13 +1,25 @@
-"""The model: the FastConformer of ``transformers`` with a CTC head, made fit for federated averaging."""
+"""The models: the FastConformers of ``transformers`` with a CTC head, made fit for federated averaging."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ParakeetEncoder, ParakeetEncoderConfig
+from transformers import (
+    NemotronAsrStreamingEncoder,
+    NemotronAsrStreamingEncoderConfig,
+    ParakeetEncoder,
+    ParakeetEncoderConfig,
+)
 
 from fedomc_speech.errors import SettingsError
+
+LEFT_CONTEXT = 70
+"""Encoder frames before its chunk that a frame of the streaming model can attend to."""
+
+LOOKAHEAD = 6
+"""Encoder frames that the streaming model is trained to wait for: with this frame they make a chunk of 0.56 s."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +51,30 @@ class SpeechModel(nn.Module):
     running statistics of different clients do not average to anything. And the weights are initialised as Xavier
     (linear) and Kaiming (two-dimensional convolution): with the default of std 0.02 training stays on the plateau
     where CTC emits only blanks.
+
+    Attributes:
+        mels: bands of the features.
+        streaming: whether it takes features that need no later audio, and can be run chunk by chunk.
     """
+
+    streaming = False
 
     def __init__(self, size: ModelSize, vocabulary: int) -> None:
         super().__init__()
-        rate = size.dropout
-        config = ParakeetEncoderConfig(
-            hidden_size=size.hidden_size,
-            num_hidden_layers=size.num_hidden_layers,
-            num_attention_heads=size.num_attention_heads,
-            intermediate_size=size.intermediate_size,
-            conv_kernel_size=size.conv_kernel_size,
-            subsampling_factor=size.subsampling_factor,
-            subsampling_conv_channels=size.subsampling_conv_channels,
-            num_mel_bins=size.num_mel_bins,
-            dropout=rate,
-            attention_dropout=rate,
-            activation_dropout=rate,
-            layerdrop=0.0,
-            scale_input=False,
-        )
         self.mels = size.num_mel_bins
-        self.encoder = ParakeetEncoder(config)
-        for layer in self.encoder.layers:
-            layer.get_submodule("conv").norm = nn.GroupNorm(1, size.hidden_size)
+        self.encoder = self._make_encoder(size)
         self.head = nn.Linear(size.hidden_size, vocabulary)
         positions = self.encoder.encode_positions
         with torch.device("cpu"):  # a buffer that no checkpoint and no message carries
             positions.inv_freq = nn.Buffer(
-                positions.compute_default_relative_positional_parameters(config), persistent=False
+                positions.compute_default_relative_positional_parameters(self.encoder.config), persistent=False
             )
+
+    def _make_encoder(self, size: ModelSize) -> Any:
+        encoder = ParakeetEncoder(ParakeetEncoderConfig(**_encoder_settings(size)))
+        for layer in encoder.layers:
+            layer.get_submodule("conv").norm = nn.GroupNorm(1, size.hidden_size)
+        return encoder
 
     def forward(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the log-probabilities of the tokens.
@@ -95,24 +101,96 @@ class SpeechModel(nn.Module):
         return F.ctc_loss(log_probabilities.transpose(0, 1), flat, lengths, target_lengths, zero_infinity=True)
 
 
-def build(size: str, vocabulary: int, *, seed: int | None = None) -> SpeechModel:
+class StreamingSpeechModel(SpeechModel):
+    """A Conformer that can be run while the speaker speaks: `fedomc_speech.streaming` does it.
+
+    [Note: what makes it stream]
+    Convolutions are causal; encoder frame i needs feature frames up to ``subsampling * i``. Normalization is LayerNorm
+    over channels, never over time. Encoder frames come in chunks of ``1 + lookahead``: a frame attends to all of its
+    own chunk and to the whole chunks that fit into the ``LEFT_CONTEXT`` frames before it, so it waits for the last
+    frame of its chunk and for nothing else, however many layers there are.
+
+    The library's encoder puts zeros behind the end of an utterance before each convolution, but not when it runs chunk
+    by chunk. Here an utterance ends with zero features up to the next full encoder frame, so that there is nothing left
+    to pad: alone, in a batch and chunk by chunk.
+    """
+
+    streaming = True
+
+    def __init__(self, size: ModelSize, vocabulary: int) -> None:
+        super().__init__(size, vocabulary)
+        self.subsampling = size.subsampling_factor
+
+    def _make_encoder(self, size: ModelSize) -> Any:
+        return NemotronAsrStreamingEncoder(
+            NemotronAsrStreamingEncoderConfig(
+                **_encoder_settings(size), sliding_window=LEFT_CONTEXT + 1, default_num_lookahead_tokens=LOOKAHEAD
+            )
+        )
+
+    def forward(self, features: Tensor, frames: Tensor, lookahead: int = LOOKAHEAD) -> tuple[Tensor, Tensor]:
+        """Compute the log-probabilities of the tokens, as a chunk by chunk run does.
+
+        Args:
+            features: ``[B, T, mels]``, zero where they are not real.
+            frames: ``[B]``, how many of T are real, at least 1.
+            lookahead: encoder frames in a chunk, less one.
+
+        Returns:
+            Log-probabilities ``[B, 1 + ceil((T - 1) / subsampling), vocabulary]`` and how many of their frames are
+            real, ``[B]``.
+        """
+        lengths = 1 + (frames - 1 + self.subsampling - 1) // self.subsampling  # in encoder frames
+        full = 1 + (lengths - 1) * self.subsampling  # the last feature frame that the last of them needs
+        longest = int(full.max())
+        features = F.pad(features, (0, 0, 0, max(0, longest - features.shape[1])))[:, :longest]
+        encoded = self.encoder(
+            features,
+            attention_mask=torch.arange(longest) < full[:, None],  # [B, longest]
+            num_lookahead_tokens=lookahead,
+        )
+        return F.log_softmax(self.head(encoded.last_hidden_state), -1), lengths
+
+
+def _encoder_settings(size: ModelSize) -> dict[str, Any]:
+    """Return what the configurations of both encoders have in common."""
+    return {
+        "hidden_size": size.hidden_size,
+        "num_hidden_layers": size.num_hidden_layers,
+        "num_attention_heads": size.num_attention_heads,
+        "intermediate_size": size.intermediate_size,
+        "conv_kernel_size": size.conv_kernel_size,
+        "subsampling_factor": size.subsampling_factor,
+        "subsampling_conv_channels": size.subsampling_conv_channels,
+        "num_mel_bins": size.num_mel_bins,
+        "dropout": size.dropout,
+        "attention_dropout": size.dropout,
+        "activation_dropout": size.dropout,
+        "layerdrop": 0.0,
+        "scale_input": False,
+    }
+
+
+def build(size: str, vocabulary: int, *, seed: int | None = None, streaming: bool = False) -> SpeechModel:
     """Build a model.
 
     Args:
         size: ``tiny`` or ``large``.
         vocabulary: number of tokens, blank included.
         seed: initialises the weights; None builds it on the meta device, to be filled from a message.
+        streaming: whether it is a `StreamingSpeechModel`.
 
     Raises:
         SettingsError: no such size.
     """
     check_size(size)
+    kind = StreamingSpeechModel if streaming else SpeechModel
     if seed is None:
         with torch.device("meta"):
-            return SpeechModel(SIZES[size], vocabulary)
+            return kind(SIZES[size], vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SpeechModel(SIZES[size], vocabulary)
+        model = kind(SIZES[size], vocabulary)
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

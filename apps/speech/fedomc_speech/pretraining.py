@@ -7,18 +7,20 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 import fedomc
 from fedomc.errors import PayloadError
-from fedomc_speech import features, training
+from fedomc_speech import corpus, features, training
 from fedomc_speech.augmentation import Augmentation
 from fedomc_speech.corpus import Utterance
 from fedomc_speech.errors import SettingsError
-from fedomc_speech.model import SpeechModel
-from fedomc_speech.tokens import Tokenizer
+from fedomc_speech.model import SpeechModel, build
+from fedomc_speech.settings import Settings
+from fedomc_speech.tokens import Tokenizer, tokenizer_for
 
 _TOKENS = "tokens"  # in a file's metadata: what the model's outputs stand for, as JSON
 _MODEL = "model"  # and its class: models of different classes may have variables of the same names and shapes
@@ -110,6 +112,44 @@ def train(
         optimizer.step()
         if progress:
             progress(step, float(loss.detach()))
+
+
+def starting_model(settings: Settings, tokenizer: Tokenizer) -> SpeechModel:
+    """Build the model that a run begins with.
+
+    Raises:
+        SettingsError: the file of the initial model is missing or damaged, or of another model or vocabulary.
+    """
+    network = build(settings.model, tokenizer.vocab_size, seed=settings.seed, streaming=settings.streaming)
+    if settings.initial:
+        load(network, tokenizer, settings.initial)
+    return network
+
+
+def make(
+    path: str | os.PathLike[str],
+    start: Settings,
+    settings: Pretraining,
+    progress: Callable[[int, float], None] | None = None,
+) -> float:
+    """Train a model on a corpus and write it; returns its word error rate there, in percent.
+
+    Args:
+        path: of the file, which is written at the end.
+        start: corpus, model and augmentation.
+        settings: of the training.
+        progress: called with the steps done and the CTC loss of the last one.
+
+    Raises:
+        SettingsError: the file cannot be written, or the initial model cannot be taken.
+    """
+    loaded = corpus.load(start.corpus, Path(start.corpus_path) if start.corpus_path else None)
+    tokenizer = tokenizer_for(loaded)
+    torch.set_num_threads(1)  # more make so small a model no faster
+    model = starting_model(start, tokenizer)
+    train(model, loaded.train, tokenizer, settings, Augmentation() if start.augment else None, progress)
+    save(model, tokenizer, settings, path)
+    return training.word_errors(model, loaded.test, tokenizer).word_error_rate
 
 
 def save(model: SpeechModel, tokenizer: Tokenizer, settings: Pretraining, path: str | os.PathLike[str]) -> None:

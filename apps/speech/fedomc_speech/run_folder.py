@@ -1,6 +1,7 @@
 """The folder of a run: settings, results and the state to resume from; each file is replaced whole."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class RunFolder:
         """Write the state after a round."""
         checkpoint.write(self.path / CHECKPOINT)
 
+    def drop_checkpoint(self) -> None:
+        """Delete the state, of which a finished run has no more need."""
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+
     def load(self) -> Checkpoint | None:
         """Read the state after the last finished round, if there is one.
 
@@ -81,6 +86,8 @@ class RunFolder:
             raise SettingsError(f"there is nothing to resume in {self.path}: start without --resume") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(f"{path} is damaged ({error}): start again without --resume") from error
+        if Path(settings.initial).name == Path(self.settings.initial).name:  # where things are may change
+            settings = replace(settings, corpus_path=self.settings.corpus_path, initial=self.settings.initial)
         if settings != self.settings:
             changed = [key for key, value in settings.to_dict().items() if value != self.settings.to_dict()[key]]
             raise SettingsError(

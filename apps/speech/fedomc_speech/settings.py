@@ -59,10 +59,12 @@ class Variant:
             format=base,
             update_format=update or None,
             transform=settings.transform,
+            weight_matrices_only=settings.weight_matrices_only,
             fraction=self.fraction,
             rounding=settings.rounding,
             seed=settings.seed,
-            exclude=("*.bias_u", "*.bias_v"),  # the attention's biases, which happen to have two dimensions
+            # The attention's biases, which happen to have two dimensions.
+            exclude=("*.bias_u", "*.bias_v") if settings.weight_matrices_only else (),
         )
 
 
@@ -77,6 +79,7 @@ class Settings:
         split: ``speaker`` (a client is a speaker) or ``iid``.
         clients: number of clients; 0 means one a speaker.
         model: ``tiny`` or ``large``.
+        streaming: whether the model is one that can be run while the speaker speaks.
         initial: file of the model to begin with, as ``pretrain`` writes it; empty begins with a random one.
         rounds: how many.
         cohort: clients a round.
@@ -89,6 +92,7 @@ class Settings:
         warmup: rounds in which it rises, at most a quarter of all; then it falls along a cosine.
         evaluate_every: rounds between two measurements of the word error rate.
         transform: the per-variable transformation.
+        weight_matrices_only: leave biases and normalization in FP32.
         rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two.
         aggregate: ``difference`` or ``value``.
         lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``.
@@ -103,6 +107,7 @@ class Settings:
     split: str = "speaker"
     clients: int = 0
     model: str = "tiny"
+    streaming: bool = False
     initial: str = ""
     rounds: int = 300
     cohort: int = 8
@@ -115,6 +120,7 @@ class Settings:
     warmup: int = 20
     evaluate_every: int = 20
     transform: str = "scaled-affine"
+    weight_matrices_only: bool = True
     rounding: str = "nearest"
     aggregate: str = "difference"
     lossless: str = "none"

@@ -32,7 +32,7 @@ def simulate(main: Callable[[Grid], None], clients: int, log_file: Path) -> None
 
     from fedomc_speech.client import app as client_app
 
-    _log_to(log_file)
+    log_to(log_file)
     failures: list[BaseException] = []
     server_app = ServerApp()
 
@@ -52,7 +52,8 @@ def simulate(main: Callable[[Grid], None], clients: int, log_file: Path) -> None
         raise failures[0]
 
 
-def _log_to(path: Path) -> None:
+def log_to(path: Path) -> None:
+    """Send Flower's log to a file."""
     logger = logging.getLogger("flwr")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

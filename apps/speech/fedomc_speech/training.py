@@ -81,14 +81,35 @@ def train_locally(
     return LocalResult(sum(losses) / len(losses), seen, fedomc.parameter_bytes(model).total)
 
 
-def word_error_rate(model: SpeechModel, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> float:
-    """Measure the word error rate of greedy decoding, in percent."""
-    references, hypotheses = [], []
+@dataclass(frozen=True)
+class Errors:
+    """How a model did on each utterance of a test.
+
+    Attributes:
+        errors: words substituted, left out or put in, by utterance.
+        words: that were spoken, by utterance.
+    """
+
+    errors: tuple[int, ...]
+    words: tuple[int, ...]
+
+    @property
+    def word_error_rate(self) -> float:
+        """In percent."""
+        return 100.0 * sum(self.errors) / sum(self.words)
+
+
+def word_errors(model: SpeechModel, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> Errors:
+    """Count the word errors of greedy decoding."""
+    errors, words = [], []
     for at in range(0, len(utterances), EVALUATION_BATCH):
         part = utterances[at : at + EVALUATION_BATCH]
-        references += [utterance.text for utterance in part]
-        hypotheses += recognize(model, [features_of(utterance, model) for utterance in part], tokenizer)
-    return 100.0 * float(jiwer.wer(references, hypotheses))
+        hypotheses = recognize(model, [features_of(utterance, model) for utterance in part], tokenizer)
+        for utterance, hypothesis in zip(part, hypotheses, strict=True):
+            found = jiwer.process_words(utterance.text, hypothesis)
+            errors.append(found.substitutions + found.deletions + found.insertions)
+            words.append(found.hits + found.substitutions + found.deletions)
+    return Errors(tuple(errors), tuple(words))
 
 
 def recognize(model: SpeechModel, inputs: Sequence[Tensor], tokenizer: Tokenizer) -> list[str]:
@@ -105,12 +126,12 @@ def recognize(model: SpeechModel, inputs: Sequence[Tensor], tokenizer: Tokenizer
 
 
 def features_of(utterance: Utterance, model: SpeechModel) -> Tensor:
-    """Compute the features that a model takes; those of short utterances are kept, 80 kB each at most."""
+    """Compute the features that a model takes; those of short utterances are kept, 160 kB each at most."""
     if utterance.frames > 5 * SAMPLE_RATE:
-        return features.log_mel(utterance.audio(), model.mels)
-    return _kept_features(utterance, model.mels)
+        return features.log_mel(utterance.audio(), model.mels, streaming=model.streaming)
+    return _kept_features(utterance, model.mels, model.streaming)
 
 
 @functools.lru_cache(maxsize=4096)
-def _kept_features(utterance: Utterance, mels: int) -> Tensor:
-    return features.log_mel(utterance.audio(), mels)
+def _kept_features(utterance: Utterance, mels: int, streaming: bool) -> Tensor:
+    return features.log_mel(utterance.audio(), mels, streaming=streaming)

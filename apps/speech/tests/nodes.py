@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from misbehaving import CONTENTS, spoilt
 
 from fedomc.rounds import Checkpoint
-from fedomc_speech import client, federation
+from fedomc_speech import federation
+from fedomc_speech.in_process import InProcess
 from fedomc_speech.run_folder import CHECKPOINT, RunFolder
 from fedomc_speech.settings import Settings, Variant
 
@@ -19,41 +20,32 @@ Faults = Mapping[str, Mapping[str, str]]
 """What goes wrong, by round and part of the data, as in ``misbehaving``."""
 
 
-class Nodes:
-    """A grid whose nodes work when they are asked; their numbers differ from run to run, as Flower's do.
+class Nodes(InProcess):
+    """Nodes that can go wrong; their numbers differ from run to run, and replies come in any order, as Flower's do.
 
     Attributes:
         faults: of the nodes; ``absent`` gives no answer.
     """
 
     def __init__(self, clients: int, first: int = 100, faults: Faults | None = None) -> None:
-        self.clients, self.first, self.faults = clients, first, faults or {}
+        super().__init__(clients, first)
+        self.faults = faults or {}
 
-    def get_node_ids(self) -> list[int]:
-        return list(range(self.first, self.first + self.clients))
+    def part_of(self, node: int) -> int:
+        return self.clients - 1 - (node - self.first)
 
     def node_of(self, part: int) -> int:
         return self.first + self.clients - 1 - part
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        return [reply for message in messages for reply in self.answers(message)][::-1]
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        self.waiting: dict[str, Message] = {}
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = f"to {message.metadata.dst_node_id}"
-            self.waiting[message.metadata.message_id] = message
-        return list(self.waiting)  # in order, as Flower promises
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [reply for key in message_ids for reply in self.answers(self.waiting[key])]
+        return super().send_and_receive(messages)[::-1]
 
     def answers(self, message: Message) -> list[Message]:
-        part = self.clients - 1 - (message.metadata.dst_node_id - self.first)
         if message.metadata.message_type == "query":
-            return [Message(RecordDict({"identity": MetricRecord({"partition-id": part})}), reply_to=message)]
+            return super().answers(message)
         number = str(cast(Any, message.content["config"])["server-round"])
-        fault = {**self.faults.get("*", {}), **self.faults.get(number, {})}.get(str(part))
+        part = str(self.part_of(message.metadata.dst_node_id))
+        fault = {**self.faults.get("*", {}), **self.faults.get(number, {})}.get(part)
         if fault == "absent":
             return []
         if fault == "error":
@@ -62,10 +54,10 @@ class Nodes:
             reply = Message(Error(code=3, reason="node unavailable"), reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = 1  # the SuperLink, which answers in the node's place
             return [reply]
-        content = client.train_partition(message, part)
+        [reply] = super().answers(message)
         if fault in CONTENTS:
-            content = spoilt(fault, content)
-        return [Message(content, reply_to=message)]
+            reply.content = spoilt(fault, reply.content)
+        return [reply]
 
 
 class Watcher:

@@ -11,9 +11,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from nodes import Watcher, results_of
 from typer.testing import CliRunner
 
+from fedomc_speech import federation
 from fedomc_speech.cli import app
+from fedomc_speech.in_process import InProcess
+from fedomc_speech.run_folder import RunFolder
+from fedomc_speech.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -99,3 +104,8 @@ def test_a_simulation_stops_on_interrupt_and_resumes(tones: Path, tmp_path: Path
     links.feed(page)
     assert links.loaded == []
     assert page.count("<svg") == 1 and "S1E2M3+S1E2M1" in page
+
+    settings = Settings.from_mapping(stored["settings"])
+    here = tmp_path / "here"
+    federation.run(settings, InProcess(4), RunFolder(here, settings, resume=False), Watcher())
+    assert results_of(here) == results_of(tmp_path / "run")

@@ -65,6 +65,14 @@ def test_a_run_gives_what_the_contract_names(tones: Path, tmp_path: Path) -> Non
         assert one[key.replace("ratio", "bytes")] / fp32[key.replace("ratio", "bytes")] == pytest.approx(one[key], 1e-3)
 
 
+def test_a_streaming_model_is_trained_by_the_same_rounds(tones: Path, tmp_path: Path) -> None:
+    variants = run(settings(tones, streaming=True), tmp_path)[1].values()
+    assert [variant["finished"] for variant in variants] == [True, True, True]
+    assert all("encoder.layers.0.conv.norm.weight" in variant["variables"] for variant in variants)
+    first = [variant["history"][0]["loss"] for variant in variants]
+    assert first == pytest.approx([first[0]] * 3, rel=0.25) and len(set(first)) == 3
+
+
 def test_the_same_seed_gives_the_same_run_whatever_the_nodes_are_called(tones: Path, tmp_path: Path) -> None:
     chosen = settings(tones, formats=("S1E2M3+S1E2M1@0.9",), rounds=2)
     runs = [without_times(run(chosen, tmp_path / str(first), first=first)[1]) for first in (100, 7000)]

@@ -158,8 +158,8 @@ def test_a_federation_begins_with_the_file(tones: Path, loaded: corpus.Corpus, t
         folder = RunFolder(tmp_path / f"run{len(losses)}", chosen, resume=False)
         federation.run(chosen, cast(Grid, Nodes(4)), folder, Watcher())
         losses[initial] = folder.runs[0]["history"][0]["loss"]
-        network = federation.starting_model(chosen, tokenizer)
-        assert folder.runs[0]["wer"] == training.word_error_rate(network, loaded.test, tokenizer)
+        network = pretraining.starting_model(chosen, tokenizer)
+        assert folder.runs[0]["wer"] == training.word_errors(network, loaded.test, tokenizer).word_error_rate
     assert losses[str(tmp_path / "model")] < 0.5 * losses[""]
 
 

@@ -58,6 +58,9 @@ def test_the_policy_of_a_variant() -> None:
         ({"rest-format": "S1E5"}, "S1E5"),
         ({"transform": "log", "formats": "S1E3M7"}, "log"),
         ({"round": 3}, "'round' is unknown"),
+        ({"streaming": "yes"}, "streaming='yes'"),
+        ({"streaming": 1}, "streaming=1"),
+        ({"streaming": [True]}, "streaming="),
     ],
 )
 def test_what_is_wrong_is_named(values: dict[str, object], says: str) -> None:
@@ -65,9 +68,14 @@ def test_what_is_wrong_is_named(values: dict[str, object], says: str) -> None:
         Settings.from_mapping(values)
 
 
+@pytest.mark.parametrize(("written", "read"), [(True, True), (False, False), ("true", True), ("false", False)])
+def test_truth_values_are_read_as_toml_and_run_configs_write_them(written: object, read: bool) -> None:
+    assert Settings.from_mapping({"streaming": written}).streaming is read
+
+
 def test_settings_survive_a_round_trip() -> None:
     settings = Settings(
-        formats=("FP32", "S1E3M7@0.9"), rounds=7, client_rate=0.25, corpus_path="/somewhere", augment=True
+        formats=("FP32", "S1E3M7@0.9"), rounds=7, client_rate=0.25, corpus_path="/somewhere", streaming=True
     )
     assert Settings.from_mapping(settings.to_dict()) == settings
     dashed = {key.replace("_", "-"): value for key, value in settings.to_dict().items()}

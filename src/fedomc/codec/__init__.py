@@ -18,8 +18,10 @@ __all__ = [
     "INFINITY_BITS",
     "SUMS",
     "backend",
+    "add_difference",
     "decode",
     "decode_add",
+    "decode_add_difference",
     "decode_sum",
     "encode",
     "magnitude_bits",
@@ -38,6 +40,9 @@ _SCHEMAS = {
     "decode_sum": "(Tensor words, int e, int m, float scale, float offset, Tensor update_words, int update_e, "
     "int update_m, float update_scale, float update_offset, Tensor(a!) out) -> ()",
     "decode_add": "(Tensor words, int e, int m, float scale, float offset, float weight, Tensor(a!) out) -> ()",
+    "decode_add_difference": "(Tensor words, int e, int m, float scale, float offset, Tensor less_words, int less_e, "
+    "int less_m, float less_scale, float less_offset, float weight, Tensor(a!) out) -> ()",
+    "add_difference": "(Tensor values, Tensor less, float weight, Tensor(a!) out) -> ()",
     "encode": "(Tensor values, int e, int m, int exponent, int? seed, int start, Tensor(a!) words, Tensor(b!) sums, "
     "Tensor(c!) largest) -> ()",
     "update": "(Tensor words, int e, int m, float scale, float offset, Tensor gradient, float alpha, int exponent, "
@@ -109,6 +114,32 @@ def decode_sum(
 def decode_add(words: Tensor, format: FloatFormat, scale: float, offset: float, weight: float, out: Tensor) -> Tensor:
     """Add ``weight * (scale * Q + offset)`` to ``out``; arguments as in ``decode``."""
     _operators.decode_add(words, format.exponent_bits, format.mantissa_bits, scale, offset, weight, out)
+    return out
+
+
+def decode_add_difference(
+    words: Tensor,
+    format: FloatFormat,
+    scale: float,
+    offset: float,
+    less_words: Tensor,
+    less_format: FloatFormat,
+    less_scale: float,
+    less_offset: float,
+    weight: float,
+    out: Tensor,
+) -> Tensor:
+    """Add ``weight`` times the difference of two decoded variables to ``out``; arguments as in ``decode``."""
+    e, m, less_e, less_m = (bits for fmt in (format, less_format) for bits in (fmt.exponent_bits, fmt.mantissa_bits))
+    _operators.decode_add_difference(
+        words, e, m, scale, offset, less_words, less_e, less_m, less_scale, less_offset, weight, out
+    )
+    return out
+
+
+def add_difference(values: Tensor, less: Tensor, weight: float, out: Tensor) -> Tensor:
+    """Add ``weight * (values - less)`` to ``out`` in one pass; all are float32 ``[n]``, contiguous."""
+    _operators.add_difference(values, less, weight, out)
     return out
 
 

@@ -71,6 +71,22 @@ def decode_add(words: Tensor, e: int, m: int, scale: float, offset: float, weigh
     _extension().decode_add(to_dlpack(words), e, m, scale, offset, weight, to_dlpack(out), torch.get_num_threads())
 
 
+def decode_add_difference(
+    words: Tensor, e: int, m: int, scale: float, offset: float,
+    less_words: Tensor, less_e: int, less_m: int, less_scale: float, less_offset: float, weight: float, out: Tensor,
+) -> None:  # fmt: skip
+    """See ``reference.decode_add_difference``."""
+    _extension().decode_add_difference(
+        to_dlpack(words), e, m, scale, offset, to_dlpack(less_words), less_e, less_m, less_scale, less_offset, weight,
+        to_dlpack(out), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def add_difference(values: Tensor, less: Tensor, weight: float, out: Tensor) -> None:
+    """See ``reference.add_difference``."""
+    _extension().add_difference(to_dlpack(values), to_dlpack(less), weight, to_dlpack(out), torch.get_num_threads())
+
+
 def encode(
     values: Tensor, e: int, m: int, exponent: int, seed: int | None, start: int,
     words: Tensor, sums: Tensor, largest: Tensor,

@@ -57,6 +57,26 @@ def decode_add(words: Tensor, e: int, m: int, scale: float, offset: float, weigh
         part += _decoded(_stretch(words, format, at, part), format, scale, offset, part.numel()).mul_(weight)
 
 
+def decode_add_difference(
+    words: Tensor, e: int, m: int, scale: float, offset: float,
+    less_words: Tensor, less_e: int, less_m: int, less_scale: float, less_offset: float, weight: float, out: Tensor,
+) -> None:  # fmt: skip
+    """Add ``weight`` times what one's decoded values are more than another's."""
+    format, less_format = FloatFormat(e, m), FloatFormat(less_e, less_m)
+    for at, part in _chunks(out):
+        change = _decoded(_stretch(words, format, at, part), format, scale, offset, part.numel())
+        less = _stretch(less_words, less_format, at, part)
+        change -= _decoded(less, less_format, less_scale, less_offset, part.numel())
+        part += change.mul_(weight)
+
+
+def add_difference(values: Tensor, less: Tensor, weight: float, out: Tensor) -> None:
+    """Add ``weight`` times what values are more than others."""
+    for at, part in _chunks(out):
+        stop = at + part.numel()
+        part += values[at:stop].sub(less[at:stop]).mul_(weight)
+
+
 def encode(
     values: Tensor, e: int, m: int, exponent: int, seed: int | None, start: int,
     words: Tensor, sums: Tensor, largest: Tensor,

@@ -116,16 +116,21 @@ class Mean:
 
     def _take(self, name: str) -> Values:
         total, own = self._sums.pop(name), self._broadcast.dense(name)
+        factor = 1 / self.weight
         if name in self._totals:
-            total.copy_(self._totals.pop(name).add_(total).mul_(1 / self.weight))
-        else:
-            total.mul_(1 / self.weight)
-        server = 1.0
-        for packed, weight in (sent for (key, _), sent in self._sent.items() if key == name):
-            packed.add_to(total, weight / self.weight)
-            server -= weight / self.weight
-        _add_scaled(total, own, server)
-        return total.numpy().reshape(own.shape)
+            total.copy_(self._totals.pop(name).add_(total).mul_(factor))
+            factor = 1.0
+        sent = [(packed, weight / self.weight) for (key, _), (packed, weight) in self._sent.items() if key == name]
+        server = 1 - sum(share for _, share in sent)
+        values, flat = total.numpy(), own.reshape(-1)
+        for start in range(0, values.size, codec.CHUNK):  # which stays in the cache
+            stop = min(start + codec.CHUNK, values.size)
+            part = values[start:stop]
+            part *= factor
+            for packed, share in sent:
+                packed.add_to(total[start:stop], share, start)
+            part += flat[start:stop] if server == 1 else flat[start:stop] * part.dtype.type(server)
+        return values.reshape(own.shape)
 
     def _move(self) -> None:
         for name, total in self._sums.items():
@@ -160,15 +165,15 @@ class LazyArray(Array):
 
 
 def decoded(broadcast: Broadcast, reply: Mapping[str, Returned], *, value: bool) -> ArrayRecord:
-    """Give the arrays of a reply for who needs them all: each is decoded when it is asked for.
+    """Give the arrays of a reply for who needs them all, in the model's order: each is decoded when it is asked for.
 
     Until then a reply takes no more memory than its bytes. Strategies that look at a variable at a time (``FedMedian``,
     ``FedTrimmedAvg``) hold that one of all replies in FP32, those that stack models (``Krum``, ``MultiKrum``,
     ``Bulyan``) hold all models in FP32, more than once.
     """
     record = ArrayRecord()
-    for name, returned in reply.items():
-        server = broadcast.dense(name)
+    for name in broadcast.arrays:
+        returned, server = reply[name], broadcast.dense(name)
 
         def values(name: str = name, returned: Returned = returned) -> Values:
             return _values(returned, broadcast.dense(name), value)
@@ -189,13 +194,6 @@ def _values(returned: Returned, server: Values, value: bool) -> Values:
         assert isinstance(returned.sent, Packed)
         return returned.sent.add_to(flat).numpy().reshape(server.shape)
     return flat.numpy().reshape(server.shape) + server
-
-
-def _add_scaled(total: Tensor, values: Values, factor: float) -> None:
-    flat, out = values.reshape(-1), total.numpy()
-    for start in range(0, flat.size, codec.CHUNK):
-        part = flat[start : start + codec.CHUNK]
-        out[start : start + codec.CHUNK] += part if factor == 1 else part * out.dtype.type(factor)
 
 
 def dense_array(values: Values) -> Array:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
-from fedomc import frame
+from fedomc import codec, frame
 from fedomc.errors import OMCError, PayloadError
 from fedomc.formats import FloatFormat
 from fedomc.state import check_names, fill_, some, state_of
@@ -71,8 +72,13 @@ def read_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
     return view_dense(array, name).copy()
 
 
-def view_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
-    """Take plain finite values from an ``Array`` where they lie in its data.
+def view_dense(array: Array, name: str, *, check: bool = True) -> np.ndarray[Any, Any]:
+    """Take plain values from an ``Array`` where they lie in its data.
+
+    Args:
+        array: what holds them.
+        name: of the variable, for errors.
+        check: whether they must be finite.
 
     Raises:
         PayloadError: the data is not a numpy array of the array's shape, or a value is NaN or infinite.
@@ -89,9 +95,20 @@ def view_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
     if math.prod(shape) * dtype.itemsize != len(array.data) - begin:
         raise PayloadError(f"{name}: {len(array.data)} bytes do not hold {dtype} {shape}")
     values = np.frombuffer(array.data, dtype, offset=begin).reshape(shape, order="F" if columns_first else "C")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
+    if check and not _all_finite(values):
         raise PayloadError(f"{name} has a value that is NaN or infinite")
     return values
+
+
+def flat_tensor(values: np.ndarray[Any, Any]) -> Tensor:
+    """View values as a flat tensor; it is not to be written, as they may lie in a message."""
+    return from_dlpack(values.reshape(-1))
+
+
+def _all_finite(values: np.ndarray[Any, Any]) -> bool:
+    if values.dtype == np.float32 and values.size >= codec.CHUNK and values.flags.c_contiguous:
+        return codec.magnitude_bits(flat_tensor(values)) < codec.INFINITY_BITS  # where numpy makes an array of truths
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
 @functools.lru_cache(maxsize=256)  # a model has few shapes, and parsing one takes longer than checking its values

@@ -9,10 +9,10 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from fedomc import frame
+from fedomc import codec, frame
 from fedomc.codec import CHUNK
 from fedomc.errors import PayloadError, PolicyError
-from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config, view_dense
+from fedomc.flower.arrays import CONFIG, STYPE, flat_tensor, packed_array, read_packed, to_config, view_dense
 from fedomc.formats import FloatFormat
 from fedomc.policy import CompressionPolicy
 from fedomc.transform import Encoding, Packed, encode
@@ -41,20 +41,21 @@ class Returned:
     def add_change_to(self, total: Tensor, weight: float) -> None:
         """Add ``weight`` times what the client changed to a flat total, float32 (or float64, of dense values).
 
-        The difference is taken first, chunk by chunk, so that the total is rounded on the scale of the changes.
+        The difference is taken first, value by value, so that the total is rounded on the scale of the changes.
         """
-        values = self.read()
+        values, sent = self.read(), self.sent
         if self.is_update:
             assert isinstance(values, Packed)
             values.add_to(total, weight)
             return
-        if not isinstance(values, Packed) and not isinstance(self.sent, Packed):
-            flat, own, out = _flat(values), _flat(self.sent), total.numpy()
-            for start in range(0, flat.size, STRETCH):
-                part = slice(start, start + STRETCH)
-                difference = np.subtract(flat[part], own[part], dtype=out.dtype)
-                difference *= weight
-                out[part] += difference
+        if isinstance(values, Packed) and isinstance(sent, Packed):
+            values.add_difference_to(total, sent, weight)
+            return
+        if not isinstance(values, Packed) and not isinstance(sent, Packed):
+            if total.dtype == torch.float32:
+                codec.add_difference(flat_tensor(values), flat_tensor(sent), weight, total)
+            else:
+                total.add_(torch.from_numpy(np.subtract(_flat(values), _flat(sent), dtype=np.float64)), alpha=weight)
             return
         scratch = torch.empty(min(STRETCH, total.numel()), dtype=total.dtype)
         for start in range(0, total.numel(), STRETCH):
@@ -180,7 +181,7 @@ class Broadcast:
     def dense(self, name: str) -> Values:
         """Return the server's values of a variable; they are not to be written."""
         if name not in self._dense:
-            self._dense[name] = view_dense(self.arrays[name], name)
+            self._dense[name] = view_dense(self.arrays[name], name, check=False)
         return self._dense[name]
 
     def _piece(self, name: str, how: Encoding, kind: int) -> tuple[Array, Packed]:

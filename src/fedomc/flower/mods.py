@@ -19,6 +19,9 @@ def omc_mod(message: Message, context: Context, call_next: ClientAppCallable) ->
     the client's code gets, trains and returns FP32 arrays and holds as much memory as without compression. A loop that
     uses ``install`` and ``collect`` keeps the parameters packed while it trains.
 
+    It is the first of the mods, ``mods=[omc_mod, fixedclipping_mod]``: the others then see FP32 arrays, and the message
+    as the wrapped strategy made it.
+
     The variables that came compressed go back so, in the format of the message: as a whole, or, if the policy has an
     ``update_format``, the difference to what came.
 
@@ -30,7 +33,7 @@ def omc_mod(message: Message, context: Context, call_next: ClientAppCallable) ->
     if config is None:
         return call_next(message, context)
     instructions, came = from_config(config), dict[str, frame.Frame]()
-    content = RecordDict(dict(message.content.items()))
+    content = RecordDict({key: record for key, record in message.content.items() if key != CONFIG})
     for key, record in message.content.array_records.items():
         content[key] = decoded = ArrayRecord()
         for name, array in record.items():

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import Strategy
 
 from fedomc.errors import PayloadError
 from fedomc.flower.arrays import view_dense
+from fedomc.flower.defences import accountant_of, adaptive_clipping_of, layers
 from fedomc.flower.traffic import Traffic
 from fedomc.policy import CompressionPolicy, TieredPolicy
 from fedomc.rounds import Checkpoint
@@ -24,24 +26,28 @@ _DERIVED = "current_arrays"
 def state_of(strategy: "OMCStrategy", server_round: int, arrays: ArrayRecord) -> Checkpoint:
     """Collect the state after a round: model, optimizer state, policy with its seed, traffic, random state.
 
-    The optimizer state is each attribute of the inner strategy that is an array, or a list or dict of arrays by name:
-    ``m_t``, ``v_t``, ``momentum_vector``. What else changes between rounds, such as a learning rate, is the caller's.
+    The optimizer state is each attribute of the innermost strategy that is an array, or a list or dict of arrays by
+    name: ``m_t``, ``v_t``, ``momentum_vector``. Of differential privacy it is what was spent and where an adaptive norm
+    has got to; the noise is not repeated. What else changes between rounds, such as a learning rate, is the caller's.
     """
     kinds: dict[str, dict[str, np.ndarray[Any, Any]]] = {
         "model": {name: view_dense(array, name) for name, array in arrays.items()}
     }
     form: dict[str, str] = {}
-    for attribute, value in vars(strategy.inner).items():
+    for attribute, value in vars(_innermost(strategy)).items():
         found = _arrays(value)
         if found is not None and attribute != _DERIVED:
             kinds[attribute], form[attribute] = found, type(value).__name__
     version, state, gauss = random.getstate()
+    clipping, accountant = adaptive_clipping_of(strategy.inner), accountant_of(strategy.inner)
     progress = {
         "round": server_round,
         "configured": _configured(strategy),
         "traffic": [dataclasses.asdict(row) for row in strategy.traffic],
         "random": [version, list(state), gauss],
         "form": form,
+        "clipping_norm": None if clipping is None else clipping.clipping_norm,
+        "privacy": None if accountant is None else accountant.state_dict(),
     }
     return Checkpoint(progress, kinds)
 
@@ -67,20 +73,30 @@ def restore(strategy: "OMCStrategy", checkpoint: Checkpoint, arrays: ArrayRecord
         optimizer = {
             attribute: _value(kind, checkpoint.arrays[attribute])
             for attribute, kind in checkpoint.progress["form"].items()
-            if hasattr(strategy.inner, attribute)
+            if hasattr(_innermost(strategy), attribute)
         }
+        clipping, accountant = adaptive_clipping_of(strategy.inner), accountant_of(strategy.inner)
+        if clipping is not None:
+            clipping.clipping_norm = float(checkpoint.progress["clipping_norm"])
+        if accountant is not None:
+            accountant.load_state_dict(checkpoint.progress["privacy"])
         random.setstate((version, tuple(state), gauss))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, PayloadError):
             raise
         raise PayloadError(f"the checkpoint misses something: {error!r}") from None
     for attribute, value in optimizer.items():
-        setattr(strategy.inner, attribute, value)
+        setattr(_innermost(strategy), attribute, value)
     strategy.traffic[:] = traffic
     record = ArrayRecord()
     for name in arrays:
         record[name] = Array(np.asarray(stored[name], order="C"))
     return record, server_round
+
+
+def _innermost(strategy: "OMCStrategy") -> Strategy:
+    *_, innermost = layers(strategy.inner)
+    return innermost
 
 
 def _configured(strategy: "OMCStrategy") -> dict[str, Any]:
@@ -90,7 +106,8 @@ def _configured(strategy: "OMCStrategy") -> dict[str, Any]:
         described = {"default": policy.default, **{name: _described(each) for name, each in policy.tiers.items()}}
     else:
         described = _described(policy)
-    return {"strategy": type(strategy.inner).__name__, "aggregate": strategy.aggregate, "policy": described}
+    wrapped = " around ".join(type(layer).__name__ for layer in layers(strategy.inner))
+    return {"strategy": wrapped, "aggregate": strategy.aggregate, "policy": described}
 
 
 def _described(policy: CompressionPolicy | None) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from logging import ERROR, INFO, WARNING
-from typing import cast
+from typing import NoReturn, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
+from fedomc.flower import defences
 from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded, dense_array, in_dtype, is_the_mean
 from fedomc.flower.arrays import view_dense
 from fedomc.flower.broadcast import Broadcast, Returned, float32_shapes
@@ -52,7 +53,11 @@ class OMCStrategy(Strategy):
     ``FedYogi``, ``FedAdagrad``, and subclasses that leave ``aggregate_train`` alone) it does not grow with the number
     of clients, as ``start`` takes replies one by one. Any other strategy holds all replies, packed, and what it
     decodes of them: one variable of each in FP32 with ``FedMedian`` and ``FedTrimmedAvg``, all of all, several times,
-    with ``Krum``, ``MultiKrum`` and ``Bulyan``.
+    with ``Krum``, ``MultiKrum`` and ``Bulyan``, and with the strategies of differential privacy that clip on the
+    server; those that clip on the clients need one variable of a reply at a time.
+
+    Differential privacy goes inside, ``OMCStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), ...))``; what
+    is refused, and what becomes of a client's clipping, is told in ``defences``.
 
     Names alone do not tell parameters from buffers: float32 buffers of two dimensions are compressed like parameters
     unless the policy excludes them.
@@ -73,7 +78,8 @@ class OMCStrategy(Strategy):
 
     Raises:
         FormatError: no such format of the rest.
-        PolicyError: an unknown way to aggregate or direction, or the lossless stage without zstandard.
+        PolicyError: an unknown way to aggregate or direction, the lossless stage without zstandard, or ``value`` with a
+            strategy that clips.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class OMCStrategy(Strategy):
             raise PolicyError(f"lossless={lossless!r} is unknown: use one of {', '.join(LOSSLESS)}")
         if lossless != "none":
             require()
+        defences.check_aggregate(inner, aggregate)
         self.inner = inner
         self.policy = policy
         self.aggregate = aggregate
@@ -172,6 +179,14 @@ class OMCStrategy(Strategy):
         result.arrays = arrays
         return result
 
+    def initialize_parameters(self, client_manager: object) -> NoReturn:
+        """Refuse Flower's legacy workflows, SecAgg+ among them, which begin by asking for this.
+
+        Raises:
+            PolicyError: always.
+        """
+        raise PolicyError(f"OMCStrategy cannot run in a legacy workflow: {defences.NO_SECURE_AGGREGATION}")
+
     def resume(self, arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
         """Take up the last checkpoint, if there is one: the strategies' state, and Python's random state.
 
@@ -194,7 +209,13 @@ class OMCStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Let the inner strategy choose the clients, then give each its own payload."""
+        """Let the inner strategy choose the clients, then give each its own payload.
+
+        Raises:
+            PolicyError: the inner strategy clips what it cannot, or this one is inside a strategy that clips.
+        """
+        defences.check_nesting()
+        defences.check_model(self.inner, arrays)
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
         self._broadcast = self._broadcast_of(arrays, server_round, grid, messages)
         self.report = RoundReport(server_round)
@@ -317,11 +338,18 @@ class OMCStrategy(Strategy):
         for reply, variables in usable:
             key = next(iter(reply.content.array_records))
             content = RecordDict(dict(reply.content.items()))
-            content[key] = decoded(broadcast, variables, value=self.aggregate == "value")
+            arrays = decoded(broadcast, variables, value=self.aggregate == "value")
+            try:
+                content[key] = defences.bounded(self.inner, broadcast, arrays)
+            except PayloadError as error:
+                _left_out(server_round, reply.metadata.src_node_id, error)
+                continue
             reply.content = content
             received.append(reply)
         if not any(self._weight(reply) > 0 for reply in received):
             received = []  # a mean of nothing
+        if not received and not errors:
+            return None, None
         assert self.report is not None
         with self.report.timed("aggregate"):
             return self.inner.aggregate_train(server_round, [*errors, *self._sorted(received)])
@@ -364,7 +392,7 @@ class OMCStrategy(Strategy):
                 node = self._asked(reply)
                 errors.append(reply)
                 answered.add(node)
-                _left_out(broadcast.round, node, reply.error.reason)
+                _left_out(broadcast.round, node, defences.explained(reply.error))
             elif node not in broadcast.nodes or node in answered:
                 _left_out(broadcast.round, node, "it was not asked, or has answered before")
             else:
@@ -401,7 +429,8 @@ class OMCStrategy(Strategy):
 
     @property
     def _weighted_by(self) -> str:
-        return getattr(self.inner, "weighted_by_key", "num-examples")
+        *_, innermost = defences.layers(self.inner)
+        return getattr(innermost, "weighted_by_key", "num-examples")
 
     def _weight(self, reply: Message) -> float:
         return float(cast(float, next(iter(reply.content.metric_records.values()))[self._weighted_by]))

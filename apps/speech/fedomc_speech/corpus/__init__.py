@@ -16,6 +16,7 @@ NAMES = (*SYNTHETIC, *PUBLISHED)
 
 __all__ = [
     "NAMES",
+    "PUBLISHED",
     "SAMPLE_RATE",
     "CommandsConfig",
     "Corpus",

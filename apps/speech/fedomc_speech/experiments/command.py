@@ -1,0 +1,66 @@
+"""The command ``experiments``: say what it will cost, run what is missing, write the results."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedomc_speech.cost import Cost, cost_of
+from fedomc_speech.experiments import figures, results
+from fedomc_speech.experiments.plan import Experiment, Initial, key_of
+from fedomc_speech.experiments.runner import Runs, run_all
+from fedomc_speech.progress import minutes
+from fedomc_speech.settings import FP32, Settings
+
+IN_PROCESS_SECONDS = 0.12
+"""What a round takes besides the clients, with the tiny model."""
+
+
+def run(
+    experiments: Sequence[Experiment], runs: Runs, folder: Path, workers: int, console: Console, stop: threading.Event
+) -> bool:
+    """Run experiments and write what is known to ``folder``; False if it was stopped before the end."""
+    wanted = _in_order(experiments)
+    initials = list({e.initial.name: e.initial for e in experiments if e.initial}.values())
+    console.print(_announce(wanted, runs, workers, initials), soft_wrap=True)
+    done = run_all(wanted, runs, workers, console, stop, initials)
+    rows = results.write(folder, experiments, runs)
+    figures.draw_all(folder / "figures", results.read_all(folder))
+    console.print(f"{len(rows)} rows in {folder / results.SUMMARY}")
+    return done
+
+
+def _in_order(experiments: Sequence[Experiment]) -> list[Settings]:
+    """Take the first seed of everything first: whoever stops early has a bit of all."""
+    listed = {
+        key_of(one): (experiment.seeds.index(one.seed), one) for experiment in experiments for one in experiment.runs()
+    }
+    return [one for _, one in sorted(listed.values(), key=lambda pair: pair[0])]
+
+
+def _announce(wanted: Sequence[Settings], runs: Runs, workers: int, initials: Sequence[Initial]) -> str:
+    """Say how much is left and what it takes, from one local step of each kind."""
+    missing = [one for one in wanted if runs.result(one) is None]
+    needed = {one.initial for one in missing if one.initial and not Path(one.initial).exists()}
+    untrained = [initial for initial in initials if initial.name in {Path(path).name for path in needed}]
+    known: dict[tuple[Any, ...], Cost] = {}
+    seconds, sent = 0.0, 0.0
+    for one in missing:
+        kind = (one.corpus, one.corpus_path, one.model, one.streaming, one.batch, one.augment, one.formats)
+        if kind not in known:
+            known[kind] = cost_of(replace(one, initial=""), one.variants[0])
+        left = one.rounds - runs.rounds(one)
+        seconds += left * (one.cohort * one.local_steps * known[kind].step_seconds + IN_PROCESS_SECONDS)
+        sent += left * one.cohort * known[kind].visit_bytes
+    for initial in untrained:
+        start = replace(initial.start, formats=(FP32,), batch=initial.training.batch)
+        seconds += initial.training.steps * cost_of(start, start.variants[0]).step_seconds
+    training = f"{len(untrained)} models to begin with are to be trained. " if untrained else ""
+    return (
+        f"{len(wanted) - len(missing)} of {len(wanted)} runs are there. {training}The others send about "
+        f"{sent / 1e9:.1f} GB of messages within this machine and take about {minutes(seconds / workers)} with "
+        f"{workers} at a time. Ctrl-C stops after the round; the same command goes on."
+    )

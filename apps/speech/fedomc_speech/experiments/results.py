@@ -1,0 +1,230 @@
+"""From runs to tables: a JSON file for each experiment, one summary, and the tables in the text about them."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedomc_speech.errors import SettingsError
+from fedomc_speech.experiments.plan import Experiment, Row
+from fedomc_speech.experiments.runner import Runs
+from fedomc_speech.experiments.statistics import bootstrap, interval
+from fedomc_speech.run_folder import write_atomically
+from fedomc_speech.settings import FP32
+
+SUMMARY = "summary.json"
+TEXT = "README.md"
+
+_MARKED = "<!-- table: {} -->\n{}<!-- end -->"
+_KEPT = ("wer", "wer_compressed", "parameter_ratio", "down_ratio", "up_ratio", "down_bytes", "up_bytes")
+
+
+def gather(experiment: Experiment, runs: Runs) -> dict[str, Any] | None:
+    """Put together what the runs of an experiment found; None if there is no pair of a run and its baseline yet.
+
+    A row has the seeds for which it and its baseline are finished.
+    """
+    rows = [gathered for row in experiment.rows if (gathered := _gather_row(row, experiment.seeds, runs))]
+    if not rows:
+        return None
+    return {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "paper": experiment.paper,
+        "model": experiment.model,
+        "pooled": experiment.pooled,
+        "rows": rows,
+    }
+
+
+def _gather_row(row: Row, seeds: Iterable[int], runs: Runs) -> dict[str, Any] | None:
+    found = []
+    for seed in seeds:
+        own, baseline = (runs.result(one) for one in (row.run(seed), replace(row.baseline, seed=seed)))
+        if own is not None and baseline is not None:
+            found.append({"seed": seed, **_shortened(own), "baseline": _shortened(baseline)})
+    if not found:
+        return None
+    chosen = {key: value for key, value in row.settings.to_dict().items() if key not in ("corpus_path", "seed")}
+    return {"name": row.name, "settings": chosen, "runs": found}
+
+
+def _shortened(run: dict[str, Any]) -> dict[str, Any]:
+    measured = [row for row in run["history"] if row["wer"] is not None]
+    return {
+        **{key: run[key] for key in _KEPT},
+        "utterances": run["utterances"],
+        "history": [[row["round"], row["wer"], row["down_bytes"] + row["up_bytes"]] for row in measured],
+        "variables": {
+            name: row["compression-error"] for name, row in run["variables"].items() if "compression-error" in row
+        },
+    }
+
+
+def summarize(gathered: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compute the rows of the summary; rates in percent, differences to FP32 of the same seed in percent points."""
+    rows = []
+    for row in gathered["rows"]:
+        runs, settings = row["runs"], row["settings"]
+        differences = [run["wer"] - run["baseline"]["wer"] for run in runs]
+        over_seeds = interval(differences)
+        over_utterances = bootstrap(
+            [run["utterances"]["errors"] for run in runs],
+            [run["baseline"]["utterances"]["errors"] for run in runs],
+            runs[0]["utterances"]["words"],
+        )
+        format, _, fraction = settings["formats"][0].partition("@")
+        rows.append(
+            {
+                "experiment": gathered["experiment"],
+                "row": row["name"],
+                "model": gathered["model"],
+                "split": settings["split"],
+                "format": format,
+                "fraction": float(fraction or 1),
+                "seeds": [run["seed"] for run in runs],
+                "wer": _mean(run["wer"] for run in runs),
+                "wer_compressed": _mean(run["wer_compressed"] for run in runs),
+                "wer_fp32": _mean(run["baseline"]["wer"] for run in runs),
+                "difference": over_seeds.mean,
+                "ci_low": _finite(over_seeds.low),
+                "ci_high": _finite(over_seeds.high),
+                "bootstrap_low": over_utterances.low,
+                "bootstrap_high": over_utterances.high,
+                "memory_ratio": _mean(run["parameter_ratio"] for run in runs),
+                "down_ratio": _mean(run["down_ratio"] for run in runs),
+                "up_ratio": _mean(run["up_ratio"] for run in runs),
+            }
+        )
+    return rows
+
+
+def pool(all_gathered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compute the mean difference of each row over the experiments that are pooled, every seed of each one value."""
+    differences: dict[str, list[float]] = {}
+    experiments: dict[str, list[str]] = {}
+    for gathered in all_gathered:
+        for row in gathered["rows"] if gathered["pooled"] else ():
+            if row["settings"]["formats"] != [FP32]:
+                differences.setdefault(row["name"], []).extend(
+                    run["wer"] - run["baseline"]["wer"] for run in row["runs"]
+                )
+                experiments.setdefault(row["name"], []).append(gathered["experiment"])
+    rows = []
+    for name, values in differences.items():
+        found = interval(values)
+        rows.append(
+            {
+                "row": name,
+                "experiments": experiments[name],
+                "runs": len(values),
+                "difference": found.mean,
+                "ci_low": _finite(found.low),
+                "ci_high": _finite(found.high),
+            }
+        )
+    return rows
+
+
+def write(folder: Path, experiments: Sequence[Experiment], runs: Runs) -> list[dict[str, Any]]:
+    """Write what the runs found next to what is there of other experiments; returns the summary's rows.
+
+    Each experiment has a JSON file; ``summary.json`` is made of all that are in the folder, and so are the tables
+    between the marks in ``README.md``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for experiment in experiments:
+        found = gather(experiment, runs)
+        if found is not None:
+            write_atomically(folder / f"{experiment.name}.json", json.dumps(found, indent=None) + "\n")
+    return rewrite(folder)
+
+
+def rewrite(folder: Path) -> list[dict[str, Any]]:
+    """Make summary and tables from the experiments' files in a folder."""
+    everything = read_all(folder)
+    rows = [row for gathered in everything for row in summarize(gathered)]
+    write_atomically(folder / SUMMARY, json.dumps(rows, indent=2) + "\n")
+    text = folder / TEXT
+    if text.exists():
+        tables = {gathered["experiment"]: table(summarize(gathered)) for gathered in everything}
+        tables["pooled"] = pooled_table(pool(everything))
+        write_atomically(text, with_tables(text.read_text(encoding="utf-8"), tables))
+    return rows
+
+
+def read_all(folder: Path) -> list[dict[str, Any]]:
+    """Read the experiments' files of a folder.
+
+    Raises:
+        SettingsError: one is damaged.
+    """
+    everything = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name != SUMMARY:
+            try:
+                everything.append(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError) as error:
+                raise SettingsError(f"{path} is damaged ({error}): delete it and make it again") from None
+    return everything
+
+
+def with_tables(text: str, tables: dict[str, str]) -> str:
+    """Replace what is between the marks of each table that is known."""
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[1]
+        return _MARKED.format(name, tables[name]) if name in tables else match[0]
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Write the rows of an experiment as a Markdown table."""
+    lines = [
+        "| | seeds | WER | packed | to FP32, points | 95% over seeds | 95% over utterances | memory | down | up |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        is_baseline = row["format"] == FP32
+        name = row["row"] if not is_baseline else f"**{row['row']}**"
+        cells = [
+            name,
+            str(len(row["seeds"])),
+            f"{row['wer']:.1f}%",
+            "" if is_baseline else f"{row['wer_compressed']:.1f}%",
+            *(["", "", ""] if is_baseline else _differences(row)),
+            *(f"{100 * row[f'{what}_ratio']:.3g}%" for what in ("memory", "down", "up")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def pooled_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Write the pooled differences as a Markdown table."""
+    lines = ["| | experiments | pairs of runs | to FP32, points | 95% |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["row"], str(len(row["experiments"])), str(row["runs"]), f"{row['difference']:+.2f}", _range(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _differences(row: dict[str, Any]) -> list[str]:
+    resampled = f"{row['bootstrap_low']:+.1f} to {row['bootstrap_high']:+.1f}"
+    return [f"{row['difference']:+.2f}", _range(row), resampled]
+
+
+def _range(row: dict[str, Any]) -> str:
+    return "" if row["ci_low"] is None else f"{row['ci_low']:+.1f} to {row['ci_high']:+.1f}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return math.fsum(listed) / len(listed)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

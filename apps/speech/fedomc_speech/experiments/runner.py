@@ -1,0 +1,252 @@
+"""Run many settings, a process for each core; what is finished is never run again, what was stopped goes on."""
+
+import multiprocessing
+import queue
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedomc.errors import OMCError
+from fedomc_speech import corpus, federation, pretraining
+from fedomc_speech.experiments.plan import Initial, key_of
+from fedomc_speech.in_process import InProcess
+from fedomc_speech.run_folder import RunFolder
+from fedomc_speech.settings import Settings, Variant
+from fedomc_speech.simulation import log_to
+
+LOG = "experiments.log"
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a worker tells of a round."""
+
+    run: Settings
+    number: int
+    wer: float | None
+
+
+class Runs:
+    """The folder of all runs, each in a folder of its own.
+
+    Args:
+        path: of the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def folder(self, run: Settings) -> Path:
+        """Return where a run is kept."""
+        return self.path / key_of(run)
+
+    def result(self, run: Settings) -> dict[str, Any] | None:
+        """Read what a run found; None if it is not finished.
+
+        Raises:
+            SettingsError: its file is damaged.
+        """
+        folder = self._opened(run)
+        return None if folder is None or not folder.finished(str(run.variants[0])) else folder.runs[0]
+
+    def rounds(self, run: Settings) -> int:
+        """Tell how many rounds of a run are done."""
+        folder = self._opened(run)
+        if folder is None:
+            return 0
+        if folder.finished(str(run.variants[0])):
+            return run.rounds
+        checkpoint = folder.load()
+        return 0 if checkpoint is None else int(checkpoint.progress["round"])
+
+    def open(self, run: Settings) -> RunFolder:
+        """Open the folder of a run to go on, or to begin."""
+        return self._opened(run) or RunFolder(self.folder(run), run, resume=False)
+
+    def _opened(self, run: Settings) -> RunFolder | None:
+        path = self.folder(run)
+        return RunFolder(path, run, resume=True) if (path / "results.json").exists() else None
+
+
+def run_all(
+    wanted: Sequence[Settings],
+    runs: Runs,
+    workers: int,
+    console: Console,
+    stop: Event,
+    initials: Sequence[Initial] = (),
+) -> bool:
+    """Run what is not finished yet.
+
+    Args:
+        wanted: in the order in which they begin; the same one may be there twice.
+        runs: where they are kept.
+        workers: how many at a time, each on a core of its own.
+        console: where to write; the same lines go into a log in the folder of the runs.
+        stop: set it to stop all runs after the round that is under way.
+        initials: models that runs begin with; they are trained when the first run needs them.
+
+    Returns:
+        False if it was stopped.
+    """
+    unique = list({key_of(run): run for run in wanted}.values())
+    missing = [run for run in unique if runs.result(run) is None]
+    if not missing:
+        return True
+    runs.path.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    stopping, events = context.Event(), context.Queue()
+    shared = stopping, events, context.Lock(), {initial.name: initial for initial in initials}
+    with (
+        _Shown(missing, runs, workers, console) as shown,
+        ProcessPoolExecutor(workers, context, _prepare, shared) as pool,
+    ):
+        futures: list[Future[bool]] = [pool.submit(_run, run, runs.path) for run in missing]
+        while not all(future.done() for future in futures):
+            failed = any(future.done() and future.exception() for future in futures)
+            if (stop.is_set() or failed) and not stopping.is_set():
+                stopping.set()
+                for future in futures:
+                    future.cancel()
+            try:
+                shown.show(events.get(timeout=0.5))
+            except queue.Empty:
+                pass
+        for future in futures:
+            if not future.cancelled():
+                future.result()  # raises what a worker met
+    return not stopping.is_set()
+
+
+class _Shown:
+    """What is seen of the runs: a bar on a terminal, and a line for each measurement in a log, and elsewhere."""
+
+    def __init__(self, missing: Sequence[Settings], runs: Runs, workers: int, console: Console) -> None:
+        self.console = console
+        self.runs, self.done_runs = len(missing), 0
+        self.total = sum(run.rounds - runs.rounds(run) for run in missing)
+        self.done, self.began = 0, time.monotonic()
+        self.log = (runs.path / LOG).open("a", encoding="utf-8")
+        self.bar = Progress(
+            TextColumn("{task.fields[runs]}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total} rounds"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=self.total, runs=self._state())
+
+    def __enter__(self) -> "_Shown":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        self.log.close()
+
+    def show(self, event: _Done | str) -> None:
+        if isinstance(event, str):
+            self._line(event)
+            return
+        self.done += 1
+        self.done_runs += event.number == event.run.rounds
+        self.bar.update(self.task, completed=self.done, runs=self._state())
+        if event.wer is None:
+            return
+        left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
+        self._line(
+            f"{key_of(event.run)}: round {event.number}/{event.run.rounds}, "
+            f"word error rate {event.wer:.1f}%; {self._state()}, {left / 60:.0f} minutes left"
+        )
+
+    def _line(self, text: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        print(line, file=self.log, flush=True)
+        if not self.console.is_terminal:
+            self.console.print(line, soft_wrap=True, highlight=False)
+
+    def _state(self) -> str:
+        return f"{self.done_runs}/{self.runs} runs"
+
+
+# ---- in a worker ---------------------------------------------------------------------------------------------------
+
+_stopping: Any = None
+_events: Any = None
+_making: Any = None
+_initials: dict[str, Initial] = {}
+
+
+class _Stopped(Exception):
+    """A pre-training was stopped; nothing of it is kept."""
+
+
+def _prepare(stopping: Any, events: Any, making: Any, initials: dict[str, Initial]) -> None:
+    import signal
+
+    global _stopping, _events, _making, _initials
+    _stopping, _events, _making, _initials = stopping, events, making, initials
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells when to stop
+    torch.set_num_threads(1)
+
+
+def _make_initial(path: Path) -> None:
+    """Train a model to begin with, unless it is there; one at a time, so that nobody makes the same."""
+    with _making:
+        if path.exists() or path.name not in _initials:
+            return
+        initial = _initials[path.name]
+
+        def progress(step: int, loss: float) -> None:
+            if _stopping.is_set():
+                raise _Stopped
+            if step % 200 == 0:
+                _events.put(f"{path.name}: step {step}/{initial.training.steps}, loss {loss:.2f}")
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wer = pretraining.make(path, initial.start, initial.training, progress)
+        _events.put(f"{path.name}: word error rate {wer:.1f}% on the test of {initial.start.corpus}")
+
+
+class _Watcher:
+    def __init__(self, run: Settings) -> None:
+        self.run = run
+
+    def started(self, variant: Variant, first_round: int) -> None:
+        pass
+
+    def round_done(self, variant: Variant, row: dict[str, Any]) -> None:
+        _events.put(_Done(self.run, row["round"], row["wer"]))
+
+    def stop_requested(self) -> bool:
+        return bool(_stopping.is_set())
+
+
+def _run(run: Settings, path: Path) -> bool:
+    if _stopping.is_set():
+        return False
+    if run.initial:
+        try:
+            _make_initial(Path(run.initial))
+        except _Stopped:
+            return False
+    where = Path(run.corpus_path) if run.corpus_path else None
+    parts = corpus.split(corpus.load(run.corpus, where).train, run.split, run.clients or None, run.seed)
+    folder = Runs(path).open(run)
+    log_to(folder.path / "flower.log")
+    try:
+        done = federation.run(run, InProcess(len(parts)), folder, _Watcher(run))
+    except OMCError as error:
+        raise type(error)(f"{key_of(run)}: {error}") from None
+    if done:
+        folder.drop_checkpoint()  # there may be a hundred runs
+    return done

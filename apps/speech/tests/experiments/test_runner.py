@@ -1,0 +1,142 @@
+"""From a TOML file to tables, with real worker processes."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fedomc_speech.cli import app
+from fedomc_speech.errors import SettingsError
+from fedomc_speech.experiments.plan import Experiment, key_of
+from fedomc_speech.experiments.runner import LOG, Runs, run_all
+from fedomc_speech.run_folder import CHECKPOINT
+
+TEXT = """
+title = "Tones"
+paper = "none"
+model = "Conformer"
+seeds = [0, 1]
+pooled = true
+formats = ["FP32", "S1E3M7@0.9", "S1E2M3+S1E2M1"]
+[settings]
+corpus = "an4"
+rounds = 2
+cohort = 2
+batch = 2
+warmup = 1
+evaluate_every = 1
+[[rows]]
+name = "no transformation"
+format = "S1E2M3"
+transform = "none"
+"""
+
+CONTRACT = {
+    "experiment", "model", "split", "format", "fraction", "seeds", "wer", "wer_fp32", "difference", "ci_low", "ci_high",
+    "memory_ratio", "down_ratio", "up_ratio",
+}  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tones.toml"
+    path.write_text(TEXT)
+    return path
+
+
+def invoke(file: Path, tmp_path: Path, *more: str) -> str:
+    places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--workers", "2"]
+    result = CliRunner().invoke(app, ["experiments", str(file), *places, *more])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_an_experiment_becomes_tables_and_figures(file: Path, tones: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    marks = "before\n<!-- table: tones -->\nold\n<!-- end -->\n<!-- table: pooled -->\n<!-- end -->\nafter\n"
+    (results / "README.md").write_text(marks)
+    first = invoke(file, tmp_path, "--an4", str(tones), "--row", "S1E3M7@0.9", "--seed", "0")
+    assert "0 of 2 runs" in first
+    [only] = json.loads((results / "summary.json").read_text())
+    assert only["seeds"] == [0] and only["ci_low"] is None
+
+    output = invoke(file, tmp_path, "--an4", str(tones))
+    assert "2 of 8 runs" in output and "MB" not in output
+    rows = json.loads((results / "summary.json").read_text())
+    assert [row["row"] for row in rows] == ["FP32", "S1E3M7@0.9", "S1E2M3+S1E2M1", "no transformation"]
+    for row in rows:
+        assert set(row) >= CONTRACT and row["seeds"] == [0, 1]
+        assert row["difference"] == pytest.approx(row["wer"] - row["wer_fp32"])
+        assert row["ci_low"] <= row["difference"] <= row["ci_high"]
+    assert rows[0]["difference"] == 0 and rows[0]["memory_ratio"] == 1
+    assert rows[1]["memory_ratio"] < 0.42 and rows[2]["down_ratio"] < 0.205 and rows[2]["up_ratio"] < 0.145
+    text = (results / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("| no transformation |") == 2
+    assert {path.name for path in (results / "figures").iterdir()} == {
+        f"tones-{figure}.{kind}" for figure in ("curves", "layers", "differences", "front") for kind in ("png", "svg")
+    }
+    assert "round 2/2" in (tmp_path / "runs" / LOG).read_text()
+    assert not list((tmp_path / "runs").glob(f"*/{CHECKPOINT}"))
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")}
+    assert "8 of 8 runs" in invoke(file, tmp_path, "--an4", str(tones))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")}
+
+
+def test_what_has_no_corpus_is_left_out(file: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["experiments", str(file), "--output", str(tmp_path / "runs")])
+    assert result.exit_code == 2
+    assert "needs --an4" in result.output and "no experiment to run" in result.output
+
+
+def test_a_stopped_run_goes_on(file: Path, tones: Path, tmp_path: Path) -> None:
+    experiment = Experiment.read(file, {"rounds": 6}).only(["FP32"], [0]).at({"an4": tones}, tmp_path)
+    [run] = {key_of(run): run for run in experiment.runs()}.values()
+    runs, stop = Runs(tmp_path / "runs"), threading.Event()
+    checkpoint = runs.folder(run) / CHECKPOINT
+
+    def stop_soon() -> None:
+        while not checkpoint.exists():
+            pass
+        stop.set()
+
+    watching = threading.Thread(target=stop_soon)
+    watching.start()
+    assert not run_all([run], runs, 1, Console(quiet=True), stop)
+    watching.join()
+    assert runs.result(run) is None and 1 <= runs.rounds(run) < 6
+    assert run_all([run], runs, 1, Console(quiet=True), threading.Event())
+    whole = Runs(tmp_path / "whole")
+    assert run_all([run, run], whole, 1, Console(quiet=True), threading.Event())
+    one, other = runs.result(run), whole.result(run)
+    assert one and other and one["utterances"] == other["utterances"]
+    assert [row["loss"] for row in one["history"]] == [row["loss"] for row in other["history"]]
+
+
+def test_runs_begin_with_a_model_that_is_trained_once(file: Path, tones: Path, tmp_path: Path) -> None:
+    text = "\n[pretraining]\ncorpus = 'an4'\nsteps = 3\nbatch = 2\n"
+    file.write_text(TEXT + text)
+    experiment = Experiment.read(file).only(["S1E3M7@0.9"], [0]).at({"an4": tones}, tmp_path / "runs")
+    assert experiment.initial is not None
+    runs, stop = Runs(tmp_path / "runs"), threading.Event()
+    wanted = list(experiment.runs())
+    assert run_all(wanted, runs, 2, Console(quiet=True), stop, [experiment.initial])
+    model = tmp_path / "runs" / experiment.initial.name
+    made = model.stat().st_mtime_ns
+    log = (tmp_path / "runs" / LOG).read_text()
+    assert log.count("on the test of an4") == 1
+    assert all(runs.result(run) for run in wanted)
+    more = list(experiment.only([], [1]).runs())
+    assert run_all(more, runs, 2, Console(quiet=True), stop, [experiment.initial])
+    assert model.stat().st_mtime_ns == made
+
+
+def test_a_run_that_fails_is_named_and_ends_the_others(file: Path, tones: Path, tmp_path: Path) -> None:
+    experiment = Experiment.read(file, {"cohort": 9}).at({"an4": tones}, tmp_path)
+    with pytest.raises(SettingsError, match=r"an4-speaker-FP32-seed0\S+ cohort=9"):
+        run_all(list(experiment.runs()), Runs(tmp_path / "runs"), 1, Console(quiet=True), threading.Event())

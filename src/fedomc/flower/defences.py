@@ -1,0 +1,203 @@
+"""Flower's defences together with compression: the right order, and what is refused. The guide is docs/defences.md.
+
+[Note: where to clip]
+Differential privacy needs a bound on what one client can change: the norm of its update is clipped to C, and noise in
+proportion to C is added to the mean. Whatever happens to an update between the clipping and the sum must not make it
+longer. Rounding does: a client that clips and then encodes sends an update whose norm is up to C plus that of the
+rounding errors, which grow with the number of parameters and, in one part, with the size of the weights, not with C.
+So the update is clipped after it was decoded:
+
+- the strategies that clip on the server are wrapped by ``OMCStrategy``, never the other way round: they get
+  V + (R - S), FP32, and clip its difference to V, which is what the client changed of what it was sent, R - S. That is
+  ``difference``; with ``value`` they would clip R - V, in which S - V, the broadcast's error, outweighs the update;
+- what a client clipped itself, in FP32, before ``omc_mod`` encoded it, is clipped by the server once more, to the same
+  C. This takes away what rounding added, and nothing of an update that is not longer than C.
+
+Noise is added to the FP32 mean, and nothing is rounded between the two. The next round's encoding, like the encoding of
+what ``LocalDpMod`` made noisy, sees private values only through the noise: it takes nothing from the guarantee.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+from flwr.app import ArrayRecord, Error
+from flwr.common.constant import ErrorCode
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+from flwr.serverapp import strategy as strategies
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.privacy_accounting import PrivacyAccountant
+
+from fedomc.errors import PayloadError, PolicyError
+from fedomc.flower.aggregation import LazyArray
+from fedomc.flower.arrays import STYPE
+from fedomc.flower.broadcast import Broadcast, Values
+
+GUIDE = "see docs/defences.md"
+
+NO_SECURE_AGGREGATION = (
+    "Flower has secure aggregation for its legacy strategies alone, and it sums integers, which packed floats with a "
+    "scale of each client's own are not: use OMCStrategy without it, or a legacy strategy with it and compress the "
+    f"model in the client's memory alone (compress_, then decompress_); {GUIDE}"
+)
+
+_OnClients = (
+    strategies.DifferentialPrivacyClientSideFixedClipping | strategies.DifferentialPrivacyClientSideAdaptiveClipping
+)
+_OnServer = (
+    strategies.DifferentialPrivacyServerSideFixedClipping | strategies.DifferentialPrivacyServerSideAdaptiveClipping
+)
+_Adaptive = (
+    strategies.DifferentialPrivacyClientSideAdaptiveClipping | strategies.DifferentialPrivacyServerSideAdaptiveClipping
+)
+Clipping = _OnClients | _OnServer
+
+_LEAST = 1e-12
+"""Squares of shorter updates may vanish in float32, in which Flower takes the norm that it then divides by."""
+
+
+def layers(strategy: Strategy) -> Iterator[Strategy]:
+    """Give a strategy, the one that it wraps, and so on."""
+    inner: object = strategy
+    while isinstance(inner, Strategy):
+        yield inner
+        inner = getattr(inner, "strategy", None)
+
+
+def clipping_of(strategy: Strategy) -> Clipping | None:
+    """Give the layer that clips, if there is one."""
+    return next((layer for layer in layers(strategy) if isinstance(layer, Clipping)), None)
+
+
+def adaptive_clipping_of(strategy: Strategy) -> _Adaptive | None:
+    """Give the layer that clips to a norm which changes from round to round, if there is one."""
+    return next((layer for layer in layers(strategy) if isinstance(layer, _Adaptive)), None)
+
+
+def accountant_of(strategy: Strategy) -> PrivacyAccountant | None:
+    """Give what keeps the books of the privacy that was spent, if somebody does."""
+    clipping = clipping_of(strategy)
+    return None if clipping is None or isinstance(clipping, _Adaptive) else clipping.accountant
+
+
+def check_aggregate(inner: Strategy, aggregate: str) -> None:
+    """Refuse to have something clipped that is not what a client changed.
+
+    Raises:
+        PolicyError: the strategy clips, and is to be given the clients' values.
+    """
+    if aggregate != "difference" and clipping_of(inner) is not None:
+        raise PolicyError(
+            f"aggregate={aggregate!r} with {type(clipping_of(inner)).__name__}: the error of the broadcast would be "
+            f"clipped along with what the client changed, and outweigh it; use aggregate='difference' ({GUIDE})"
+        )
+
+
+def check_model(inner: Strategy, arrays: ArrayRecord) -> None:
+    """Refuse variables that cannot be clipped.
+
+    Raises:
+        PolicyError: the strategy clips, and a variable is of whole numbers.
+    """
+    for name, array in arrays.items():
+        if np.dtype(array.dtype).kind != "f" and clipping_of(inner) is not None:
+            raise PolicyError(
+                f"{name} is {array.dtype}, which {type(clipping_of(inner)).__name__} can neither clip nor add noise "
+                f"to: keep it out of the messages, or use a layer without counters, such as GroupNorm ({GUIDE})"
+            )
+
+
+def check_nesting() -> None:
+    """Refuse to be called by a strategy that clips: it would be given packed replies, and all that were damaged.
+
+    A strategy is told nothing of what it is wrapped by, so this looks at who called.
+
+    Raises:
+        PolicyError: ``OMCStrategy`` is inside a strategy that clips.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_back is not None:
+        frame = frame.f_back
+        if isinstance(outer := frame.f_locals.get("self"), Clipping):
+            name = type(outer).__name__
+            raise PolicyError(
+                f"{name}(OMCStrategy(...)) would clip packed replies: turn it round, "
+                f"OMCStrategy({name}(FedAvg(), ...), policy) ({GUIDE})"
+            )
+
+
+def bounded(inner: Strategy, broadcast: Broadcast, arrays: ArrayRecord) -> ArrayRecord:
+    """Give a decoded reply with an update that the strategy can take: see the note on where to clip.
+
+    What a client clipped is clipped again; what the server is to clip is left to the strategy, but an update of norm 0
+    gets one that is next to nothing, because Flower divides by it. Nobody is left out for an update of norm 0: who is
+    counted would depend on private data.
+
+    Args:
+        inner: the wrapped strategy; if it does not clip, the reply is given as it is.
+        broadcast: what was sent.
+        arrays: the server's values with what the client changed, decoded when they are asked for.
+
+    Raises:
+        PayloadError: the update is so large that it is not finite when it is added.
+    """
+    clipping = clipping_of(inner)
+    if clipping is None:
+        return arrays
+    with np.errstate(over="ignore"):
+        norm = math.hypot(*(float(np.linalg.norm(_change(broadcast, arrays, name))) for name in arrays))
+    if not math.isfinite(norm):
+        raise PayloadError("what it changed is not finite, or not when it is added to the model")
+    if isinstance(clipping, _OnServer):
+        return arrays if norm >= _LEAST else _nudged(arrays)
+    return arrays if norm <= clipping.clipping_norm else _scaled(broadcast, arrays, clipping.clipping_norm / norm)
+
+
+def explained(error: Error) -> str:
+    """Add to the reason of a client's error what a wrong order of mods has to do with it."""
+    reason = str(error.reason)
+    if RECORD_KEY_CONFIGS in reason:
+        return f"{reason} ({NO_SECURE_AGGREGATION})"
+    if error.code == ErrorCode.MOD_FAILED_PRECONDITION or STYPE in reason:
+        return (
+            f"{reason} (mods that look at arrays come after omc_mod, ClientApp(mods=[omc_mod, ...]), and not around a "
+            f"client that trains compressed; {GUIDE})"
+        )
+    return reason
+
+
+def _change(broadcast: Broadcast, arrays: ArrayRecord, name: str) -> Values:
+    """Take the difference to the server's values in float64, flat."""
+    change = arrays[name].numpy().astype(np.float64).reshape(-1)
+    change -= broadcast.dense(name).reshape(-1)
+    return change
+
+
+def _scaled(broadcast: Broadcast, arrays: ArrayRecord, factor: float) -> ArrayRecord:
+    record = ArrayRecord()
+    for name, array in arrays.items():
+
+        def values(name: str = name) -> Values:
+            own = broadcast.dense(name)
+            change = _change(broadcast, arrays, name)
+            change *= factor
+            change += own.reshape(-1)
+            scaled: Values = change.astype(own.dtype).reshape(own.shape)
+            return scaled
+
+        record[name] = LazyArray(array.dtype, tuple(array.shape), values)
+    return record
+
+
+def _nudged(arrays: ArrayRecord) -> ArrayRecord:
+    """Change one value in its last place."""
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = array
+    name = next(name for name, array in arrays.items() if math.prod(array.shape))
+    values = arrays[name].numpy().copy()
+    first = values.reshape(-1)[:1]
+    first += np.maximum(np.abs(np.spacing(first)), first.dtype.type(_LEAST))
+    record[name] = LazyArray(values.dtype, values.shape, lambda: values)
+    return record
