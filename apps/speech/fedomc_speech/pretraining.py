@@ -43,7 +43,7 @@ class Pretraining:
         SettingsError: a value that cannot be.
     """
 
-    steps: int = 2000
+    steps: int = 1500
     batch: int = 16
     rate: float = 2e-3
     warmup: int = 200

@@ -96,6 +96,15 @@ def test_the_lossless_stage_changes_the_bytes_of_a_run_alone(tones: Path, tmp_pa
     assert rest["down_bytes"] < results[1]["S1E3M7@0.9"]["down_bytes"]
 
 
+def test_augmentation_changes_what_clients_hear_the_same_in_each_run(tones: Path, tmp_path: Path) -> None:
+    losses = []
+    for number, augment in enumerate((False, True, True)):
+        chosen = settings(tones, formats=("FP32",), rounds=1, augment=augment)
+        losses.append(run(chosen, tmp_path / str(number))[1]["FP32"]["history"][0]["loss"])
+    plain, one, same = losses
+    assert one == same != plain
+
+
 def test_a_stopped_run_keeps_what_it_has_and_resumes_to_the_same_end(tones: Path, tmp_path: Path) -> None:
     chosen = settings(tones, formats=("FP32", "S1E3M7@0.9"))
     _, whole = run(chosen, tmp_path / "whole")

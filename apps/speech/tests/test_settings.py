@@ -49,6 +49,8 @@ def test_the_policy_of_a_variant() -> None:
         ({"rounds": 0}, "rounds=0"),
         ({"warmup": -1}, "warmup=-1"),
         ({"client-rate": "fast"}, "client-rate"),
+        ({"augment": "perhaps"}, "type bool"),
+        ({"augment": 1}, "type bool"),
         ({"client-rate": float("nan")}, "client_rate=nan"),
         ({"server-rate": -1.0}, "server_rate"),
         ({"aggregate": "median"}, "median"),
