@@ -55,4 +55,4 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) apps/speech/pypro
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) build dist

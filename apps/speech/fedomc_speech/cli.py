@@ -30,6 +30,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 DEFAULTS: Final = Settings()
 EXPERIMENTS: Final = Path("apps/speech/experiments")
+RESULTS: Final = Path("docs/results")
 PRETRAINING: Final = pretraining.Pretraining()
 
 # What Flower's simulation adds to the training itself, as measured with cohorts of 8: to start, and to each round.
@@ -171,14 +172,16 @@ def experiments(
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeat it.")] = None,
     an4: Annotated[Path | None, typer.Option(help="Folder of AN4; without it what needs AN4 is left out.")] = None,
     librispeech: Annotated[Path | None, typer.Option(help="Folder of LibriSpeech, likewise.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE for all rows, as model=large.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE in the files, as model=large.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/experiments"),
-    results: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("docs/results"),
+    results: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = RESULTS,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time, a core each.")] = os.cpu_count() or 1,
 ) -> None:
     """Run the paper's experiments, each run in a process; what is finished is not run again."""
     console = Console()
     with _clear_errors():
+        if setting and results == RESULTS:
+            raise SettingsError("--set makes another experiment: give --results, a folder for its tables")
         paths = {"an4": an4, "librispeech": librispeech}
         chosen = []
         for file in files or sorted(folder.glob("*.toml")):
@@ -187,11 +190,11 @@ def experiments(
             if missing:
                 console.print(f"{file}: left out, as it needs --{' and --'.join(sorted(missing))}", soft_wrap=True)
                 continue
-            chosen.append(experiment.only(row or [], seed or []).at(paths, output))
+            chosen.append(experiment.at(paths, output))
         if not chosen:
             raise SettingsError(f"no experiment to run in {folder}: name a TOML file")
         with _stop_on_interrupt(console) as stop:
-            if not command.run(chosen, Runs(output), results, workers, console, stop):
+            if not command.run(chosen, row or [], seed or [], Runs(output), results, workers, console, stop):
                 raise typer.Exit(130)
 
 
@@ -235,7 +238,7 @@ def _load_corpus(settings: Settings) -> corpus.Corpus:
 
 
 def _cost(settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Utterance, ...]]) -> str:
-    """Say what the run will send and take: bytes exactly, time from one local step of each format."""
+    """Say what the run will send (without the lossless stage) and take, from one local step of each format."""
     visits = settings.rounds * settings.cohort
     cores = os.cpu_count() or 1
     overhead = START_SECONDS + ROUND_SECONDS * settings.rounds * len(settings.formats)

@@ -21,3 +21,7 @@ class RecognitionError(OMCError):
 
 class DeploymentError(OMCError):
     """A process of a deployment does not start or does not answer."""
+
+
+class ExperimentError(OMCError):
+    """Experiments of which runs failed, or that another process is at; the message names them."""

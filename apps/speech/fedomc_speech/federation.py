@@ -183,6 +183,7 @@ class _Rounds:
         self.fp32_bytes = sum(len(array.data) for array in self.arrays.values())
         self.fp32_parameter_bytes = fedomc.parameter_bytes(self.network).fp32
         self.history: list[dict[str, Any]] = []
+        self.variables: dict[str, dict[str, int | float]] = {}  # of the last round
         self.totals = {"seconds": 0.0, "messages": 0, "replies": 0, "down": 0, "up": 0, "held": 0.0, "rounds": 0}
 
     def run(self, grid: Grid, folder: RunFolder, observer: Observer) -> bool:
@@ -217,6 +218,7 @@ class _Rounds:
             )
         self.arrays = arrays
         traffic, report = self.strategy.traffic[-1], cast(RoundReport, self.strategy.report)
+        self.variables = report.by_variable()
         for key, value in (
             ("messages", traffic.sent),
             ("replies", traffic.received),
@@ -282,7 +284,7 @@ class _Rounds:
             "down_ratio": down / self.fp32_bytes,
             "up_ratio": up / self.fp32_bytes,
             "rounds_per_minute": 60 * len(self.history) / totals["seconds"] if totals["seconds"] else 0.0,
-            "variables": {} if self.strategy.report is None else self.strategy.report.by_variable(),
+            "variables": self.variables,
             "history": self.history,
         }
 
@@ -292,6 +294,7 @@ class _Rounds:
             "round": number,
             "history": self.history,
             "totals": self.totals,
+            "variables": self.variables,
         }
         arrays = {
             "model": {name: array.numpy() for name, array in self.arrays.items()},
@@ -315,4 +318,5 @@ class _Rounds:
         self.inner.v_t = dict(checkpoint.arrays.get("v", {})) or None
         self.history = list(checkpoint.progress["history"])
         self.totals = dict(checkpoint.progress["totals"])
+        self.variables = dict(checkpoint.progress["variables"])
         return int(checkpoint.progress["round"]) + 1

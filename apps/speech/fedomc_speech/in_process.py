@@ -1,13 +1,14 @@
 """A federation in this process: the ServerApp's side talks to the same ClientApp, one client after the other.
 
 For experiments, where many small runs share a machine: without processes and a network between them a round takes half
-the time, and each core has a run of its own. The messages, and every bit of the result, are those of Flower's engines.
+the time, and each core has a run of its own. The messages, and every bit of the model, are those of Flower's engines.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -56,7 +57,11 @@ class InProcess(Grid):
 
         node = message.metadata.dst_node_id
         config: dict[str, Any] = {"partition-id": self.part_of(node), "num-partitions": self.clients}
-        return [app(message, Context(1, node, config, RecordDict(), {}))]
+        try:
+            return [app(message, Context(1, node, config, RecordDict(), {}))]
+        except Exception as error:  # what a client meets ends its part in the round alone, as in Flower's engines
+            reason = f"{type(error).__name__}: {error}"
+            return [Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)]
 
     def set_run(self, run: Any) -> None:
         """There is one run."""

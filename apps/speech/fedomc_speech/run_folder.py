@@ -72,7 +72,7 @@ class RunFolder:
         try:
             return Checkpoint.read(path)
         except (OSError, PayloadError) as error:
-            raise SettingsError(f"{path} is damaged ({error}): start again without --resume") from error
+            raise SettingsError(f"{path} is damaged ({error}): delete it, or start again without --resume") from error
 
     def _read_runs(self) -> list[dict[str, Any]]:
         path = self.path / RESULTS
@@ -85,7 +85,7 @@ class RunFolder:
         except FileNotFoundError:
             raise SettingsError(f"there is nothing to resume in {self.path}: start without --resume") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SettingsError(f"{path} is damaged ({error}): start again without --resume") from error
+            raise SettingsError(f"{path} is damaged ({error}): delete it, or start again without --resume") from error
         if Path(settings.initial).name == Path(self.settings.initial).name:  # where things are may change
             settings = replace(settings, corpus_path=self.settings.corpus_path, initial=self.settings.initial)
         if settings != self.settings:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedomc_speech.cost import Cost, cost_of
 from fedomc_speech.experiments import figures, results
-from fedomc_speech.experiments.plan import Experiment, Initial, key_of
+from fedomc_speech.experiments.plan import SUMMARY, Experiment, Initial, key_of
 from fedomc_speech.experiments.runner import Runs, run_all
 from fedomc_speech.progress import minutes
 from fedomc_speech.settings import FP32, Settings
@@ -20,17 +20,36 @@ IN_PROCESS_SECONDS = 0.12
 
 
 def run(
-    experiments: Sequence[Experiment], runs: Runs, folder: Path, workers: int, console: Console, stop: threading.Event
+    experiments: Sequence[Experiment],
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    runs: Runs,
+    folder: Path,
+    workers: int,
+    console: Console,
+    stop: threading.Event,
 ) -> bool:
-    """Run experiments and write what is known to ``folder``; False if it was stopped before the end."""
-    wanted = _in_order(experiments)
+    """Run experiments and write what is known to a folder; False if it was stopped before the end.
+
+    Args:
+        experiments: to run.
+        rows: only these; empty means all. What is known of the others stays.
+        seeds: likewise.
+        runs: where the runs are kept.
+        folder: for tables and figures.
+        workers: how many runs at a time.
+        console: where to write.
+        stop: set it to stop.
+    """
+    wanted = _in_order([experiment.only(rows, seeds) for experiment in experiments])
     initials = list({e.initial.name: e.initial for e in experiments if e.initial}.values())
     console.print(_announce(wanted, runs, workers, initials), soft_wrap=True)
-    done = run_all(wanted, runs, workers, console, stop, initials)
-    rows = results.write(folder, experiments, runs)
-    figures.draw_all(folder / "figures", results.read_all(folder))
-    console.print(f"{len(rows)} rows in {folder / results.SUMMARY}")
-    return done
+    try:
+        return run_all(wanted, runs, workers, console, stop, initials)
+    finally:
+        written = results.write(folder, experiments, runs)
+        figures.draw_all(folder / "figures", results.read_all(folder))
+        console.print(f"{len(written)} rows in {folder / SUMMARY}.json")
 
 
 def _in_order(experiments: Sequence[Experiment]) -> list[Settings]:
@@ -62,5 +81,6 @@ def _announce(wanted: Sequence[Settings], runs: Runs, workers: int, initials: Se
     return (
         f"{len(wanted) - len(missing)} of {len(wanted)} runs are there. {training}The others send about "
         f"{sent / 1e9:.1f} GB of messages within this machine and take about {minutes(seconds / workers)} with "
-        f"{workers} at a time. Ctrl-C stops after the round; the same command goes on."
+        f"{workers} at a time, measurements aside. Ctrl-C stops after the round (and loses a model that is being "
+        "trained to begin with); the same command goes on."
     )

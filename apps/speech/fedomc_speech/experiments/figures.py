@@ -74,12 +74,12 @@ def _curves(gathered: dict[str, Any]) -> Figure:
 
 
 def _errors_by_layer(gathered: dict[str, Any]) -> Figure | None:
-    """Error of the broadcast by variable, relative to the variable."""
+    """Error of the last round's broadcast by variable, relative to the variable."""
     rows = [row for row in gathered["rows"] if row["runs"][0]["variables"]]
     if not rows:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row["runs"][0]["variables"]))
-    figure, (axes,) = _axes(1, f"{gathered['title']}: error of the broadcast by variable", 0.14 * len(names) + 1.5)
+    figure, (axes,) = _axes(1, f"{gathered['title']}: error of the last broadcast by variable", 0.14 * len(names) + 1.5)
     for row in rows:
         found: dict[str, list[float]] = defaultdict(list)
         for run in row["runs"]:

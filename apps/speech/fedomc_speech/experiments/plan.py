@@ -27,7 +27,14 @@ from fedomc import OMCError
 from fedomc_speech import corpus
 from fedomc_speech.errors import SettingsError
 from fedomc_speech.pretraining import Pretraining
-from fedomc_speech.settings import FP32, Settings
+from fedomc_speech.settings import FP32, Settings, Variant
+
+SUMMARY = "summary"
+"""The name of the file with all rows, next to a file for each experiment."""
+
+VERSION = 1
+"""Of what a run gives: raise it with every change to training, model or features by which the same settings
+give something else."""
 
 _COMPRESSION = ("transform", "weight_matrices_only", "rounding", "aggregate", "lossless", "rest_format")
 """Settings that mean nothing to a run in FP32."""
@@ -109,7 +116,7 @@ class Experiment:
 
         Args:
             path: of the file.
-            overrides: settings that take the place of the file's.
+            overrides: settings that take the place of the file's; those that a row has of its own stay.
 
         Raises:
             SettingsError: it cannot be read, or something in it is wrong.
@@ -129,6 +136,8 @@ class Experiment:
         if unknown:
             raise SettingsError(f"{', '.join(sorted(unknown))} is unknown: there are {', '.join(sorted(_KEYS))}")
         shared = {**_table(stored, "settings"), **overrides}
+        if name == SUMMARY or type(stored.get("pooled", False)) is not bool:
+            raise SettingsError(f"pooled must be true or false, and {SUMMARY} is no name for an experiment")
         seeds = stored.get("seeds", [0])
         if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
             raise SettingsError(f"seeds={seeds!r}: a list of whole numbers is expected")
@@ -140,6 +149,8 @@ class Experiment:
         described = [{"format": text} for text in formats] + own
         initial = _initial(stored, shared) if "pretraining" in stored else None
         if initial is not None:
+            if "initial" in shared:
+                raise SettingsError("initial and pretraining: one of them says with which model to begin")
             shared["initial"] = initial.name
         rows = tuple(_row(one, shared) for one in described)
         names = [row.name for row in rows]
@@ -151,7 +162,7 @@ class Experiment:
             paper=str(stored.get("paper", "")),
             model=str(stored.get("model", "")),
             seeds=tuple(seeds),
-            pooled=bool(stored.get("pooled", False)),
+            pooled=stored.get("pooled", False),
             rows=rows,
             initial=initial,
         )
@@ -171,7 +182,7 @@ class Experiment:
         return replace(
             self,
             rows=tuple(row for row in self.rows if not rows or row.name in rows),
-            seeds=tuple(seeds) or self.seeds,
+            seeds=tuple(dict.fromkeys(seeds)) or self.seeds,
         )
 
     def needs_path(self) -> set[str]:
@@ -188,8 +199,9 @@ class Experiment:
         """
 
         def placed(settings: Settings) -> Settings:
-            path = paths.get(settings.corpus)
-            initial = str(folder.absolute() / Path(settings.initial).name) if settings.initial else ""
+            path, initial = paths.get(settings.corpus), settings.initial
+            if self.initial and initial:
+                initial = str(folder.absolute() / self.initial.name)
             return replace(
                 settings, corpus_path=str(path.absolute()) if path else settings.corpus_path, initial=initial
             )
@@ -217,7 +229,8 @@ def key_of(run: Settings) -> str:
 def _told(settings: Settings) -> dict[str, Any]:
     """Tell the settings that are not at their defaults, without where things are on this machine."""
     defaults = Settings().to_dict()
-    told = {key: value for key, value in settings.to_dict().items() if value != defaults[key] and key != "corpus_path"}
+    told: dict[str, Any] = {"version": VERSION} if VERSION > 1 else {}
+    told |= {key: value for key, value in settings.to_dict().items() if value != defaults[key] and key != "corpus_path"}
     if settings.initial:
         told["initial"] = Path(settings.initial).name
     return told
@@ -238,10 +251,13 @@ def _initial(stored: Mapping[str, Any], shared: Mapping[str, Any]) -> Initial:
     values = dict(_table(stored, "pretraining"))
     of_start: dict[str, Any] = {key: values.pop(key) for key in ("corpus", "augment") if key in values}
     same = {key: shared[key] for key in ("model", "streaming") if key in shared}
-    try:
-        return Initial(Settings.from_mapping({"corpus": "commands", **same, **of_start}), Pretraining(**values))
-    except TypeError as error:
-        raise SettingsError(f"pretraining: {error}") from None
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Pretraining)}
+    for key, value in values.items():
+        if key not in kinds:
+            raise SettingsError(f"pretraining: {key} is unknown: there are corpus, augment, {', '.join(kinds)}")
+        if type(value) is not kinds[key] and not (kinds[key] is float and type(value) is int):
+            raise SettingsError(f"pretraining: {key}={value!r}: a value of type {kinds[key].__name__} is expected")
+    return Initial(Settings.from_mapping({"corpus": "commands", **same, **of_start}), Pretraining(**values))
 
 
 def _row(described: Any, shared: Mapping[str, Any]) -> Row:
@@ -250,5 +266,8 @@ def _row(described: Any, shared: Mapping[str, Any]) -> Row:
     own = {key: value for key, value in described.items() if key not in ("name", "format")}
     for wrong in {"formats", "seed"} & (set(own) | set(shared)):
         raise SettingsError(f"{wrong} does not belong into settings: it is the rows that have formats, and all seeds")
-    settings = Settings.from_mapping({**shared, **own, "formats": [described["format"]]})
-    return Row(str(described.get("name", described["format"])), settings)
+    name = str(described.get("name", described["format"]))
+    if "|" in name or "\n" in name:
+        raise SettingsError(f"row {name!r}: a name without | and line breaks is expected, for the tables")
+    format = str(Variant.parse(described["format"]))
+    return Row(name, Settings.from_mapping({**shared, **own, "formats": [format]}))

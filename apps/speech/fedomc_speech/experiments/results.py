@@ -9,28 +9,42 @@ from pathlib import Path
 from typing import Any
 
 from fedomc_speech.errors import SettingsError
-from fedomc_speech.experiments.plan import Experiment, Row
+from fedomc_speech.experiments.plan import SUMMARY, VERSION, Experiment, Row
 from fedomc_speech.experiments.runner import Runs
 from fedomc_speech.experiments.statistics import bootstrap, interval
 from fedomc_speech.run_folder import write_atomically
 from fedomc_speech.settings import FP32
 
-SUMMARY = "summary.json"
 TEXT = "README.md"
 
 _MARKED = "<!-- table: {} -->\n{}<!-- end -->"
 _KEPT = ("wer", "wer_compressed", "parameter_ratio", "down_ratio", "up_ratio", "down_bytes", "up_bytes")
 
 
-def gather(experiment: Experiment, runs: Runs) -> dict[str, Any] | None:
+def gather(experiment: Experiment, runs: Runs, earlier: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """Put together what the runs of an experiment found; None if there is no pair of a run and its baseline yet.
 
-    A row has the seeds for which it and its baseline are finished.
+    Args:
+        experiment: whose rows are wanted.
+        runs: where its runs are. A row has the seeds for which it and its baseline are finished.
+        earlier: what was found before: stands where there is no run, if it was made with the same settings.
     """
-    rows = [gathered for row in experiment.rows if (gathered := _gather_row(row, experiment.seeds, runs))]
+    known = {}
+    if earlier is not None and earlier.get("version") == VERSION:
+        known = {(row["name"], json.dumps(row["settings"], sort_keys=True)): row["runs"] for row in earlier["rows"]}
+    rows = []
+    for row in experiment.rows:
+        chosen = {key: value for key, value in row.settings.to_dict().items() if key not in ("corpus_path", "seed")}
+        chosen["initial"] = Path(row.settings.initial).name
+        old = known.get((row.name, json.dumps(chosen, sort_keys=True)), [])
+        found = {run["seed"]: run for run in old if run["seed"] in experiment.seeds}
+        found |= _pairs(row, experiment.seeds, runs)
+        if found:
+            rows.append({"name": row.name, "settings": chosen, "runs": [found[seed] for seed in sorted(found)]})
     if not rows:
         return None
     return {
+        "version": VERSION,
         "experiment": experiment.name,
         "title": experiment.title,
         "paper": experiment.paper,
@@ -40,16 +54,13 @@ def gather(experiment: Experiment, runs: Runs) -> dict[str, Any] | None:
     }
 
 
-def _gather_row(row: Row, seeds: Iterable[int], runs: Runs) -> dict[str, Any] | None:
-    found = []
+def _pairs(row: Row, seeds: Iterable[int], runs: Runs) -> dict[int, dict[str, Any]]:
+    found = {}
     for seed in seeds:
         own, baseline = (runs.result(one) for one in (row.run(seed), replace(row.baseline, seed=seed)))
         if own is not None and baseline is not None:
-            found.append({"seed": seed, **_shortened(own), "baseline": _shortened(baseline)})
-    if not found:
-        return None
-    chosen = {key: value for key, value in row.settings.to_dict().items() if key not in ("corpus_path", "seed")}
-    return {"name": row.name, "settings": chosen, "runs": found}
+            found[seed] = {"seed": seed, **_shortened(own), "baseline": _shortened(baseline)}
+    return found
 
 
 def _shortened(run: dict[str, Any]) -> dict[str, Any]:
@@ -136,8 +147,9 @@ def write(folder: Path, experiments: Sequence[Experiment], runs: Runs) -> list[d
     between the marks in ``README.md``.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    there = {gathered["experiment"]: gathered for gathered in read_all(folder)}
     for experiment in experiments:
-        found = gather(experiment, runs)
+        found = gather(experiment, runs, there.get(experiment.name))
         if found is not None:
             write_atomically(folder / f"{experiment.name}.json", json.dumps(found, indent=None) + "\n")
     return rewrite(folder)
@@ -147,7 +159,7 @@ def rewrite(folder: Path) -> list[dict[str, Any]]:
     """Make summary and tables from the experiments' files in a folder."""
     everything = read_all(folder)
     rows = [row for gathered in everything for row in summarize(gathered)]
-    write_atomically(folder / SUMMARY, json.dumps(rows, indent=2) + "\n")
+    write_atomically(folder / f"{SUMMARY}.json", json.dumps(rows, indent=2) + "\n")
     text = folder / TEXT
     if text.exists():
         tables = {gathered["experiment"]: table(summarize(gathered)) for gathered in everything}
@@ -164,11 +176,14 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     """
     everything = []
     for path in sorted(folder.glob("*.json")):
-        if path.name != SUMMARY:
-            try:
-                everything.append(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as error:
-                raise SettingsError(f"{path} is damaged ({error}): delete it and make it again") from None
+        if path.stem == SUMMARY:
+            continue
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            summarize(stored)
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise SettingsError(f"{path} is damaged ({error!r}): delete it and make it again") from None
+        everything.append(stored)
     return everything
 
 

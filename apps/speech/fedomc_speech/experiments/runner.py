@@ -1,21 +1,26 @@
 """Run many settings, a process for each core; what is finished is never run again, what was stopped goes on."""
 
 import multiprocessing
+import os
 import queue
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedomc.errors import OMCError
 from fedomc_speech import corpus, federation, pretraining
+from fedomc_speech.errors import ExperimentError
 from fedomc_speech.experiments.plan import Initial, key_of
 from fedomc_speech.in_process import InProcess
 from fedomc_speech.run_folder import RunFolder
@@ -67,6 +72,19 @@ class Runs:
         checkpoint = folder.load()
         return 0 if checkpoint is None else int(checkpoint.progress["round"])
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder.
+
+        Raises:
+            ExperimentError: there is one.
+        """
+        try:
+            with FileLock(self.path / "lock", blocking=False):
+                yield
+        except Timeout:
+            raise ExperimentError(f"another process runs experiments in {self.path}: wait for it") from None
+
     def open(self, run: Settings) -> RunFolder:
         """Open the folder of a run to go on, or to begin."""
         return self._opened(run) or RunFolder(self.folder(run), run, resume=False)
@@ -96,6 +114,9 @@ def run_all(
 
     Returns:
         False if it was stopped.
+
+    Raises:
+        ExperimentError: runs failed, after the others; or another process is at work in the same folder.
     """
     unique = list({key_of(run): run for run in wanted}.values())
     missing = [run for run in unique if runs.result(run) is None]
@@ -104,15 +125,16 @@ def run_all(
     runs.path.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     stopping, events = context.Event(), context.Queue()
-    shared = stopping, events, context.Lock(), {initial.name: initial for initial in initials}
+    making = {initial.name: (initial, context.Lock()) for initial in initials}
+    failed: list[str] = []
     with (
+        runs.locked(),
         _Shown(missing, runs, workers, console) as shown,
-        ProcessPoolExecutor(workers, context, _prepare, shared) as pool,
+        ProcessPoolExecutor(workers, context, _prepare, (stopping, events, making)) as pool,
     ):
-        futures: list[Future[bool]] = [pool.submit(_run, run, runs.path) for run in missing]
+        futures: dict[Future[bool], Settings] = {pool.submit(_run, run, runs.path): run for run in missing}
         while not all(future.done() for future in futures):
-            failed = any(future.done() and future.exception() for future in futures)
-            if (stop.is_set() or failed) and not stopping.is_set():
+            if stop.is_set() and not stopping.is_set():
                 stopping.set()
                 for future in futures:
                     future.cancel()
@@ -120,10 +142,16 @@ def run_all(
                 shown.show(events.get(timeout=0.5))
             except queue.Empty:
                 pass
-        for future in futures:
-            if not future.cancelled():
-                future.result()  # raises what a worker met
-    return not stopping.is_set()
+        for future, run in futures.items():
+            error = None if future.cancelled() else future.exception()
+            if isinstance(error, BrokenProcessPool):
+                killed = ExperimentError("a process was killed, perhaps out of memory: use fewer --workers")
+                error = None if stop.is_set() else killed
+            if error is not None:
+                failed.append(f"{key_of(run)}: {error}")
+    if failed:
+        raise ExperimentError(f"{len(failed)} of {len(missing)} runs failed, the others are kept. {'; '.join(failed)}")
+    return not stop.is_set()
 
 
 class _Shown:
@@ -182,29 +210,37 @@ class _Shown:
 
 _stopping: Any = None
 _events: Any = None
-_making: Any = None
-_initials: dict[str, Initial] = {}
+_making: dict[str, tuple[Initial, Any]] = {}
 
 
 class _Stopped(Exception):
     """A pre-training was stopped; nothing of it is kept."""
 
 
-def _prepare(stopping: Any, events: Any, making: Any, initials: dict[str, Initial]) -> None:
-    import signal
-
-    global _stopping, _events, _making, _initials
-    _stopping, _events, _making, _initials = stopping, events, making, initials
+def _prepare(stopping: Any, events: Any, making: dict[str, tuple[Initial, Any]]) -> None:
+    global _stopping, _events, _making
+    _stopping, _events, _making = stopping, events, making
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells when to stop
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
 
+def _end_with_parent() -> None:
+    """Whoever starts the experiments again must not meet workers that somebody left behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
 def _make_initial(path: Path) -> None:
-    """Train a model to begin with, unless it is there; one at a time, so that nobody makes the same."""
-    with _making:
-        if path.exists() or path.name not in _initials:
+    """Train a model to begin with, unless it is there or another worker is at it: then wait."""
+    if path.name not in _making:
+        return
+    initial, lock = _making[path.name]
+    with lock:
+        if path.exists():
             return
-        initial = _initials[path.name]
 
         def progress(step: int, loss: float) -> None:
             if _stopping.is_set():
@@ -243,10 +279,7 @@ def _run(run: Settings, path: Path) -> bool:
     parts = corpus.split(corpus.load(run.corpus, where).train, run.split, run.clients or None, run.seed)
     folder = Runs(path).open(run)
     log_to(folder.path / "flower.log")
-    try:
-        done = federation.run(run, InProcess(len(parts)), folder, _Watcher(run))
-    except OMCError as error:
-        raise type(error)(f"{key_of(run)}: {error}") from None
+    done = federation.run(run, InProcess(len(parts)), folder, _Watcher(run))
     if done:
         folder.drop_checkpoint()  # there may be a hundred runs
     return done

@@ -66,7 +66,7 @@ def test_the_key_names_everything_but_where_the_corpus_lies(experiment: Experime
 
 
 def test_a_part_of_an_experiment(experiment: Experiment) -> None:
-    part = experiment.only(["plain"], [5])
+    part = experiment.only(["plain"], [5, 5])
     assert [run.seed for run in part.runs()] == [5, 5]
     assert [run.formats for run in part.runs()] == [(FP32,), ("S1E2M3",)]
     with pytest.raises(SettingsError, match="no row fancy"):
@@ -97,6 +97,10 @@ def test_all_rows_begin_with_the_same_model(tmp_path: Path) -> None:
     [
         ("formats = ['FP32']\n[pretraining]\nsteps = 0", "steps=0"),
         ("formats = ['FP32']\n[pretraining]\nspeed = 1", "speed"),
+        ("formats = ['FP32']\n[pretraining]\nsteps = 2.5", "steps=2.5"),
+        ("formats = ['FP32']\n[settings]\ninitial = 'x'\n[pretraining]\nsteps = 2", "initial and pretraining"),
+        ("formats = ['FP32']\npooled = 'no'", "pooled"),
+        ("[[rows]]\nname = 'a | b'\nformat = 'FP32'", "without"),
         ("formats = [", "cannot be read"),
         ("colour = 3", "colour is unknown"),
         ("seeds = []\nformats = ['FP32']", "seeds"),

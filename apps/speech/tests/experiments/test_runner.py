@@ -1,7 +1,10 @@
 """From a TOML file to tables, with real worker processes."""
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedomc_speech.cli import app
-from fedomc_speech.errors import SettingsError
+from fedomc_speech.errors import ExperimentError
 from fedomc_speech.experiments.plan import Experiment, key_of
 from fedomc_speech.experiments.runner import LOG, Runs, run_all
 from fedomc_speech.run_folder import CHECKPOINT
@@ -83,6 +86,12 @@ def test_an_experiment_becomes_tables_and_figures(file: Path, tones: Path, tmp_p
     assert "round 2/2" in (tmp_path / "runs" / LOG).read_text()
     assert not list((tmp_path / "runs").glob(f"*/{CHECKPOINT}"))
 
+    known = json.loads((results / "tones.json").read_text())
+    again = json.loads((results / "summary.json").read_text())
+    invoke(file, tmp_path, "--an4", str(tones), "--row", "FP32", "--seed", "1", "--output", str(tmp_path / "elsewhere"))
+    assert json.loads((results / "summary.json").read_text()) == again
+    assert json.loads((results / "tones.json").read_text()) == known and str(tmp_path) not in json.dumps(known)
+
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")}
     assert "8 of 8 runs" in invoke(file, tmp_path, "--an4", str(tones))
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")}
@@ -136,7 +145,42 @@ def test_runs_begin_with_a_model_that_is_trained_once(file: Path, tones: Path, t
     assert model.stat().st_mtime_ns == made
 
 
-def test_a_run_that_fails_is_named_and_ends_the_others(file: Path, tones: Path, tmp_path: Path) -> None:
-    experiment = Experiment.read(file, {"cohort": 9}).at({"an4": tones}, tmp_path)
-    with pytest.raises(SettingsError, match=r"an4-speaker-FP32-seed0\S+ cohort=9"):
-        run_all(list(experiment.runs()), Runs(tmp_path / "runs"), 1, Console(quiet=True), threading.Event())
+def test_runs_that_fail_are_named_and_the_others_go_on(file: Path, tones: Path, tmp_path: Path) -> None:
+    bad = Experiment.read(file, {"cohort": 9}).at({"an4": tones}, tmp_path).only(["FP32"], [0, 1])
+    good = Experiment.read(file).at({"an4": tones}, tmp_path).only(["FP32"], [1])
+    runs = Runs(tmp_path / "runs")
+    with pytest.raises(ExperimentError, match=r"2 of 3 runs failed.*an4-speaker-FP32-seed0\S+ cohort=9"):
+        run_all([*bad.runs(), *good.runs()], runs, 1, Console(quiet=True), threading.Event())
+    assert all(runs.result(run) for run in good.runs())
+
+
+def test_runs_that_have_not_begun_are_left_when_it_stops(file: Path, tones: Path, tmp_path: Path) -> None:
+    experiment = Experiment.read(file, {"rounds": 500}).at({"an4": tones}, tmp_path)
+    runs, stop = Runs(tmp_path / "runs"), threading.Event()
+    threading.Timer(1.0, stop.set).start()
+    assert not run_all(list(experiment.runs()), runs, 1, Console(quiet=True), stop)
+    assert sum(path.is_dir() for path in runs.path.iterdir()) <= 2
+
+
+def test_two_processes_do_not_share_a_folder(file: Path, tones: Path, tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    wanted = list(Experiment.read(file).at({"an4": tones}, tmp_path).runs())
+    with runs.locked(), pytest.raises(ExperimentError, match="another process"):
+        run_all(wanted, Runs(tmp_path), 1, Console(quiet=True), threading.Event())
+
+
+def test_workers_end_with_the_process_that_started_them(file: Path, tones: Path, tmp_path: Path) -> None:
+    arguments = [str(file), "--set", "rounds=500", "--an4", str(tones), "--workers", "1"]
+    places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = [sys.executable, "-m", "fedomc_speech", "experiments", *arguments, *places]
+    main = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603
+    deadline = time.monotonic() + 180
+    while not list((tmp_path / "runs").glob(f"*/{CHECKPOINT}")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    main.kill()
+    main.wait()
+    time.sleep(5)
+    [checkpoint] = (tmp_path / "runs").glob(f"*/{CHECKPOINT}")
+    last = checkpoint.stat().st_mtime_ns
+    time.sleep(2)
+    assert checkpoint.stat().st_mtime_ns == last
