@@ -64,8 +64,11 @@ def test_an_experiment_becomes_tables_and_figures(file: Path, tones: Path, tmp_p
     (results / "README.md").write_text(marks)
     first = invoke(file, tmp_path, "--an4", str(tones), "--row", "S1E3M7@0.9", "--seed", "0")
     assert "0 of 2 runs" in first
-    [only] = json.loads((results / "summary.json").read_text())
-    assert only["seeds"] == [0] and only["ci_low"] is None
+    rows = json.loads((results / "summary.json").read_text())
+    assert [(row["row"], row["seeds"], row["ci_low"]) for row in rows] == [
+        ("FP32", [0], None),
+        ("S1E3M7@0.9", [0], None),
+    ]
 
     output = invoke(file, tmp_path, "--an4", str(tones))
     assert "2 of 8 runs" in output and "MB" not in output
