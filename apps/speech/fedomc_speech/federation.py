@@ -316,7 +316,10 @@ class _Rounds:
         self.arrays = record
         self.inner.m_t = dict(checkpoint.arrays.get("m", {})) or None
         self.inner.v_t = dict(checkpoint.arrays.get("v", {})) or None
-        self.history = list(checkpoint.progress["history"])
-        self.totals = dict(checkpoint.progress["totals"])
-        self.variables = dict(checkpoint.progress["variables"])
+        try:
+            self.history = list(checkpoint.progress["history"])
+            self.totals = dict(checkpoint.progress["totals"])
+            self.variables = dict(checkpoint.progress["variables"])
+        except KeyError as error:
+            raise SettingsError(f"the checkpoint has no {error}: start again without --resume, or delete it") from None
         return int(checkpoint.progress["round"]) + 1

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from fedomc_speech.experiments.results import summarize
 from fedomc_speech.settings import FP32
@@ -52,9 +53,18 @@ def _save(figure: Figure | None, path: Path) -> list[Path]:
 
 def _axes(columns: int, title: str, height: float = 3.6) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(4.8 * columns, height), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     found = figure.subplots(1, columns, squeeze=False)
     return figure, list(found[0])
+
+
+def _logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
+    """Make the x axis logarithmic, with ticks that can be read."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _curves(gathered: dict[str, Any]) -> Figure:
@@ -86,8 +96,9 @@ def _errors_by_layer(gathered: dict[str, Any]) -> Figure | None:
             for name, error in run["variables"].items():
                 found[name].append(error)
         at = [i for i, name in enumerate(names) if found[name]]
-        axes.plot([np.mean(found[names[i]]) for i in at], at, ".", label=row["name"])
-    axes.set(xlabel="root mean square, relative", xscale="log")
+        axes.plot([100 * np.mean(found[names[i]]) for i in at], at, ".", label=row["name"])
+    axes.set(xlabel="root mean square, % of the variable's")
+    _logarithmic(axes, (0.001, 0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100))
     axes.set_yticks(range(len(names)), [name.removeprefix("encoder.") for name in names], fontsize=5)
     axes.invert_yaxis()
     axes.legend(fontsize=7)
@@ -125,7 +136,7 @@ def _front(gathered: dict[str, Any]) -> Figure | None:
         for i, (point, row) in enumerate(zip(points, rows, strict=True)):
             axes.plot(*point, "o", color="C1" if i in front else "C0", markersize=4)
             axes.annotate(row["row"], point, fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axes.set_xscale("log")
+        _logarithmic(axes, (5, 7, 10, 14, 20, 30, 40, 60, 80, 100))
     panels[0].set(xlabel="bytes of a client's parameters, % of FP32", ylabel="word error rate, %")
     panels[1].set(xlabel="bytes sent, mean of down and up, % of FP32")
     return figure
