@@ -12,7 +12,6 @@ highest peak (``VmHWM``) that any process of that kind reached, imports included
 
 import argparse
 import json
-import shutil
 import signal
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 
 from fedomc_speech import corpus
 from fedomc_speech.deployment import Loopback
-from fedomc_speech.deployment.loopback import APP
+from fedomc_speech.deployment.loopback import APP, app_with_client
 
 PLAIN, SAME = "FP32, plain", "FP32"
 FORMATS = ("S1E3M7@0.9", "S1E2M3+S1E2M1")
@@ -33,6 +32,7 @@ PROCESSES = {
     "flower-supernode": "SuperNode",
     "flwr-clientapp": "ClientApp",
 }
+CLIENT = Path(__file__).with_name("flower_client.py")
 NODES = 2
 INTERVAL = 0.05  # seconds between two looks
 
@@ -89,7 +89,7 @@ def run(format: str, rounds: int, timeout: float) -> dict[str, int]:
                 "batch": 1,
                 "output": f"'{folder / 'results'}'",
             }
-            app = plain_app(folder / "app") if format == PLAIN else APP
+            app = app_with_client(folder / "app", CLIENT) if format == PLAIN else APP
             submitted = loopback.submit(" ".join(f"{k}={v}" for k, v in settings.items()), app, "run")
             started = [loopback.pid(name) for name in ("superlink", *(f"node-{i}" for i in range(NODES)))]
             deadline = time.monotonic() + timeout
@@ -103,18 +103,6 @@ def run(format: str, rounds: int, timeout: float) -> dict[str, int]:
             sys.exit(f"{format} did not finish: {log[-4000:]}")
     assert all(peaks.values()), peaks
     return peaks
-
-
-def plain_app(folder: Path) -> Path:
-    """Copy the app with the client that does without fedomc."""
-    shutil.copytree(APP / "fedomc_speech", folder / "fedomc_speech", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(Path(__file__).with_name("flower_client.py"), folder)
-    text = (APP / "pyproject.toml").read_text()
-    for ours, theirs in (("fedomc_speech.client:app", "flower_client:app"), ("fedomc_speech/**/*.py", "**/*.py")):
-        assert text.count(ours) == 1
-        text = text.replace(ours, theirs)
-    (folder / "pyproject.toml").write_text(text)
-    return folder
 
 
 def looked_at(started: list[int]) -> Iterator[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,29 @@ ENVIRONMENT = {
 
 _PATIENCE = 60.0
 """Seconds for a process to start or to end."""
+
+
+def app_with_client(folder: Path, client: Path) -> Path:
+    """Copy the app with another ClientApp, for benchmarks and tests.
+
+    Args:
+        folder: which is made.
+        client: a Python file with a ClientApp ``app``.
+
+    Returns:
+        The folder.
+    """
+    shutil.copytree(APP / "fedomc_speech", folder / "fedomc_speech", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(client, folder)
+    text = (APP / "pyproject.toml").read_text()
+    for ours, theirs in (("fedomc_speech.client:app", f"{client.stem}:app"), ("fedomc_speech/**/*.py", "**/*.py")):
+        if text.count(ours) != 1:
+            raise DeploymentError(
+                f"{APP / 'pyproject.toml'} has {ours!r} not once: another client cannot take its place"
+            )
+        text = text.replace(ours, theirs)
+    (folder / "pyproject.toml").write_text(text)
+    return folder
 
 
 class Loopback:

@@ -21,7 +21,7 @@ from nodes import Faults, Nodes, results_of, run_in_process, state_of
 from fedomc.rounds import Checkpoint
 from fedomc_speech import corpus
 from fedomc_speech.deployment import Loopback, make_keys
-from fedomc_speech.deployment.loopback import APP
+from fedomc_speech.deployment.loopback import APP, app_with_client
 from fedomc_speech.run_folder import CHECKPOINT
 from fedomc_speech.settings import Settings
 
@@ -54,15 +54,7 @@ def federation(folder: Path, faults: Path) -> Iterator[Loopback]:
 @pytest.fixture(scope="module")
 def misbehaving_app(folder: Path) -> Path:
     """The app with the ClientApp of the tests."""
-    app = folder / "app"
-    shutil.copytree(APP / "fedomc_speech", app / "fedomc_speech", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(APP / "tests" / "misbehaving.py", app)
-    text = (APP / "pyproject.toml").read_text()
-    for ours, theirs in (("fedomc_speech.client:app", "misbehaving:app"), ("fedomc_speech/**/*.py", "**/*.py")):
-        assert text.count(ours) == 1
-        text = text.replace(ours, theirs)
-    (app / "pyproject.toml").write_text(text)
-    return app
+    return app_with_client(folder / "app", APP / "tests" / "misbehaving.py")
 
 
 def settings(round_timeout: float = 600.0) -> Settings:
