@@ -92,6 +92,7 @@ def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -
         new.grad = old.grad
         for module, key in places[name]:
             setattr(module, key, new)
+        del old  # not to be held while the next value is made
 
 
 @dataclass(frozen=True)

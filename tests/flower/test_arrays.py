@@ -1,6 +1,8 @@
 """Messages: a model is filled from packed arrays and given back packed; what is wrong changes nothing."""
 
 import io
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from torch import nn
 
 import fedomc
 from fedomc import frame
+from fedomc.errors import PolicyError
+from fedomc.flower import arrays as arrays_module
 from fedomc.flower import collect, install
 from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
 from fedomc.transform import encode
@@ -82,6 +86,57 @@ def test_training_after_install_changes_only_the_update_and_collect_gives_it() -
     assert reply[key].stype == STYPE
     # 4 bits a value, 8 bytes of transformation and a header, against 6 bits down
     assert len(reply[key].data) < 40 * 64 * 4 / 8 + 64 < len(before[key])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_consumed_model_gives_the_same_arrays_and_can_be_filled_again(name: str) -> None:
+    _, message = payload(POLICIES[name])
+    model, other = install(Model(), message), install(Model(), message)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones(parameter.shape)
+    consumed, kept = collect(model, message, consume=True), collect(other, message)
+    assert {key: array.data for key, array in consumed.items()} == {key: array.data for key, array in kept.items()}
+    assert list(consumed) == list(kept)
+    assert all(parameter.is_meta and parameter.grad is None for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    again = collect(install(model, message), message)
+    assert {key: array.data for key, array in again.items()} == {key: array.data for key, array in kept.items()}
+
+
+def test_a_consumed_model_is_let_go_of_one_parameter_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, message = payload(POLICIES["one part"])
+    model = install(Model(), message)
+    held = [weakref.ref(parameter) for parameter in model.parameters()]
+    counts, real = [], arrays_module._written
+
+    def counted(tensor: torch.Tensor, *rest: Any) -> Array:
+        if isinstance(tensor, nn.Parameter):
+            counts.append(sum(parameter() is not None for parameter in held))
+        return real(tensor, *rest)
+
+    monkeypatch.setattr(arrays_module, "_written", counted)
+    collect(model, message, consume=True)
+    assert counts == list(range(len(held), 0, -1))
+
+
+def test_a_consumed_model_with_tied_weights_is_empty_under_both_names() -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    model[1].weight = model[0].weight
+    arrays = collect(model, consume=True)
+    assert list(arrays) == ["0.weight", "0.bias", "1.bias"]
+    assert model[1].weight is model[0].weight
+    assert model[1].weight.is_meta
+
+
+def test_a_model_that_is_stepped_in_backward_is_not_consumed() -> None:
+    model = Model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    stepping = fedomc.step_in_backward(model, torch.optim.SGD, lr=0.1)
+    with pytest.raises(PolicyError, match=r"inner\.0\.weight is stepped in backward .* call remove"):
+        collect(model, consume=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    stepping.remove()
+    collect(model, consume=True)
 
 
 def test_an_fp32_copy_is_never_made() -> None:

@@ -57,7 +57,7 @@ def train_partition(message: Message, partition: int) -> RecordDict:
     metrics = MetricRecord(
         {"num-examples": result.examples, "loss": result.loss, "parameter-bytes": result.parameter_bytes}
     )
-    return RecordDict({"arrays": collect(network, message), "metrics": metrics})
+    return RecordDict({"arrays": collect(network, message, consume=True), "metrics": metrics})
 
 
 def write_settings(settings: Settings) -> ConfigRecord:

@@ -1,5 +1,6 @@
 """Between models and Flower's records: a compressed variable travels as an ``Array`` whose data is a frame."""
 
+import ctypes
 import functools
 import io
 import math
@@ -17,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from fedomc import codec, frame
 from fedomc.errors import OMCError, PayloadError
 from fedomc.formats import FloatFormat
+from fedomc.model import replace_parameters
 from fedomc.state import check_names, fill_, some, state_of
 from fedomc.tensor import CompressedTensor
 from fedomc.transform import Encoding, Packed, encode
@@ -180,7 +182,20 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
     items = _consumed(message, told) if consume else iter(arrays.items())
     del arrays
     fill_(model, ((name, _read(array, name, state[name], told)) for name, array in items))
+    if consume:
+        give_back_memory()
     return model
+
+
+def give_back_memory() -> None:
+    """Have the C library return what was freed to the system; glibc alone keeps so much that it matters.
+
+    A message arrives in pieces of all sizes, and its blocks lie between those of what came before and after: without
+    this a client's process stays larger by more than the message (240 MB of 1000, with 190 MB of message).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _consumed(message: Message | RecordDict, told: Instructions | None) -> Iterator[tuple[str, Array]]:
@@ -210,7 +225,7 @@ def _needed_later(array: Array, told: Instructions | None) -> bool:
     return told.rest_format is not None or (told.lossless and told.encoding.update_format is None)
 
 
-def collect(model: nn.Module, message: Message | RecordDict | None = None) -> ArrayRecord:
+def collect(model: nn.Module, message: Message | RecordDict | None = None, *, consume: bool = False) -> ArrayRecord:
     """Give a model's parameters and persistent buffers as arrays, packed as they are.
 
     Of a variable in two parts only the update travels; the base is what the receiver sent.
@@ -220,6 +235,8 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None) -> Ar
         message: what the model was filled from. With it the arrays travel as its sender asked for: through the lossless
             stage, which needs to know what was sent, and what arrived in the rest's format goes back in it, as an
             update.
+        consume: let go of each parameter when it is written, so that model and arrays are never both in memory. The
+            parameters lie on the meta device afterwards, without gradients; ``install`` can fill the model again.
 
     Returns:
         The arrays by qualified name; tied parameters once.
@@ -227,25 +244,24 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None) -> Ar
     Raises:
         NonFiniteError: an update in the rest's format has a value that is NaN or infinite.
         PayloadError: a variable of a dtype that numpy does not have; the message is damaged or of another model.
-        PolicyError: the sender asked for the lossless stage, but zstd is not installed.
+        PolicyError: the sender asked for the lossless stage, but zstd is not installed; or a parameter of a model that
+            is to be consumed is stepped in backward.
     """
     sent, told = ({}, None) if message is None else _content(message)
+    state = state_of(model)[0]
     record = ArrayRecord()
-    for name, tensor in state_of(model)[0].items():
-        array = sent.get(name)
-        if array is not None and tuple(array.shape) != tuple(tensor.shape):
-            raise PayloadError(f"{name}: shape {tuple(tensor.shape)}, but {tuple(array.shape)} was sent")
-        if isinstance(tensor, CompressedTensor):
-            record[name] = _packed(tensor, array, name, told is not None and told.lossless)
-        elif told is not None and told.rest_format is not None and array is not None and array.stype == STYPE:
-            record[name] = _rest_update(tensor, array, name, told)
-        else:
-            try:
-                record[name] = Array(tensor.detach().cpu().numpy())
-            except TypeError as error:
-                raise PayloadError(
-                    f"{name} is {tensor.dtype}, which cannot be sent: call model.float() first"
-                ) from error
+
+    def emptied() -> Iterator[tuple[str, Tensor]]:
+        for name in list(state):
+            tensor = state.pop(name)
+            record[name] = _written(tensor, name, sent.get(name), told)
+            if consume and isinstance(tensor, nn.Parameter):
+                tensor.grad = None
+                yield name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    replace_parameters(model, emptied())
+    if consume:
+        give_back_memory()
     return record
 
 
@@ -256,6 +272,20 @@ def _content(message: Message | RecordDict) -> tuple[Mapping[str, Array], Instru
         raise PayloadError(f"the message has {len(records)} array records, one expected")
     config = records_of(content, ConfigRecord).get(CONFIG)
     return records[0], None if config is None else from_config(config)
+
+
+def _written(tensor: Tensor, name: str, array: Array | None, told: Instructions | None) -> Array:
+    """Write a variable as it is to travel; the array is what was sent of it."""
+    if array is not None and tuple(array.shape) != tuple(tensor.shape):
+        raise PayloadError(f"{name}: shape {tuple(tensor.shape)}, but {tuple(array.shape)} was sent")
+    if isinstance(tensor, CompressedTensor):
+        return _packed(tensor, array, name, told is not None and told.lossless)
+    if told is not None and told.rest_format is not None and array is not None and array.stype == STYPE:
+        return _rest_update(tensor, array, name, told)
+    try:
+        return Array(tensor.detach().cpu().numpy())
+    except TypeError as error:
+        raise PayloadError(f"{name} is {tensor.dtype}, which cannot be sent: call model.float() first") from error
 
 
 def _packed(tensor: CompressedTensor, array: Array | None, name: str, lossless: bool) -> Array:
