@@ -52,7 +52,7 @@ class FloatFormat:
     def __str__(self) -> str:
         return f"S1E{self.exponent_bits}M{self.mantissa_bits}"
 
-    @property
+    @functools.cached_property
     def bits(self) -> int:
         """Bits of a code, sign included: 2 to 32."""
         return 1 + self.exponent_bits + self.mantissa_bits
@@ -62,18 +62,18 @@ class FloatFormat:
         """The exponent bias, ``2**(e-1) - 1``."""
         return int(2 ** (self.exponent_bits - 1)) - 1
 
-    @property
+    @functools.cached_property
     def max_code(self) -> int:
         """The largest code of a positive value."""
         top_field = min(2**self.exponent_bits - 1, 254)
         return int(((top_field + 1) << self.mantissa_bits) - 1)
 
-    @property
+    @functools.cached_property
     def top_exponent(self) -> int:
         """The exponent of the top binade: the largest value lies in ``[2**top, 2**(top+1))``."""
         return (self.max_code >> self.mantissa_bits) - self.bias
 
-    @property
+    @functools.cached_property
     def max_value(self) -> float:
         """The largest magnitude; values beyond it saturate to it."""
         return float((2.0 - 2.0**-self.mantissa_bits) * 2.0**self.top_exponent)

@@ -19,6 +19,7 @@
 The codes themselves are what is in memory: a base may be used where the message lies.
 """
 
+import functools
 import math
 import struct
 import sys
@@ -49,6 +50,7 @@ MOST_EXPANSION = 256
 _HEADER = struct.Struct("<4sBBBBffIBBBB")
 _CHECKSUM = slice(16, 20)
 _MAX_NUMEL = 2**48
+_format = functools.cache(FloatFormat)  # there are few, and a reply has hundreds of frames
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def from_bytes(
     if coding not in (planes.PLAIN, planes.BYTES, planes.BITS) or difference > (coding != planes.PLAIN) or zero:
         raise PayloadError(f"{name}: coding {coding}, {difference}, {zero} is unknown")
     try:
-        fmt = FloatFormat(e, m)
+        fmt = _format(e, m)
     except FormatError as error:
         raise PayloadError(f"{name}: {error}") from None
     if ndim > MAX_DIMENSIONS:
@@ -156,7 +158,7 @@ def from_bytes(
         raise PayloadError(f"{name}: cut off within its {ndim} dimensions")
     found = struct.unpack_from(f"<{ndim}Q", view, _HEADER.size)
     numel = math.prod(found)
-    if math.prod(max(size, 1) for size in found) > _MAX_NUMEL:
+    if (numel or math.prod(size or 1 for size in found)) > _MAX_NUMEL:
         raise PayloadError(f"{name}: shape {found} is too large")
     if shape is not None and found != tuple(shape):
         raise PayloadError(f"{name}: the frame has shape {found}, {tuple(shape)} expected")
@@ -175,7 +177,7 @@ def from_bytes(
     if checksum != _checksum(view[:begin], body):
         raise PayloadError(f"{name}: checksum does not match: the bytes were damaged on the way")
     if coding == planes.PLAIN:
-        codes = _codes(body, copy)
+        codes = _codes(data, begin, copy)
     else:
         reference = _reference(sent, fmt, numel)
         codes = planes.decompress(body, coding, bool(difference), numel, fmt.bits, reference, name)
@@ -224,17 +226,14 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
         raise PayloadError(f"the encoding is wrong: {error}") from None
 
 
-def _codes(view: memoryview, copy: bool) -> Tensor:
-    if not len(view):
+def _codes(data: bytes | bytearray | memoryview, begin: int, copy: bool) -> Tensor:
+    if len(data) == begin:
         return torch.empty(0, dtype=torch.int32)
-    if sys.byteorder == "big" or copy:
-        codes = torch.empty(len(view) // 4, dtype=torch.int32)
-        codes.numpy().data.cast("B")[:] = view
-        if sys.byteorder == "big":
-            codes.numpy().byteswap(inplace=True)
-        return codes
     # The memory of a message is read-only, and so is a base by construction: torch does not mind if it comes so.
-    return from_dlpack(np.frombuffer(view, np.int32))
+    codes = from_dlpack(np.frombuffer(data, np.int32, offset=begin))
+    if sys.byteorder == "big":
+        return torch.from_numpy(codes.numpy().byteswap())
+    return codes.clone() if copy else codes
 
 
 def _checksum(header: Any, codes: Any) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,20 +33,27 @@ STRETCH = 4 * CHUNK
 """Values whose change is taken at a time, before it is added to a total."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Returned:
     """One variable of a reply, checked, and not decoded until it is asked for.
 
+    A reply has hundreds of them; more objects for each would have the garbage collector look at the whole process more
+    often, which took as long as checking them.
+
     Attributes:
-        read: gives what came back. What went through the lossless stage is unpacked anew each time, so that the codes
-            of many replies are never held together.
+        held: what came back, where it lies in the message. What went through the lossless stage is unpacked anew each
+            time, so that the codes of many replies are never held together.
         sent: what the client had been sent.
         is_update: whether what came back is the difference to that already.
     """
 
-    read: Callable[[], Packed | Values]
+    held: Packed | Values | Callable[[], Packed]
     sent: Packed | Values
     is_update: bool
+
+    def read(self) -> Packed | Values:
+        """Give what came back."""
+        return self.held() if callable(self.held) else self.held
 
     def add_change_to(self, total: Tensor, weight: float) -> None:
         """Add ``weight`` times what the client changed to a flat total, float32 (or float64, of dense values).
@@ -218,20 +226,19 @@ class Broadcast:
             values = view_dense(array, name)
             if values.dtype != own.dtype:
                 raise PayloadError(f"{name}: dtype {values.dtype}, but {own.dtype} was sent")
-            return Returned(lambda: values, sent, False)
+            return Returned(values, sent, False)
         if own.dtype != "float32":
             raise PayloadError(f"{name}: compressed values came back, but {own.dtype} was sent")
-
-        def read() -> frame.Frame:
-            return read_packed(array, name, copy=False, sent=packed)
-
-        parsed = read()  # which checks it
+        parsed = read_packed(array, name, copy=False, sent=packed)
         is_update = parsed.kind == frame.UPDATE
         if is_update and packed is None:
             raise PayloadError(f"{name}: an update came back, but the variable was sent in FP32")
-        if len(array.data) < parsed.packed.codes.nbytes:
-            return Returned(lambda: read().packed, sent, is_update)
-        return Returned(lambda: parsed.packed, sent, is_update)  # where it lies in the message
+        in_message = len(array.data) > parsed.packed.codes.nbytes
+        return Returned(parsed.packed if in_message else partial(_unpacked, array, name, packed), sent, is_update)
+
+
+def _unpacked(array: Array, name: str, sent: Packed | None) -> Packed:
+    return read_packed(array, name, copy=False, sent=sent).packed
 
 
 def _error(packed: Packed, values: Tensor) -> tuple[float, float]:
