@@ -39,6 +39,10 @@ give something else."""
 _COMPRESSION = ("transform", "weight_matrices_only", "rounding", "aggregate", "lossless", "rest_format")
 """Settings that mean nothing to a run in FP32."""
 
+_UNIT = "client_rate"
+"""With one local step a mere unit to a run in FP32: Adam on the server divides by the size of what comes back. To a format
+it is more: how far the step stands out from what the weights are rounded to."""
+
 _KEYS = {"title", "paper", "model", "seeds", "pooled", "formats", "settings", "pretraining", "rows"}
 
 
@@ -77,7 +81,8 @@ class Row:
     def baseline(self) -> Settings:
         """The settings of the same training in FP32."""
         values = self.settings.to_dict()
-        plain = {key: value for key, value in values.items() if key not in _COMPRESSION}
+        ignored = {*_COMPRESSION, _UNIT} if self.settings.local_steps == 1 else {*_COMPRESSION}
+        plain = {key: value for key, value in values.items() if key not in ignored}
         return Settings.from_mapping({**plain, "formats": [FP32]})
 
     def run(self, seed: int) -> Settings:

@@ -56,6 +56,16 @@ def test_rows_that_differ_in_compression_alone_share_a_baseline(experiment: Expe
     assert len(keys) == 2 * 4 * 2 and len(set(keys)) == 2 * 5
 
 
+def test_a_client_rate_is_a_unit_in_fp32_with_one_local_step_alone(tmp_path: Path) -> None:
+    text = TEXT.replace("local_steps = 4", "local_steps = 4\nclient_rate = 0.5").replace(
+        "rounds = 7", "client_rate = 30.0"
+    )
+    fp32, one, _, steps = read(tmp_path, text).rows
+    assert one.run(0).client_rate == 30.0
+    assert fp32.run(0) == one.baseline and one.baseline.client_rate == Settings().client_rate
+    assert steps.baseline.client_rate == 0.5
+
+
 def test_the_key_names_everything_but_where_the_corpus_lies(experiment: Experiment) -> None:
     run = experiment.rows[1].run(3)
     assert key_of(run).startswith("an4-speaker-S1E3M7@0.9-seed3-")
