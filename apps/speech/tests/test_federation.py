@@ -105,6 +105,18 @@ def test_augmentation_changes_what_clients_hear_the_same_in_each_run(tones: Path
     assert one == same != plain
 
 
+def test_the_client_rate_is_a_unit_with_one_local_step_in_fp32(tones: Path, tmp_path: Path) -> None:
+    losses: dict[str, list[list[float]]] = {"FP32": [], "S1E2M3": []}
+    for rate in (0.1, 30.0):
+        found = run(settings(tones, formats=tuple(losses), client_rate=rate), tmp_path / str(rate))[1]
+        for format, known in losses.items():
+            known.append([row["loss"] for row in found[format]["history"]])
+    slow, fast = losses["FP32"]
+    assert slow != fast and slow == pytest.approx(fast, rel=2e-2)
+    slow, fast = losses["S1E2M3"]
+    assert slow != pytest.approx(fast, rel=2e-2)
+
+
 def test_a_stopped_run_keeps_what_it_has_and_resumes_to_the_same_end(tones: Path, tmp_path: Path) -> None:
     chosen = settings(tones, formats=("FP32", "S1E3M7@0.9"))
     _, whole = run(chosen, tmp_path / "whole")

@@ -40,8 +40,8 @@ _COMPRESSION = ("transform", "weight_matrices_only", "rounding", "aggregate", "l
 """Settings that mean nothing to a run in FP32."""
 
 _UNIT = "client_rate"
-"""With one local step a mere unit to a run in FP32: Adam on the server divides by the size of what comes back. To a format
-it is more: how far the step stands out from what the weights are rounded to."""
+"""With one local step a mere unit to a run in FP32: Adam on the server divides by the size of what comes back. To a
+format it is more: how far the step stands out from what the weights are rounded to."""
 
 _KEYS = {"title", "paper", "model", "seeds", "pooled", "formats", "settings", "pretraining", "rows"}
 
