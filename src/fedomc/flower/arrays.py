@@ -4,6 +4,7 @@ import ctypes
 import functools
 import io
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -183,19 +184,18 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
     del arrays
     fill_(model, ((name, _read(array, name, state[name], told)) for name, array in items))
     if consume:
-        give_back_memory()
+        _give_back_memory()
     return model
 
 
-def give_back_memory() -> None:
+def _give_back_memory() -> None:
     """Have the C library return what was freed to the system; glibc alone keeps so much that it matters.
 
     A message arrives in pieces of all sizes, and its blocks lie between those of what came before and after: without
     this a client's process stays larger by more than the message (240 MB of 1000, with 190 MB of message).
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _consumed(message: Message | RecordDict, told: Instructions | None) -> Iterator[tuple[str, Array]]:
@@ -261,7 +261,7 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
 
     replace_parameters(model, emptied())
     if consume:
-        give_back_memory()
+        _give_back_memory()
     return record
 
 

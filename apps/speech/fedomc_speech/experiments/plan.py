@@ -81,7 +81,7 @@ class Row:
     def baseline(self) -> Settings:
         """The settings of the same training in FP32."""
         values = self.settings.to_dict()
-        ignored = {*_COMPRESSION, _UNIT} if self.settings.local_steps == 1 else {*_COMPRESSION}
+        ignored = (*_COMPRESSION, _UNIT) if self.settings.local_steps == 1 else _COMPRESSION
         plain = {key: value for key, value in values.items() if key not in ignored}
         return Settings.from_mapping({**plain, "formats": [FP32]})
 
