@@ -129,7 +129,7 @@ def test_a_file_is_safetensors_with_readable_metadata(path: Path) -> None:
     assert not texts and content["version"] == 1 and content["tied"] == {"output.weight": "embedding.weight"}
     encoding = model.embedding.weight.encoding
     assert content["variables"]["embedding.weight"] == {
-        "format": "S1E2M3", "update_format": "S1E2M1", "transform": "scaled-affine", "rounding": "stochastic",
+        "format": "S1E2M3", "update_format": "S1E2M1", "transform": "scaled", "rounding": "stochastic",
         "seed": encoding.seed, "shape": [50, 40], "rewrites": [1, 2],
     }  # fmt: skip
     tensors = load_file(path)

@@ -252,7 +252,7 @@ def test_replies_of_several_models_are_checked_against_their_own(server: FLConte
 def test_the_round_trip_loses_what_the_format_loses(
     server: FLContextManager, library: str, kind: str, format: str
 ) -> None:
-    chosen = policy(update_format="S1E2M3")
+    chosen = policy(update_format="S1E2M3", rounding="nearest")
     task, values = message(model(library)), model(library, seed=30)
     sent = over_the_wire(send(server_out(chosen), task, "site-2", server))
     received = client_in().process(sent, context_of("site-2", "server"))

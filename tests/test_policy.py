@@ -176,7 +176,7 @@ def test_a_model_and_its_shapes_select_alike() -> None:
     assert dict(selection) == dict(policy.select(shapes, round=1, client=2))
     encoding = next(iter(selection.values()))
     assert encoding == policy.encoding(round=1, client=2)
-    assert encoding == Encoding(FloatFormat(2, 3), FloatFormat(2, 1), "scaled-affine", "stochastic", encoding.seed)
+    assert encoding == Encoding(FloatFormat(2, 3), FloatFormat(2, 1), "scaled", "stochastic", encoding.seed)
     assert next(iter(selection)) in repr(selection)
 
 
@@ -197,6 +197,22 @@ def test_a_model_and_its_shapes_select_alike() -> None:
 def test_impossible_policies(kwargs: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         CompressionPolicy(**{"format": "S1E3M7", **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "transform", "rounding"),
+    [
+        ({}, "scaled-affine", "nearest"),
+        ({"update_format": "S1E3M0"}, "scaled", "stochastic"),
+        ({"update_format": "S1E3M0", "rounding": "nearest"}, "scaled-affine", "nearest"),
+        ({"update_format": "S1E3M0", "transform": "affine"}, "affine", "stochastic"),
+        ({"rounding": "stochastic"}, "scaled", "stochastic"),
+        ({"transform": "none"}, "none", "nearest"),
+    ],
+)
+def test_defaults_follow_from_the_formats(kwargs: dict[str, str], transform: str, rounding: str) -> None:
+    encoding = CompressionPolicy("S1E2M3", **kwargs).encoding()
+    assert (encoding.transform, encoding.rounding) == (transform, rounding)
 
 
 @pytest.mark.parametrize("kwargs", [{"include": ["nothing"]}, {"exclude": ["*"]}, {"fraction": 0.0}])

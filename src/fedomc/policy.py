@@ -47,13 +47,15 @@ class CompressionPolicy:
     Attributes:
         format: of a variable, or of its base, such as ``S1E3M7``.
         update_format: keeps the local steps in a part of their own, in this format; None keeps one part.
-        transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``.
+        transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``; None is ``scaled-affine``, and
+            with stochastic rounding ``scaled``, which leaves it unbiased.
         weight_matrices_only: leave normalization, biases and scalars in FP32: everything without two or more
             dimensions larger than 1; and matrices of a few values, where the padding of the bit layout takes as many
             bytes as the format saves.
         fraction: of the compressible parameters that is compressed; the rest, whole variables drawn at random for each
             client and round, stays FP32 (paper, partial parameter quantization).
-        rounding: ``nearest`` or ``stochastic``: of variables in one part, or of the update part.
+        rounding: ``nearest`` or ``stochastic``: of variables in one part, or of the update part; None is ``nearest`` in
+            one part and ``stochastic`` in two, by what they did in training (``docs/results``).
         seed: of the random choices.
         include: name patterns (``fnmatch``) of the variables that may be compressed; empty means all.
         exclude: name patterns of those that may not.
@@ -65,10 +67,10 @@ class CompressionPolicy:
 
     format: str | FloatFormat
     update_format: str | FloatFormat | None = None
-    transform: str = "scaled-affine"
+    transform: str | None = None
     weight_matrices_only: bool = True
     fraction: float = 1.0
-    rounding: str = "nearest"
+    rounding: str | None = None
     seed: int = 0
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
@@ -83,6 +85,10 @@ class CompressionPolicy:
             if isinstance(getattr(self, name), str):
                 raise PolicyError(f"{name}={getattr(self, name)!r} must be a list of patterns, not a string")
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.rounding is None:
+            object.__setattr__(self, "rounding", "nearest" if self.update_format is None else "stochastic")
+        if self.transform is None:
+            object.__setattr__(self, "transform", "scaled" if self.rounding == "stochastic" else "scaled-affine")
         self.encoding()
 
     def encoding(self, *, round: int = 0, client: str | int = "") -> Encoding:
@@ -94,6 +100,7 @@ class CompressionPolicy:
         """
         assert isinstance(self.format, FloatFormat)
         assert self.update_format is None or isinstance(self.update_format, FloatFormat)
+        assert self.transform is not None and self.rounding is not None
         seed = _hash(self.seed, "rounding", round, client)
         return Encoding(self.format, self.update_format, self.transform, self.rounding, seed)
 

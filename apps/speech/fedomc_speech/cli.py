@@ -70,11 +70,11 @@ def compare(
     server_rate: Annotated[float, typer.Option(help="Highest rate of the server's Adam.")] = DEFAULTS.server_rate,
     warmup: Annotated[int, typer.Option(help="Rounds in which it rises.")] = DEFAULTS.warmup,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between measurements.")] = DEFAULTS.evaluate_every,
-    transform: Annotated[str, typer.Option(help="none, affine, scaled or scaled-affine.")] = DEFAULTS.transform,
+    transform: Annotated[str, typer.Option(help="Of each variable; empty: the format's best.")] = DEFAULTS.transform,
     weight_matrices_only: Annotated[
         bool, typer.Option(help="Leave biases and normalization in FP32.")
     ] = DEFAULTS.weight_matrices_only,
-    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = DEFAULTS.rounding,
+    rounding: Annotated[str, typer.Option(help="nearest, stochastic; empty: the format's best.")] = DEFAULTS.rounding,
     aggregate: Annotated[str, typer.Option(help="difference or value.")] = DEFAULTS.aggregate,
     lossless: Annotated[str, typer.Option(help="zstd on messages: none, down, up or both.")] = DEFAULTS.lossless,
     rest_format: Annotated[str, typer.Option(help="In which FP32 variables travel.")] = DEFAULTS.rest_format,

@@ -58,10 +58,10 @@ class Variant:
         return fedomc.CompressionPolicy(
             format=base,
             update_format=update or None,
-            transform=settings.transform,
+            transform=settings.transform or None,
             weight_matrices_only=settings.weight_matrices_only,
             fraction=self.fraction,
-            rounding=settings.rounding,
+            rounding=settings.rounding or None,
             seed=settings.seed,
             # The attention's biases, which happen to have two dimensions.
             exclude=("*.bias_u", "*.bias_v") if settings.weight_matrices_only else (),
@@ -85,15 +85,16 @@ class Settings:
         cohort: clients a round.
         local_steps: of each client in a round.
         batch: utterances a local step.
-        client_rate: learning rate of the clients' SGD.
+        client_rate: learning rate of the clients' SGD; with one local step it counts for formats in one part alone.
         clip_norm: of the gradient of each variable.
         augment: whether the clients change the features at each sight.
         server_rate: highest learning rate of the server's Adam.
         warmup: rounds in which it rises, at most a quarter of all; then it falls along a cosine.
         evaluate_every: rounds between two measurements of the word error rate.
-        transform: the per-variable transformation.
+        transform: the per-variable transformation; empty is the library's default for the format.
         weight_matrices_only: leave biases and normalization in FP32.
-        rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two.
+        rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two; empty is
+            the library's default for the format.
         aggregate: ``difference`` or ``value``.
         lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``.
         rest_format: in which what a fraction leaves in FP32 travels, such as ``S1E5M10``; empty is FP32.
@@ -101,7 +102,7 @@ class Settings:
         round_timeout: seconds to wait for the clients of a round; who is later is left out.
     """
 
-    formats: tuple[str, ...] = (FP32, "S1E3M7@0.9", "S1E2M3+S1E2M1")
+    formats: tuple[str, ...] = (FP32, "S1E3M7@0.9", "S1E2M3+S1E3M0")
     corpus: str = "digits"
     corpus_path: str = ""
     split: str = "speaker"
@@ -113,15 +114,15 @@ class Settings:
     cohort: int = 8
     local_steps: int = 1
     batch: int = 8
-    client_rate: float = 0.1
+    client_rate: float = 1.0
     clip_norm: float = 0.3
     augment: bool = False
     server_rate: float = 1.5e-3
     warmup: int = 20
     evaluate_every: int = 20
-    transform: str = "scaled-affine"
+    transform: str = ""
     weight_matrices_only: bool = True
-    rounding: str = "nearest"
+    rounding: str = ""
     aggregate: str = "difference"
     lossless: str = "none"
     rest_format: str = ""

@@ -35,6 +35,9 @@ def test_the_policy_of_a_variant() -> None:
     assert (str(two.format), str(two.update_format), two.rounding) == ("S1E2M3", "S1E2M1", "stochastic")
     assert one.seed == two.seed == 5
     assert one.transform == "affine"
+    one, two = (Variant.parse(text).policy(Settings()) for text in ("S1E3M7@0.9", "S1E2M3+S1E3M0"))
+    assert one == fedomc.CompressionPolicy("S1E3M7", fraction=0.9, exclude=("*.bias_u", "*.bias_v"))
+    assert two == fedomc.CompressionPolicy("S1E2M3", "S1E3M0", exclude=("*.bias_u", "*.bias_v"))
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ class Broadcast:
             shared = policy.encoding(round=self.round)
             pieces = {name: self._piece(name, shared, frame.VARIABLE) for name in selection}
             if self._rest_format is not None:
-                rest = Encoding(self._rest_format, transform=policy.transform)
+                rest = Encoding(self._rest_format, transform=shared.transform)
                 for name in policy.compressible(self._shapes):
                     if name not in pieces:
                         pieces[name] = self._piece(name, rest, frame.DENSE)

@@ -32,16 +32,17 @@ from fedomc_speech.settings import FP32, Settings, Variant
 SUMMARY = "summary"
 """The name of the file with all rows, next to a file for each experiment."""
 
-VERSION = 1
-"""Of what a run gives: raise it with every change to training, model or features by which the same settings
+VERSION = 2
+"""Of what a run gives: raise it with every change to training, model, features or defaults by which the same settings
 give something else."""
 
 _COMPRESSION = ("transform", "weight_matrices_only", "rounding", "aggregate", "lossless", "rest_format")
 """Settings that mean nothing to a run in FP32."""
 
-_UNIT = "client_rate"
-"""With one local step a mere unit to a run in FP32: Adam on the server divides by the size of what comes back. To a
-format it is more: how far the step stands out from what the weights are rounded to."""
+_FP32_CLIENT_RATE = 0.1
+"""Of runs in FP32 with one local step, whatever that of a row: it is a mere unit there, as Adam on the server divides
+by the size of what comes back. To a format it is more: how far the step stands out from what the weights are rounded
+to."""
 
 _KEYS = {"title", "paper", "model", "seeds", "pooled", "formats", "settings", "pretraining", "rows"}
 
@@ -81,8 +82,9 @@ class Row:
     def baseline(self) -> Settings:
         """The settings of the same training in FP32."""
         values = self.settings.to_dict()
-        ignored = (*_COMPRESSION, _UNIT) if self.settings.local_steps == 1 else _COMPRESSION
-        plain = {key: value for key, value in values.items() if key not in ignored}
+        plain = {key: value for key, value in values.items() if key not in _COMPRESSION}
+        if self.settings.local_steps == 1:
+            plain["client_rate"] = _FP32_CLIENT_RATE
         return Settings.from_mapping({**plain, "formats": [FP32]})
 
     def run(self, seed: int) -> Settings:

@@ -62,7 +62,7 @@ def test_a_client_rate_is_a_unit_in_fp32_with_one_local_step_alone(tmp_path: Pat
     )
     fp32, one, _, steps = read(tmp_path, text).rows
     assert one.run(0).client_rate == 30.0
-    assert fp32.run(0) == one.baseline and one.baseline.client_rate == Settings().client_rate
+    assert fp32.run(0) == one.baseline and one.baseline.client_rate == 0.1
     assert steps.baseline.client_rate == 0.5
 
 
