@@ -117,9 +117,18 @@ def _differences(gathered: dict[str, Any]) -> Figure | None:
         axes.plot(row["difference"], i, "o", color="C0")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["row"] for row in rows])
-    axes.set(xlabel="word error rate, percent points; bars: 95% over seeds")
+    if any(abs(row["difference"]) > 20 for row in rows):
+        _by_tens(axes)
+    figure.supxlabel("word error rate, percent points; bars: 95% over seeds", fontsize="medium")
     axes.invert_yaxis()
     return figure
+
+
+def _by_tens(axes: Axes) -> None:
+    """Make room near zero for what would vanish beside much larger differences."""
+    axes.set_xscale("symlog", linthresh=5)
+    axes.set_xticks([-10, -5, 0, 5, 10, 20, 50, 100], ["-10", "-5", "0", "5", "10", "20", "50", "100"])
+    axes.minorticks_off()
 
 
 def _front(gathered: dict[str, Any]) -> Figure | None:
