@@ -582,3 +582,13 @@ def test_copying_two_parts_of_one_encoding_copies_both_and_spares_foreign_memory
     assert torch.equal(codes, before)
     q.zero_()
     assert not torch.equal(p.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("how", [{}, {"update_format": "S1E2M1"}])
+def test_a_view_sees_a_copy_of_a_variable_that_was_changed_as_often(how: dict[str, str]) -> None:
+    one, other = (CompressedTensor.from_dense(randn(8, 8, seed=seed), "S1E3M7", **how) for seed in (1, 2))
+    view = one[0]
+    assert same_bits(view + 0, dense(one)[0])
+    one.copy_(other)
+    assert [part.rewrites for part in one.parts] == [part.rewrites for part in other.parts]
+    assert same_bits(view + 0, dense(other)[0])

@@ -22,22 +22,27 @@ class _Mirror:
     def __init__(self, owner: CompressedTensor) -> None:
         self.owner = owner
         self.values = owner.dequantize()
-        self.state = self._state()
+        self.seen = self._look()
 
     def refresh(self) -> None:
         """Decode again if the variable was changed by another way."""
-        if self.state != self._state():
+        if not self._is_current():
             with torch.no_grad():
                 self.values.copy_(self.owner.dequantize())
-            self.state = self._state()
+            self.seen = self._look()
 
     def encode(self) -> None:
         """Encode what was written, then show what the codes made of it."""
         self.owner.rewrite_from(self.values)
         self.refresh()
 
-    def _state(self) -> tuple[int, ...]:
-        return tuple(part.rewrites for part in self.owner.parts)
+    def _look(self) -> list[tuple[int, "weakref.ref[Tensor]"]]:
+        return [(part.rewrites, weakref.ref(part.codes)) for part in self.owner.parts]
+
+    def _is_current(self) -> bool:
+        """Tell whether no part was rewritten, nor got the codes and the count of another variable."""
+        looks = zip(self.owner.parts, self.seen, strict=True)
+        return all(part.rewrites == rewrites and part.codes is codes() for part, (rewrites, codes) in looks)
 
 
 _mirrors: "weakref.WeakValueDictionary[int, _Mirror]" = weakref.WeakValueDictionary()

@@ -139,7 +139,7 @@ def _copy_codes(target: CompressedTensor, source: Any) -> bool:
         # Not into the present codes: those of a base may be the memory of a message.
         mine.codes = its.codes.clone()
         mine.affine = its.affine.clone()
-        mine.rewrites += 1 + its.rewrites
+        mine.rewrites = its.rewrites  # the draws of stochastic rounding go on as they would have there
     return True
 
 
