@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fedomc import codec, frame
 from fedomc.errors import OMCError, PayloadError
+from fedomc.flower.chunks import ChunkedArray
 from fedomc.formats import FloatFormat
 from fedomc.model import replace_parameters
 from fedomc.state import check_names, fill_, some, state_of
@@ -100,16 +101,17 @@ def view_dense(array: Array, name: str, *, check: bool = True) -> np.ndarray[Any
     """
     if array.stype != "numpy.ndarray":
         raise PayloadError(f"{name}: serialization type {array.stype!r} is unknown")
+    data = array.data
     try:
-        begin = 10 + int.from_bytes(array.data[8:10], "little")
-        shape, columns_first, dtype = _read_header(array.data[:begin])
+        begin = 10 + int.from_bytes(data[8:10], "little")
+        shape, columns_first, dtype = _read_header(data[:begin])
     except Exception as error:
         raise PayloadError(f"{name}: not a numpy array: {error}") from error
     if shape != tuple(array.shape) or dtype.kind not in "fiub" or not dtype.isnative:
         raise PayloadError(f"{name}: the data claims {dtype} {shape}, its array says {array.dtype} {array.shape}")
-    if math.prod(shape) * dtype.itemsize != len(array.data) - begin:
-        raise PayloadError(f"{name}: {len(array.data)} bytes do not hold {dtype} {shape}")
-    values = np.frombuffer(array.data, dtype, offset=begin).reshape(shape, order="F" if columns_first else "C")
+    if math.prod(shape) * dtype.itemsize != len(data) - begin:
+        raise PayloadError(f"{name}: {len(data)} bytes do not hold {dtype} {shape}")
+    values = np.frombuffer(data, dtype, offset=begin).reshape(shape, order="F" if columns_first else "C")
     if check and not _all_finite(values):
         raise PayloadError(f"{name} has a value that is NaN or infinite")
     return values
@@ -235,8 +237,9 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
         message: what the model was filled from. With it the arrays travel as its sender asked for: through the lossless
             stage, which needs to know what was sent, and what arrived in the rest's format goes back in it, as an
             update.
-        consume: let go of each parameter when it is written, so that model and arrays are never both in memory. The
-            parameters lie on the meta device afterwards, without gradients; ``install`` can fill the model again.
+        consume: let go of each parameter when it is written, so that model and arrays are never both in memory, and
+            hold the arrays as they are sent, so that sending makes no copy. The parameters lie on the meta device
+            afterwards, without gradients; ``install`` can fill the model again.
 
     Returns:
         The arrays by qualified name; tied parameters once.
@@ -254,7 +257,9 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
     def emptied() -> Iterator[tuple[str, Tensor]]:
         for name in list(state):
             tensor = state.pop(name)
-            record[name] = _written(tensor, name, sent.get(name), told)
+            array = _written(tensor, name, sent.get(name), told)
+            record[name] = ChunkedArray(array) if consume else array
+            del array
             if consume and isinstance(tensor, nn.Parameter):
                 tensor.grad = None
                 yield name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -115,6 +115,8 @@ def _described(policy: CompressionPolicy | None) -> dict[str, Any] | None:
         return None
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     texts = {name: str(fields[name]) for name in ("format", "update_format")}
+    how = policy.encoding()  # which says what the formats chose
+    texts |= {"transform": how.transform, "rounding": how.rounding}
     return {**fields, **texts, "include": list(policy.include), "exclude": list(policy.exclude)}
 
 
