@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -213,6 +214,11 @@ def test_impossible_policies(kwargs: dict[str, object], error: type[Exception], 
 def test_defaults_follow_from_the_formats(kwargs: dict[str, str], transform: str, rounding: str) -> None:
     encoding = CompressionPolicy("S1E2M3", **kwargs).encoding()
     assert (encoding.transform, encoding.rounding) == (transform, rounding)
+
+
+def test_another_format_brings_its_own_defaults() -> None:
+    two_parts = CompressionPolicy("S1E2M3", update_format="S1E3M0")
+    assert replace(two_parts, update_format=None).encoding() == CompressionPolicy("S1E2M3").encoding()
 
 
 @pytest.mark.parametrize("kwargs", [{"include": ["nothing"]}, {"exclude": ["*"]}, {"fraction": 0.0}])

@@ -85,10 +85,6 @@ class CompressionPolicy:
             if isinstance(getattr(self, name), str):
                 raise PolicyError(f"{name}={getattr(self, name)!r} must be a list of patterns, not a string")
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.rounding is None:
-            object.__setattr__(self, "rounding", "nearest" if self.update_format is None else "stochastic")
-        if self.transform is None:
-            object.__setattr__(self, "transform", "scaled" if self.rounding == "stochastic" else "scaled-affine")
         self.encoding()
 
     def encoding(self, *, round: int = 0, client: str | int = "") -> Encoding:
@@ -100,9 +96,13 @@ class CompressionPolicy:
         """
         assert isinstance(self.format, FloatFormat)
         assert self.update_format is None or isinstance(self.update_format, FloatFormat)
-        assert self.transform is not None and self.rounding is not None
+        rounding, transform = self.rounding, self.transform
+        if rounding is None:
+            rounding = "nearest" if self.update_format is None else "stochastic"
+        if transform is None:
+            transform = "scaled" if rounding == "stochastic" else "scaled-affine"
         seed = _hash(self.seed, "rounding", round, client)
-        return Encoding(self.format, self.update_format, self.transform, self.rounding, seed)
+        return Encoding(self.format, self.update_format, transform, rounding, seed)
 
     def compressible(self, variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Return the names and sizes of all variables that the policy may compress, in the model's order.

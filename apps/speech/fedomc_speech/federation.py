@@ -257,7 +257,8 @@ class _Rounds:
         full = compressed = self.measure(network)
         policy = self.variant.policy(self.settings)
         if policy is not None:
-            whole = replace(policy, fraction=1.0, update_format=None, rounding="nearest")
+            transform = policy.encoding().transform  # of the base, as it was sent
+            whole = replace(policy, fraction=1.0, update_format=None, transform=transform, rounding="nearest")
             compressed = self.measure(cast(Any, fedomc.compress_(network, whole.select(network))))
             fedomc.decompress_(network)
         totals = self.totals
