@@ -126,12 +126,13 @@ class Packed:
         scale, offset = self.affine.tolist()
         return codec.decode_add(self._words(start, out), self.format, scale, offset, weight, out)
 
-    def add_difference_to(self, out: Tensor, less: "Packed", weight: float = 1.0) -> Tensor:
+    def add_difference_to(self, out: Tensor, less: "Packed", weight: float = 1.0, start: int = 0) -> Tensor:
         """Add ``weight`` times what this variable is more than another to float32 ``out``, in one pass."""
         scale, offset = self.affine.tolist()
         less_scale, less_offset = less.affine.tolist()
+        words, less_words = self._words(start, out), less._words(start, out)
         return codec.decode_add_difference(
-            self.codes, self.format, scale, offset, less.codes, less.format, less_scale, less_offset, weight, out
+            words, self.format, scale, offset, less_words, less.format, less_scale, less_offset, weight, out
         )
 
     def rewrite(

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedomc
-from fedomc import frame
+from fedomc import codec, frame
 from fedomc.flower import OMCStrategy, OneByOne, aggregation
+from fedomc.flower import broadcast as broadcast_module
 from fedomc.flower.aggregation import BATCH, Mean, averages
 from fedomc.flower.arrays import STYPE, packed_array, read_packed
 from fedomc.flower.broadcast import Broadcast
@@ -111,10 +112,13 @@ def decode(message: Message, name: str) -> tuple[np.ndarray, bool]:
     return values.astype(np.float64), parsed.kind == frame.UPDATE
 
 
-def mean_of(broadcast: Broadcast, replies: list[Message], weights: list[float], value: bool) -> dict[str, np.ndarray]:
+def mean_of(
+    broadcast: Broadcast, replies: list[Message], weights: list[float], value: bool, together: int = 3
+) -> dict[str, np.ndarray]:
     mean = Mean(broadcast, value=value)
-    for reply, weight in zip(replies, weights, strict=True):
-        mean.add(broadcast.read(reply), weight)
+    read = [(broadcast.read(reply), weight) for reply, weight in zip(replies, weights, strict=True)]
+    for at in range(0, len(read), together):
+        mean.add(read[at : at + together])
     return {name: array.numpy().copy() for name, array in mean.result().items()}
 
 
@@ -143,6 +147,25 @@ def test_every_order_of_mixed_formats_is_the_exact_mean_within_the_bound(value: 
             assert (np.abs(found[name].ravel() - mean) <= limit).all(), (name, order)
 
 
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_replies_that_are_added_together_give_the_bits_of_one_by_one(
+    value: bool, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = model()
+    arrays["table"] = Array(np.linspace(-1, 1, codec.CHUNK + 100, dtype=np.float32))
+    broadcast = Broadcast(arrays, policy_of, 1, str)
+    replies = [answer(sent(node, broadcast, arrays), 1e-3, dense) for node in range(1, 8)]
+    weights = [3.0, 1000.0, 0.0, 7.0, 1e-3, 5e6, 2.0]
+    alone = mean_of(broadcast, replies, weights, value, together=1)
+    monkeypatch.setattr(broadcast_module, "STRETCH", codec.BLOCK)
+    for together in (1, 2, 3, 7):
+        found = mean_of(broadcast, replies, weights, value, together)
+        assert {name: array.tobytes() for name, array in found.items()} == {
+            name: array.tobytes() for name, array in alone.items()
+        }
+
+
 @pytest.mark.parametrize("count", [BATCH, BATCH + 1, 3 * BATCH + 5])
 def test_the_bound_does_not_grow_beyond_a_batch(count: int) -> None:
     arrays = model()
@@ -169,9 +192,10 @@ def test_the_bound_does_not_grow_beyond_a_batch(count: int) -> None:
 @given(
     st.lists(st.floats(1e-300, 2.0**63), min_size=1, max_size=8),
     st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=8, max_size=8),
+    st.integers(1, 8),
 )
 def test_any_weights_and_values_stay_finite_between_the_least_and_the_largest(
-    weights: list[float], given_values: list[float]
+    weights: list[float], given_values: list[float], together: int
 ) -> None:
     arrays = ArrayRecord({"x": Array(np.zeros(3, np.float32))})
     broadcast = Broadcast(arrays, lambda node: None, 1, str)
@@ -179,7 +203,7 @@ def test_any_weights_and_values_stay_finite_between_the_least_and_the_largest(
         Message(RecordDict({"a": ArrayRecord({"x": Array(np.full(3, x, np.float32))})}), node, "train")
         for node, x in enumerate(given_values[: len(weights)], start=1)
     ]
-    found = mean_of(broadcast, replies, weights, False)["x"]
+    found = mean_of(broadcast, replies, weights, False, together)["x"]
     used = given_values[: len(weights)]
     slack = 16 * U * max(map(abs, used)) + 2.0**-80
     assert np.isfinite(found).all()

@@ -22,7 +22,7 @@ in whatever order they arrive, as long as nothing is subnormal: two orders diffe
 import functools
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYog
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.flower.broadcast import Broadcast, Returned, Values
+from fedomc.flower.broadcast import Broadcast, Returned, Values, add_changes
 from fedomc.transform import Packed
 
 AGGREGATES = ("difference", "value")
@@ -77,27 +77,32 @@ class Mean:
         self._totals: dict[str, Tensor] = {}
         self._sent: dict[tuple[str, int], tuple[Packed, float]] = {}
 
-    def add(self, reply: Mapping[str, Returned], weight: float) -> None:
-        """Add a reply, one variable at a time; nothing of it is kept."""
-        if weight <= 0:
+    def add(self, replies: Sequence[tuple[Mapping[str, Returned], float]]) -> None:
+        """Add replies with their weights, of all of them one variable at a time; nothing of them is kept.
+
+        The fewer times a sum is read and written, the faster it goes: that is most of what there is to move.
+        """
+        replies = [(reply, weight) for reply, weight in replies if weight > 0]
+        if not replies:
             return
-        if self.weight + weight / self._unit > 1:
-            self._choose_unit(weight)
-        # The kernels take float32: the weight that counts is the one that they see.
-        weight = float(np.float32(weight / self._unit))
-        if self._count == BATCH:
+        together = math.fsum(weight for _, weight in replies)
+        if self.weight + together / self._unit > 1:
+            self._choose_unit(together)
+        if self._count + len(replies) > BATCH:
             self._move()
-        for name, returned in reply.items():
+        # The kernels take float32: the weight that counts is the one that they see.
+        replies = [(reply, float(np.float32(weight / self._unit))) for reply, weight in replies]
+        for name in replies[0][0]:
             if name not in self._sums:
                 values = self._broadcast.dense(name)
                 kind = torch.float32 if values.dtype == np.float32 else torch.float64
                 self._sums[name] = torch.zeros(values.size, dtype=kind)
-            returned.add_change_to(self._sums[name], weight)
-            if self._value and isinstance(returned.sent, Packed):
-                key = name, id(returned.sent)
-                self._sent[key] = returned.sent, weight + self._sent.get(key, (returned.sent, 0.0))[1]
-        self.weight += weight
-        self._count += 1
+            add_changes(self._sums[name], [(reply[name], weight) for reply, weight in replies])
+        for reply, weight in replies:
+            if self._value:
+                self._add_sent(reply, weight)
+            self.weight += weight
+        self._count += len(replies)
 
     def result(self) -> ArrayRecord:
         """Give the mean as arrays that each can be asked once for its values, which takes the place of its sum."""
@@ -131,6 +136,12 @@ class Mean:
                 packed.add_to(total[start:stop], share, start)
             part += flat[start:stop] if server == 1 else flat[start:stop] * part.dtype.type(server)
         return values.reshape(own.shape)
+
+    def _add_sent(self, reply: Mapping[str, Returned], weight: float) -> None:
+        for name, returned in reply.items():
+            if isinstance(returned.sent, Packed):
+                key = name, id(returned.sent)
+                self._sent[key] = returned.sent, weight + self._sent.get(key, (returned.sent, 0.0))[1]
 
     def _move(self) -> None:
         for name, total in self._sums.items():

@@ -1,6 +1,6 @@
 """One round's model: what each client is sent, and what its reply says against that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,8 +29,8 @@ from fedomc.transform import Encoding, Packed, encode
 
 Values = np.ndarray[Any, Any]
 
-STRETCH = 4 * CHUNK
-"""Values whose change is taken at a time, before it is added to a total."""
+STRETCH = 8 * CHUNK
+"""Values that are taken at a time of several replies: their total stays in the cache meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +55,6 @@ class Returned:
         """Give what came back."""
         return self.held() if callable(self.held) else self.held
 
-    def add_change_to(self, total: Tensor, weight: float) -> None:
-        """Add ``weight`` times what the client changed to a flat total, float32 (or float64, of dense values).
-
-        The difference is taken first, value by value, so that the total is rounded on the scale of the changes.
-        """
-        values, sent = self.read(), self.sent
-        if self.is_update:
-            assert isinstance(values, Packed)
-            values.add_to(total, weight)
-            return
-        if isinstance(values, Packed) and isinstance(sent, Packed):
-            values.add_difference_to(total, sent, weight)
-            return
-        if not isinstance(values, Packed) and not isinstance(sent, Packed):
-            if total.dtype == torch.float32:
-                codec.add_difference(flat_tensor(values), flat_tensor(sent), weight, total)
-            else:
-                total.add_(torch.from_numpy(np.subtract(_flat(values), _flat(sent), dtype=np.float64)), alpha=weight)
-            return
-        scratch = torch.empty(min(STRETCH, total.numel()), dtype=total.dtype)
-        for start in range(0, total.numel(), STRETCH):
-            stretch = total[start : start + STRETCH]
-            stretch.add_(self._change(values, scratch[: stretch.numel()], start), alpha=weight)
-
     def change(self, out: Tensor) -> Tensor:
         """Write what the client changed to ``out``, flat."""
         return self._change(self.read(), out, 0)
@@ -96,6 +72,40 @@ class Returned:
             return out if self.is_update else self.sent.add_to(out, -1.0, start)
         np.subtract(out.numpy(), _flat(self.sent)[start:stop], out=out.numpy())
         return out
+
+    def _add_change(self, values: Packed | Values, total: Tensor, weight: float, start: int) -> None:
+        """Add ``weight`` times the changes from ``start`` on."""
+        sent, stop = self.sent, start + total.numel()
+        if self.is_update:
+            assert isinstance(values, Packed)
+            values.add_to(total, weight, start)
+        elif isinstance(values, Packed) and isinstance(sent, Packed):
+            values.add_difference_to(total, sent, weight, start)
+        elif isinstance(values, Packed) or isinstance(sent, Packed):
+            total.add_(self._change(values, torch.empty_like(total), start), alpha=weight)
+        elif total.dtype == torch.float32 and total.numel() >= CHUNK:
+            codec.add_difference(flat_tensor(values)[start:stop], flat_tensor(sent)[start:stop], weight, total)
+        else:  # of which a model has hundreds: calling the codec takes longer than adding
+            added = total.numpy()
+            change = np.subtract(_flat(values)[start:stop], _flat(sent)[start:stop], dtype=added.dtype)
+            change *= added.dtype.type(weight)
+            added += change
+
+
+def add_changes(total: Tensor, replies: Sequence[tuple[Returned, float]]) -> None:
+    """Add what clients changed of a variable, each times its weight, to a flat total.
+
+    The difference is taken first, value by value, so that the total is rounded on the scale of the changes.
+
+    Args:
+        total: float32 (or float64, of dense values).
+        replies: in the order in which they are added.
+    """
+    read = [(returned, returned.read(), weight) for returned, weight in replies]
+    for start in range(0, total.numel(), STRETCH):
+        stretch = total[start : start + STRETCH]
+        for returned, values, weight in read:
+            returned._add_change(values, stretch, weight, start)
 
 
 def _flat(values: Values) -> Values:

@@ -36,8 +36,9 @@ _Checked = tuple[Message, dict[str, Returned]]
 _LARGEST_WEIGHT = 2.0**63
 """Of a reply; it is a count, and sums of larger numbers might not be finite."""
 
-_JUDGED_TOGETHER = 3
-"""Replies that come one by one must have the metrics that most of the first few have."""
+_FEW = 3
+"""Of replies that come one by one, so many are added together; and the metrics that most of the first so many have,
+all others must have."""
 
 
 class OMCStrategy(Strategy):
@@ -234,9 +235,9 @@ class OMCStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies and aggregate what they decode to.
 
-        If the inner strategy needs no more than a mean, each reply is added to it and let go of, one variable at a
-        time; of an iterator, such as ``OneByOne`` gives, no more than a few are in memory at any time. Other
-        strategies get all replies, which decode when they are looked at.
+        If the inner strategy needs no more than a mean, a few replies at a time are added to it, one variable of all
+        of them after the other, and let go of; of an iterator, such as ``OneByOne`` gives, no more are in memory at
+        any time. Other strategies get all replies, which decode when they are looked at.
         """
         if self._broadcast is None or self.report is None:
             raise RuntimeError("aggregate_train was called before configure_train")
@@ -310,12 +311,13 @@ class OMCStrategy(Strategy):
         """Aggregate with a strategy that takes the mean for the reply of a single client."""
         assert self.report is not None
         mean, kept = Mean(broadcast, value=self.aggregate == "value"), list[Message]()
-        for reply, variables in usable:
+        while some := list(islice(usable, _FEW)):
             with self.report.timed("decode"):
-                mean.add(variables, self._weight(reply))
-            reply.content = _without_arrays(reply.content)
-            kept.append(reply)
-            del reply, variables  # before the next one is there
+                mean.add([(variables, self._weight(reply)) for reply, variables in some])
+            for reply, _ in some:
+                reply.content = _without_arrays(reply.content)
+                kept.append(reply)
+            del some, reply, _  # before the next ones are there
         if not mean.weight:
             return self.inner.aggregate_train(server_round, errors)
         kept = self._sorted(kept)
@@ -370,7 +372,7 @@ class OMCStrategy(Strategy):
             others = [reply for reply in replies if reply.metadata.src_node_id not in broadcast.nodes]
             replies = self._sorted(asked) + others
         checked = self._checked(broadcast, replies, errors)
-        first = list(checked if whole else islice(checked, _JUDGED_TOGETHER))
+        first = list(checked if whole else islice(checked, _FEW))
         usual = _usual(reply for reply, _ in first)
         assert self.report is not None
         received = 0
