@@ -131,21 +131,40 @@ def _by_tens(axes: Axes) -> None:
     axes.minorticks_off()
 
 
+def _label_beside(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
+    """Write the labels one above the other at the right, each with a line to its point: the points lie too close."""
+    order = sorted(range(len(points)), key=lambda i: (points[i][1], -points[i][0]))
+    low, high = axes.get_ylim()
+    for i, at in zip(order, spread([(points[i][1] - low) / (high - low) for i in order], 0.045), strict=True):
+        axes.annotate(
+            labels[i], points[i], fontsize=6, xytext=(1.04, at), textcoords="axes fraction", va="center",
+            arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.4, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Move sorted places up, no more than it takes, until each is ``gap`` above the last."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + gap) if moved else place)
+    return moved
+
+
 def _front(gathered: dict[str, Any]) -> Figure | None:
     """Word error rate against bytes held and sent, and the rows that no other beats."""
     rows = summarize(gathered)
     if len(rows) < 4:
         return None
-    figure, panels = _axes(2, f"{gathered['title']}: word error rate against bytes")
+    figure, panels = _axes(2, f"{gathered['title']}: word error rate against bytes", 4.4)
     costs = ("memory_ratio",), ("down_ratio", "up_ratio")
     for axes, keys in zip(panels, costs, strict=True):
         points = [(100 * sum(row[key] for key in keys) / len(keys), row["wer"]) for row in rows]
         front = pareto(points)
         axes.plot([points[i][0] for i in front], [points[i][1] for i in front], color="C1", linewidth=1)
-        for i, (point, row) in enumerate(zip(points, rows, strict=True)):
+        for i, point in enumerate(points):
             axes.plot(*point, "o", color="C1" if i in front else "C0", markersize=4)
-            axes.annotate(row["row"], point, fontsize=6, xytext=(3, 3), textcoords="offset points")
         _logarithmic(axes, (5, 7, 10, 14, 20, 30, 40, 60, 80, 100))
+        _label_beside(axes, points, [row["row"] for row in rows])
     panels[0].set(xlabel="bytes of a client's parameters, % of FP32", ylabel="word error rate, %")
     panels[1].set(xlabel="bytes sent, mean of down and up, % of FP32")
     return figure
