@@ -310,14 +310,23 @@ def test_fits_names_the_formats_within_a_budget() -> None:
     assert unmeasured.fits(unmeasured.predicted["S1E3M7"].peak) == ["S1E3M7", "S1E2M3+S1E2M1"]
 
 
-def test_policies_and_the_models_own_formats() -> None:
+@pytest.mark.parametrize(
+    ("policy", "label"),
+    [
+        (CompressionPolicy("S1E3M7", fraction=0.5, seed=1), "S1E3M7@0.5"),
+        (
+            CompressionPolicy("S1E2M1", update_format="S1E3M0", format_by_name={"*attn*": "S1E2M3"}),
+            "S1E2M1+S1E3M0/S1E2M3+S1E3M0",
+        ),
+    ],
+)
+def test_policies_and_the_models_own_formats(policy: CompressionPolicy, label: str) -> None:
     model, batch = made("gpt2")
-    policy = CompressionPolicy("S1E3M7", fraction=0.5, seed=1)
     compress_(model, policy.select(model))
     report = memory_report(model, batch, formats=["as is", policy, "FP32"], lr=0.01)
-    assert list(report.measured) == ["as is", "S1E3M7@0.5", "FP32"]
+    assert list(report.measured) == ["as is", label, "FP32"]
     for held in (report.predicted, report.measured):
-        assert held["as is"] == held["S1E3M7@0.5"]
+        assert held["as is"] == held[label]
         assert held["as is"].parameters == parameter_bytes(model).total < held["FP32"].parameters
 
 

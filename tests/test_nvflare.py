@@ -302,12 +302,16 @@ def build() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ("update_format", "kind"),
-    [(None, DataKind.WEIGHTS), ("S1E2M3", DataKind.WEIGHT_DIFF)],
-    ids=["one part", "two parts"],
+    ("how", "kind"),
+    [
+        ({}, DataKind.WEIGHTS),
+        ({"update_format": "S1E2M3"}, DataKind.WEIGHT_DIFF),
+        ({"update_format": "S1E2M3", "format_by_name": {"0.*": "S1E4M8"}}, DataKind.WEIGHT_DIFF),
+    ],
+    ids=["one part", "two parts", "formats by name"],
 )
-def test_a_client_may_train_compressed_tensors(server: FLContextManager, update_format: str | None, kind: str) -> None:
-    chosen = policy(update_format=update_format, fraction=1.0)
+def test_a_client_may_train_compressed_tensors(server: FLContextManager, how: dict[str, Any], kind: str) -> None:
+    chosen = policy(fraction=1.0, **how)
     torch.manual_seed(0)
     original = {name: value.clone() for name, value in build().state_dict().items()}
     sent = over_the_wire(send(server_out(chosen), message(original), "site-1", server))
@@ -317,6 +321,7 @@ def test_a_client_may_train_compressed_tensors(server: FLContextManager, update_
     with torch.device("meta"):
         net = build()
     net.load_state_dict(params, assign=True)
+    assert all(params[name].format == chosen.format_of(name) for name in ("0.weight", "2.weight"))
     before = {name: value.dequantize() for name, value in params.items() if name in ("0.weight", "2.weight")}
     fedomc.step_in_backward(net, torch.optim.SGD, lr=0.5)
     net(randn(16, 40)).square().mean().backward()

@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -193,6 +194,10 @@ def test_a_model_and_its_shapes_select_alike() -> None:
         ({"rounding": "up"}, PolicyError, "up"),
         ({"include": "layer*"}, PolicyError, "include='layer"),
         ({"exclude": "layer*"}, PolicyError, "exclude='layer"),
+        ({"format_by_name": "layer*"}, PolicyError, "format_by_name='layer"),
+        ({"format_by_name": ["S1E2M3"]}, PolicyError, "map name patterns"),
+        ({"format_by_name": {1: "S1E2M3"}}, PolicyError, "map name patterns"),
+        ({"format_by_name": {"layer*": "fp8"}}, FormatError, "fp8"),
     ],
 )
 def test_impossible_policies(kwargs: dict[str, object], error: type[Exception], message: str) -> None:
@@ -216,6 +221,26 @@ def test_defaults_follow_from_the_formats(kwargs: dict[str, str], transform: str
     assert (encoding.transform, encoding.rounding) == (transform, rounding)
 
 
+@pytest.mark.parametrize(
+    ("by_name", "expected"),
+    [
+        ({}, {"S1E3M7": 12}),
+        ({"layer1*": "S1E2M3"}, {"S1E3M7": 9, "S1E2M3": 3}),
+        ({"*": "S1E2M3"}, {"S1E2M3": 12}),
+        ({"layer1.*": "S1E4M8", "layer1*": "S1E2M3"}, {"S1E3M7": 9, "S1E2M3": 2, "S1E4M8": 1}),  # the first counts
+        ({"layer1*": "S1E2M3", "layer1.*": "S1E4M8"}, {"S1E3M7": 9, "S1E2M3": 3}),
+        ([("layer1*", FloatFormat(2, 3))], {"S1E3M7": 9, "S1E2M3": 3}),
+    ],
+)
+def test_formats_by_name(by_name: object, expected: dict[str, int]) -> None:
+    policy = CompressionPolicy("S1E3M7", update_format="S1E3M0", format_by_name=by_name)  # type: ignore[arg-type]
+    selection = policy.select(SHAPES, round=2, client=1)
+    assert Counter(str(encoding.format) for encoding in selection.values()) == expected
+    assert {replace(each, format=policy.format) for each in selection.values()} == {policy.encoding(round=2, client=1)}
+    assert set(map(str, policy.formats)) >= set(expected)
+    assert all(policy.format_of(name) == encoding.format for name, encoding in selection.items())
+
+
 def test_another_format_brings_its_own_defaults() -> None:
     two_parts = CompressionPolicy("S1E2M3", update_format="S1E3M0")
     assert replace(two_parts, update_format=None).encoding() == CompressionPolicy("S1E2M3").encoding()
@@ -230,5 +255,8 @@ def test_nothing_to_compress_is_an_error(kwargs: dict[str, object]) -> None:
 
 
 def test_policies_are_values() -> None:
-    a, b = (CompressionPolicy(format, include=["x"]) for format in ("S1E3M7", FloatFormat(3, 7)))
-    assert a == b and hash(a) == hash(b) and a.format == FloatFormat(3, 7)
+    a, b = (
+        CompressionPolicy(format, include=["x"], format_by_name={"y": format})
+        for format in ("S1E3M7", FloatFormat(3, 7))
+    )
+    assert a == b == replace(a, seed=0) and hash(a) == hash(b) and a.format == FloatFormat(3, 7)

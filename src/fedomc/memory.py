@@ -122,7 +122,8 @@ _Batch = dict[Any, Any] | tuple[Any, ...]
 def _label(format: str | CompressionPolicy) -> str:
     if isinstance(format, str):
         return format
-    return str(format.encoding()) + (f"@{format.fraction:g}" if format.fraction < 1 else "")
+    names = "/".join(str(format.encoding(each)) for each in format.formats)
+    return names + (f"@{format.fraction:g}" if format.fraction < 1 else "")
 
 
 def _encodings(model: nn.Module, format: str | CompressionPolicy) -> _Encodings:

@@ -162,7 +162,7 @@ class CompressFilter(_ModelFilter):
                 self._round, self._frames = round, {}
             source, source_kind, data = self._frames.get(name, (lambda: None, kind, b""))
             if source() is not value or source_kind != kind:
-                data = _to_frame(name, value, kind, self.policy.encoding(round=round))
+                data = _to_frame(name, value, kind, self.policy.encoding(self.policy.format_of(name), round=round))
                 self._frames[name] = (weakref.ref(value), kind, data)
             return data
 
@@ -224,7 +224,7 @@ class DecompressFilter(_ModelFilter):
             if parsed.kind != kind:
                 raise PayloadError(f"{name} as a frame of kind {parsed.kind}, but {dxo.data_kind} have kind {kind}")
             if keep:
-                data[name] = _kept(name, parsed, encoding)
+                data[name] = CompressedTensor.from_packed(parsed.packed, encoding, parsed.shape, name)
             else:
                 values = parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
                 data[name] = values.numpy() if (wanted or library) == "numpy" else values
@@ -332,12 +332,6 @@ def _read_meta(meta: Mapping[str, Any] | None) -> tuple[str, Encoding | None]:
     if fields.get("library") not in _LIBRARIES:
         raise PayloadError(f"arrays of {fields.get('library')!r}, one of {', '.join(_LIBRARIES)} expected")
     return fields["library"], frame.read_encoding(fields)
-
-
-def _kept(name: str, parsed: frame.Frame, encoding: Encoding) -> CompressedTensor:
-    if parsed.packed.format != encoding.format:
-        raise PayloadError(f"{name} in {parsed.packed.format}, but the meta says {encoding.format}")
-    return CompressedTensor.from_packed(parsed.packed, encoding, parsed.shape, name)
 
 
 def _checked(name: str, value: Any, shape: Sequence[int] | None, dtype: str | None, library: str | None) -> Any:

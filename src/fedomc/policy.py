@@ -59,6 +59,8 @@ class CompressionPolicy:
         seed: of the random choices.
         include: name patterns (``fnmatch``) of the variables that may be compressed; empty means all.
         exclude: name patterns of those that may not.
+        format_by_name: formats, instead of ``format``, of variables by name pattern, of which the first that matches
+            counts: ``{"*.conv.*": "S1E2M3"}``. Kept as pairs.
 
     Raises:
         FormatError: no such format.
@@ -74,6 +76,7 @@ class CompressionPolicy:
     seed: int = 0
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
+    format_by_name: Mapping[str, str | FloatFormat] | Sequence[tuple[str, str | FloatFormat]] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", FloatFormat.parse(self.format))
@@ -85,24 +88,37 @@ class CompressionPolicy:
             if isinstance(getattr(self, name), str):
                 raise PolicyError(f"{name}={getattr(self, name)!r} must be a list of patterns, not a string")
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "format_by_name", _by_pattern(self.format_by_name))
         self.encoding()
 
-    def encoding(self, *, round: int = 0, client: str | int = "") -> Encoding:
-        """Return the encoding of a client's variables.
+    @property
+    def formats(self) -> tuple[FloatFormat, ...]:
+        """The formats that variables, or their bases, may have, each once."""
+        return tuple(
+            dict.fromkeys(FloatFormat.parse(fmt) for fmt in [self.format, *dict(self.format_by_name).values()])
+        )
+
+    def format_of(self, name: str) -> FloatFormat:
+        """Return the format of a variable, or of its base."""
+        own = (fmt for pattern, fmt in dict(self.format_by_name).items() if fnmatch.fnmatchcase(name, pattern))
+        return FloatFormat.parse(next(own, self.format))
+
+    def encoding(self, format: FloatFormat | None = None, *, round: int = 0, client: str | int = "") -> Encoding:
+        """Return the encoding of those of a client's variables that have a format.
 
         Args:
+            format: one of ``formats``; None is ``format``.
             round: number of the round.
             client: name or number of the client; stochastic rounding is the round's and the client's own.
         """
-        assert isinstance(self.format, FloatFormat)
-        assert self.update_format is None or isinstance(self.update_format, FloatFormat)
         rounding, transform = self.rounding, self.transform
         if rounding is None:
             rounding = "nearest" if self.update_format is None else "stochastic"
         if transform is None:
             transform = "scaled" if rounding == "stochastic" else "scaled-affine"
         seed = _hash(self.seed, "rounding", round, client)
-        return Encoding(self.format, self.update_format, transform, rounding, seed)
+        update = None if self.update_format is None else FloatFormat.parse(self.update_format)
+        return Encoding(FloatFormat.parse(format or self.format), update, transform, rounding, seed)
 
     def compressible(self, variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Return the names and sizes of all variables that the policy may compress, in the model's order.
@@ -145,18 +161,21 @@ class CompressionPolicy:
         chosen = [name for name in sizes if name not in kept]
         if not chosen:
             raise PolicyError(f"fraction={self.fraction} leaves no variable to compress: raise it")
-        return Selection(dict.fromkeys(chosen, self.encoding(round=round, client=client)))
+        encodings = {fmt: self.encoding(fmt, round=round, client=client) for fmt in self.formats}
+        return Selection({name: encodings[self.format_of(name)] for name in chosen})
 
     def _may_compress(self, name: str, shape: Sequence[int]) -> bool:
-        if self.weight_matrices_only and (sum(size > 1 for size in shape) < 2 or self._padding_eats_savings(shape)):
+        if self.weight_matrices_only and (
+            sum(size > 1 for size in shape) < 2 or self._padding_eats_savings(name, shape)
+        ):
             return False
         if math.prod(shape) == 0 or (self.include and not _matches(name, self.include)):
             return False
         return not _matches(name, self.exclude)
 
-    def _padding_eats_savings(self, shape: Sequence[int]) -> bool:
+    def _padding_eats_savings(self, name: str, shape: Sequence[int]) -> bool:
         """Tell whether a variable would hold no less than in FP32; never of formats that save nothing at any size."""
-        how = self.encoding()
+        how = self.encoding(self.format_of(name))
         bits = [fmt.bits for fmt in (how.format, how.update_format) if fmt is not None]
         return sum(bits) < 32 and held_bytes({"": shape}, {"": how}) >= held_bytes({"": shape}, None)
 
@@ -255,6 +274,18 @@ def shapes_of(variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, t
         else variables
     )
     return {name: tuple(shape) for name, shape in named.items()}
+
+
+def _by_pattern(formats: Any) -> tuple[tuple[str, FloatFormat], ...]:
+    """Parse formats by name pattern; as pairs they can be hashed."""
+    try:
+        pairs = list(dict(formats).items())
+    except (TypeError, ValueError):
+        pairs = [(None, formats)]
+    for pattern, _ in pairs:
+        if not isinstance(pattern, str):
+            raise PolicyError(f"format_by_name={formats!r} must map name patterns to formats")
+    return tuple((pattern, FloatFormat.parse(fmt)) for pattern, fmt in pairs)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -10,6 +10,7 @@ again, and its views write through. Slower, never wrong.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -91,7 +92,16 @@ class CompressedTensor(Tensor):
     def from_packed(
         cls, base: Packed, encoding: Encoding, shape: Sequence[int], name: str = "variable"
     ) -> "CompressedTensor":
-        """Take packed codes as they are; with an ``update_format``, an update of zeros is added."""
+        """Take packed codes as they are; with an ``update_format``, an update of zeros is added.
+
+        Args:
+            base: the codes.
+            encoding: all but the format, which is that of the codes.
+            shape: of the variable.
+            name: of the variable, for errors.
+        """
+        if encoding.format != base.format:
+            encoding = replace(encoding, format=base.format)
         fmt = encoding.update_format
         update = None if fmt is None else Packed.empty(fmt, base.numel, base.codes.device)
         return cls(base, update, encoding, shape, name)

@@ -199,7 +199,6 @@ def claiming(shape: tuple[int, ...]) -> bytes:
         (lambda m: replaced(m, W, Array("float32", (64, 40), "numpy.ndarray", claiming((64, 2**50)))), "claims"),
         (lambda m: RecordDict({"arrays": m["arrays"]}), "no 'fedomc'"),
         (lambda m: RecordDict({}), "0 array records"),
-        (lambda m: RecordDict({**m, CONFIG: to_config(fedomc.CompressionPolicy("S1E4M3").encoding())}), "S1E4M3"),
     ],
 )  # fmt: skip
 def test_a_wrong_message_is_refused_and_the_model_stays(change, says: str) -> None:  # type: ignore[no-untyped-def]

@@ -46,13 +46,14 @@ def context(node: int) -> Context:
 POLICIES = [
     {"format": "S1E3M7"},
     {"format": "S1E4M8", "rounding": "stochastic"},
+    {"format": "S1E2M1", "format_by_name": {"weight": "S1E3M7"}},
     {"format": "S1E2M3", "update_format": "S1E2M3"},
     {"format": "S1E2M3", "update_format": "S1E2M1", "rounding": "stochastic"},
 ]
 
 
 @pytest.mark.parametrize("how", POLICIES)
-def test_a_plain_client_takes_part_and_only_its_messages_are_compressed(how: dict[str, str]) -> None:
+def test_a_plain_client_takes_part_and_only_its_messages_are_compressed(how: dict[str, Any]) -> None:
     arrays, app = model(), plain_client()
     wrapped = OMCStrategy(FedAvg(), fedomc.CompressionPolicy(**how))  # type: ignore[arg-type]
     messages = list(wrapped.configure_train(1, arrays, ConfigRecord(), Nodes(3)))  # type: ignore[arg-type]
@@ -62,7 +63,9 @@ def test_a_plain_client_takes_part_and_only_its_messages_are_compressed(how: dic
     assert {name: a.stype for name, a in replies[0].content["arrays"].items() if a.stype == STYPE} == {"weight": STYPE}
     assert is_update == ("update_format" in how)
     returned = up.reshape(SHAPE) if is_update else up.reshape(SHAPE) - sent
-    whole = fedomc.FloatFormat.parse(how.get("update_format", how["format"]))
+    whole = fedomc.FloatFormat.parse(
+        how.get("update_format", how.get("format_by_name", {}).get("weight", how["format"]))
+    )
     reach = np.abs(STEP if is_update else sent).max() * 2.0**-(whole.mantissa_bits)
     assert np.abs(returned - STEP).max() <= reach
     result, _ = wrapped.aggregate_train(1, replies)

@@ -63,7 +63,7 @@ def test_a_resumed_run_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
 
 def test_another_model_or_policy_is_refused(tmp_path: Path) -> None:
     start("FedAdam", 1, tmp_path)
-    for kwargs in ({"seed": 1}, {"format": "S1E4M3"}, {"fraction": 1.0}):
+    for kwargs in ({"seed": 1}, {"format": "S1E4M3"}, {"fraction": 1.0}, {"format_by_name": {"w*": "S1E3M7"}}):
         with pytest.raises(fedomc.PayloadError, match="another folder"):
             start("FedAdam", 2, tmp_path, **kwargs)
     with pytest.raises(fedomc.PayloadError, match="FedYogi"):

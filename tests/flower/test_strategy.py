@@ -14,7 +14,7 @@ from torch import nn
 import fedomc
 from fedomc.flower import OMCStrategy, broadcast, collect, install
 from fedomc.flower import arrays as arrays_module
-from fedomc.flower.arrays import STYPE
+from fedomc.flower.arrays import STYPE, read_packed
 
 NODES = (11, 22, 33, 44)
 
@@ -85,6 +85,19 @@ def test_every_client_gets_its_own_payload_and_each_variable_is_encoded_once(mon
     assert len({id(array) for array in shared if array.stype == STYPE}) == 1
 
 
+def test_each_variable_travels_both_ways_in_its_own_format() -> None:
+    mixed = policy(format="S1E2M1", fraction=1.0, format_by_name={"0.*": "S1E3M7", "[0-3].*": "S1E2M3"})
+    message = configure(OMCStrategy(FedAvg(), mixed), collect(build()))[NODES[0]]
+    for arrays in (message.content["arrays"], trained(message).content["arrays"]):
+        found = {
+            name: str(read_packed(array, name, copy=False).packed.format)
+            for name, array in arrays.items()
+            if array.stype == STYPE
+        }
+        small = {f"{i}.weight": "S1E2M1" for i in range(4, 8)}
+        assert found == {"0.weight": "S1E3M7", **{f"{i}.weight": "S1E2M3" for i in (1, 2, 3)}, **small}
+
+
 def test_payloads_depend_on_seed_round_and_client_alone() -> None:
     arrays = collect(build())
 
@@ -104,6 +117,8 @@ def test_payloads_depend_on_seed_round_and_client_alone() -> None:
         {"format": "S1E3M7"},
         {"format": "S1E2M3", "update_format": "S1E2M3", "fraction": 1.0},
         {"format": "S1E2M3", "update_format": "S1E3M4", "rounding": "stochastic"},
+        {"format": "S1E2M1", "format_by_name": {"[0-3].*": "S1E3M7"}},
+        {"format": "S1E2M1", "update_format": "S1E3M4", "format_by_name": {"[0-3].*": "S1E2M3"}},
     ],
 )
 def test_aggregation_is_the_weighted_mean_of_what_the_notes_say(aggregate: str, how: dict[str, object]) -> None:
@@ -359,6 +374,7 @@ WAYS = [
     {"format": "S1E3M7"},
     {"format": "S1E3M7", "rounding": "stochastic", "fraction": 1.0},
     {"format": "S1E2M3", "update_format": "S1E2M1"},
+    {"format": "S1E2M1", "format_by_name": {"[0-3].*": "S1E2M3"}},
 ]
 
 

@@ -70,6 +70,9 @@ def compare(
     server_rate: Annotated[float, typer.Option(help="Highest rate of the server's Adam.")] = DEFAULTS.server_rate,
     warmup: Annotated[int, typer.Option(help="Rounds in which it rises.")] = DEFAULTS.warmup,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between measurements.")] = DEFAULTS.evaluate_every,
+    format_by_name: Annotated[
+        str, typer.Option(help="Formats by variable, as in '*.conv.*=S1E2M3 head.*=S1E2M3'.")
+    ] = DEFAULTS.format_by_name,
     transform: Annotated[str, typer.Option(help="Of each variable; empty: the format's best.")] = DEFAULTS.transform,
     weight_matrices_only: Annotated[
         bool, typer.Option(help="Leave biases and normalization in FP32.")
@@ -110,6 +113,7 @@ def compare(
             server_rate=server_rate,
             warmup=warmup,
             evaluate_every=evaluate_every,
+            format_by_name=format_by_name,
             transform=transform,
             weight_matrices_only=weight_matrices_only,
             rounding=rounding,

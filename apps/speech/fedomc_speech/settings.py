@@ -65,6 +65,7 @@ class Variant:
             seed=settings.seed,
             # The attention's biases, which happen to have two dimensions.
             exclude=("*.bias_u", "*.bias_v") if settings.weight_matrices_only else (),
+            format_by_name=_by_name(settings.format_by_name),
         )
 
 
@@ -91,6 +92,8 @@ class Settings:
         server_rate: highest learning rate of the server's Adam.
         warmup: rounds in which it rises, at most a quarter of all; then it falls along a cosine.
         evaluate_every: rounds between two measurements of the word error rate.
+        format_by_name: formats of variables, or of their bases, by name pattern, instead of the format that a variant
+            names: ``*.conv.*=S1E2M3 head.*=S1E2M3``; the first pattern that matches counts.
         transform: the per-variable transformation; empty is the library's default for the format.
         weight_matrices_only: leave biases and normalization in FP32.
         rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two; empty is
@@ -120,6 +123,7 @@ class Settings:
     server_rate: float = 1.5e-3
     warmup: int = 20
     evaluate_every: int = 20
+    format_by_name: str = ""
     transform: str = ""
     weight_matrices_only: bool = True
     rounding: str = ""
@@ -148,6 +152,7 @@ class Settings:
             raise SettingsError(f"aggregate={self.aggregate!r} is unknown: use difference or value")
         if self.lossless not in ("none", "down", "up", "both"):
             raise SettingsError(f"lossless={self.lossless!r} is unknown: use none, down, up or both")
+        _by_name(self.format_by_name)
         if self.rest_format:
             fedomc.FloatFormat.parse(self.rest_format)
         doubled = [str(variant) for variant in self.variants if self.variants.count(variant) > 1]
@@ -199,6 +204,15 @@ class Settings:
             except (KeyError, TypeError, ValueError, OverflowError):
                 raise SettingsError(f"{key}={value!r}: a value of type {kind.__name__} is expected") from None
         return cls(**read)
+
+
+def _by_name(text: str) -> dict[str, fedomc.FloatFormat]:
+    """Read formats by name pattern."""
+    pairs = [pair.partition("=") for pair in text.split()]
+    for pattern, _, fmt in pairs:
+        if not (pattern and fmt):
+            raise SettingsError(f"format_by_name={text!r}: PATTERN=FORMAT expected, as in *.conv.*=S1E2M3")
+    return {pattern: fedomc.FloatFormat.parse(fmt) for pattern, _, fmt in pairs}
 
 
 def _to_bool(value: Any) -> bool:

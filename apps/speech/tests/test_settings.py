@@ -38,6 +38,9 @@ def test_the_policy_of_a_variant() -> None:
     one, two = (Variant.parse(text).policy(Settings()) for text in ("S1E3M7@0.9", "S1E2M3+S1E3M0"))
     assert one == fedomc.CompressionPolicy("S1E3M7", fraction=0.9, exclude=("*.bias_u", "*.bias_v"))
     assert two == fedomc.CompressionPolicy("S1E2M3", "S1E3M0", exclude=("*.bias_u", "*.bias_v"))
+    mixed = Variant("S1E2M1").policy(Settings(format_by_name="*.conv.*=S1E2M3 head.*=S1E3M7"))
+    assert mixed is not None
+    assert [str(mixed.format_of(name)) for name in ("a.conv.b", "head.weight", "c")] == ["S1E2M3", "S1E3M7", "S1E2M1"]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,8 @@ def test_the_policy_of_a_variant() -> None:
         ({"aggregate": "median"}, "median"),
         ({"lossless": "sideways"}, "sideways"),
         ({"rest-format": "S1E5"}, "S1E5"),
+        ({"format-by-name": "head.*"}, "format_by_name='head"),
+        ({"format-by-name": "head.*=S1E5"}, "S1E5"),
         ({"transform": "log", "formats": "S1E3M7"}, "log"),
         ({"round": 3}, "'round' is unknown"),
         ({"streaming": "yes"}, "streaming='yes'"),

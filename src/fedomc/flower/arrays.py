@@ -327,9 +327,8 @@ def _read(array: Array, name: str, old: Tensor, told: Instructions | None) -> Te
     parsed = read_packed(array, name, copy=told.encoding.update_format is None)
     if parsed.kind == frame.UPDATE:
         raise PayloadError(f"{name} is only an update: a model cannot be filled from it")
-    expected = told.rest_format if parsed.kind == frame.DENSE else told.encoding.format
-    if parsed.packed.format != expected:
-        raise PayloadError(f"{name} is {parsed.packed.format}, but its config record says {expected}")
-    if parsed.kind == frame.DENSE:
-        return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
-    return CompressedTensor.from_packed(parsed.packed, told.encoding, parsed.shape, name)
+    if parsed.kind != frame.DENSE:
+        return CompressedTensor.from_packed(parsed.packed, told.encoding, parsed.shape, name)
+    if parsed.packed.format != told.rest_format:
+        raise PayloadError(f"{name} is {parsed.packed.format}, but the config record's rest is {told.rest_format}")
+    return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)

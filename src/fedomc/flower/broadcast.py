@@ -165,10 +165,10 @@ class Broadcast:
         policy, client = self._policy_of(node), self._client_name(node)
         if policy is not None:
             selection = policy.select(self._shapes, round=self.round, client=client)
-            shared = policy.encoding(round=self.round)
-            pieces = {name: self._piece(name, shared, frame.VARIABLE) for name in selection}
+            shared = {fmt: policy.encoding(fmt, round=self.round) for fmt in policy.formats}
+            pieces = {name: self._piece(name, shared[how.format], frame.VARIABLE) for name, how in selection.items()}
             if self._rest_format is not None:
-                rest = Encoding(self._rest_format, transform=shared.transform)
+                rest = Encoding(self._rest_format, transform=policy.encoding().transform)
                 for name in policy.compressible(self._shapes):
                     if name not in pieces:
                         pieces[name] = self._piece(name, rest, frame.DENSE)

@@ -63,7 +63,7 @@ def _encoded(name: str, array: Array, came: frame.Frame, instructions: Instructi
     values, how = torch.from_numpy(array.numpy()), instructions.encoding
     lossless = instructions.lossless
     if came.kind == frame.VARIABLE and how.update_format is None:
-        packed = _encode(name, values, how.format, how)
+        packed = _encode(name, values, came.packed.format, how)
         return packed_array(packed, came.shape, lossless=lossless, sent=came.packed)
     format = how.update_format if came.kind == frame.VARIABLE else instructions.rest_format
     if format is None:

@@ -117,7 +117,14 @@ def _described(policy: CompressionPolicy | None) -> dict[str, Any] | None:
     texts = {name: str(fields[name]) for name in ("format", "update_format")}
     how = policy.encoding()  # which says what the formats chose
     texts |= {"transform": how.transform, "rounding": how.rounding}
-    return {**fields, **texts, "include": list(policy.include), "exclude": list(policy.exclude)}
+    by_name = [[pattern, str(fmt)] for pattern, fmt in dict(policy.format_by_name).items()]  # the first match counts
+    return {
+        **fields,
+        **texts,
+        "format_by_name": by_name,
+        "include": list(policy.include),
+        "exclude": list(policy.exclude),
+    }
 
 
 def _arrays(value: object) -> dict[str, np.ndarray[Any, Any]] | None:

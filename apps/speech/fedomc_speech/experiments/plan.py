@@ -36,7 +36,15 @@ VERSION = 2
 """Of what a run gives: raise it with every change to training, model, features or defaults by which the same settings
 give something else."""
 
-_COMPRESSION = ("transform", "weight_matrices_only", "rounding", "aggregate", "lossless", "rest_format")
+_COMPRESSION = (
+    "format_by_name",
+    "transform",
+    "weight_matrices_only",
+    "rounding",
+    "aggregate",
+    "lossless",
+    "rest_format",
+)
 """Settings that mean nothing to a run in FP32."""
 
 _FP32_CLIENT_RATE = 0.1
