@@ -15,8 +15,8 @@ from fedomc_speech.experiments.runner import Runs, run_all
 from fedomc_speech.progress import minutes
 from fedomc_speech.settings import FP32, Settings
 
-IN_PROCESS_SECONDS = 0.12
-"""What a round takes besides the clients, with the tiny model."""
+VISIT_SECONDS, ROUND_SECONDS = 0.017, 0.12
+"""What a visit takes besides its steps, and a round besides the visits, with the tiny model."""
 
 
 def run(
@@ -72,7 +72,8 @@ def _announce(wanted: Sequence[Settings], runs: Runs, workers: int, initials: Se
         if kind not in known:
             known[kind] = cost_of(replace(one, initial=""), one.variants[0])
         left = one.rounds - runs.rounds(one)
-        seconds += left * (one.cohort * one.local_steps * known[kind].step_seconds + IN_PROCESS_SECONDS)
+        visit = one.local_steps * known[kind].step_seconds + VISIT_SECONDS
+        seconds += left * (one.cohort * visit + ROUND_SECONDS)
         sent += left * one.cohort * known[kind].visit_bytes
     for initial in untrained:
         start = replace(initial.start, formats=(FP32,), batch=initial.training.batch)
