@@ -220,11 +220,11 @@ class Broadcast:
         seed = how.seed if how.base_rounding == "stochastic" else 0
         key = (name, kind, how.format, how.transform, how.base_rounding, seed)
         if key not in self._pieces:
-            values = torch.from_numpy(self.arrays[name].numpy())
+            values = flat_tensor(self.dense(name))
             packed = encode(values, how.format, how.transform, how.base_rounding, seed, name)
-            array = packed_array(packed, tuple(values.shape), kind, lossless=self._lossless_down)
+            array = packed_array(packed, self._shapes[name], kind, lossless=self._lossless_down)
             self._pieces[key] = array, packed
-            self.errors[name] = max(self.errors.get(name, (0.0, 0.0)), _error(packed, values.reshape(-1)))
+            self.errors[name] = max(self.errors.get(name, (0.0, 0.0)), _error(packed, values))
         return self._pieces[key]
 
     def _returned(self, name: str, array: Array, packed: Packed | None) -> Returned:
