@@ -241,11 +241,16 @@ def key_of(run: Settings) -> str:
     return f"{run.corpus}-{run.split}-{run.formats[0]}-seed{run.seed}-{_digest(_told(run))}"
 
 
+def chosen(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the settings, as plain values, that are not at their defaults."""
+    defaults = Settings().to_dict()
+    return {key: value for key, value in settings.items() if value != defaults.get(key)}
+
+
 def _told(settings: Settings) -> dict[str, Any]:
     """Tell the settings that are not at their defaults, without where things are on this machine."""
-    defaults = Settings().to_dict()
     told: dict[str, Any] = {"version": VERSION} if VERSION > 1 else {}
-    told |= {key: value for key, value in settings.to_dict().items() if value != defaults[key] and key != "corpus_path"}
+    told |= {key: value for key, value in chosen(settings.to_dict()).items() if key != "corpus_path"}
     if settings.initial:
         told["initial"] = Path(settings.initial).name
     return told

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedomc_speech.errors import SettingsError
-from fedomc_speech.experiments.plan import SUMMARY, VERSION, Experiment, Row
+from fedomc_speech.experiments.plan import SUMMARY, VERSION, Experiment, Row, chosen
 from fedomc_speech.experiments.runner import Runs
 from fedomc_speech.experiments.statistics import bootstrap, interval
 from fedomc_speech.run_folder import write_atomically
@@ -31,16 +31,16 @@ def gather(experiment: Experiment, runs: Runs, earlier: dict[str, Any] | None = 
     """
     known = {}
     if earlier is not None and earlier.get("version") == VERSION:
-        known = {(row["name"], json.dumps(row["settings"], sort_keys=True)): row["runs"] for row in earlier["rows"]}
+        known = {_identity(row["name"], row["settings"]): row["runs"] for row in earlier["rows"]}
     rows = []
     for row in experiment.rows:
-        chosen = {key: value for key, value in row.settings.to_dict().items() if key not in ("corpus_path", "seed")}
-        chosen["initial"] = Path(row.settings.initial).name
-        old = known.get((row.name, json.dumps(chosen, sort_keys=True)), [])
+        settings = {key: value for key, value in row.settings.to_dict().items() if key not in ("corpus_path", "seed")}
+        settings["initial"] = Path(row.settings.initial).name
+        old = known.get(_identity(row.name, settings), [])
         found = {run["seed"]: run for run in old if run["seed"] in experiment.seeds}
         found |= _pairs(row, experiment.seeds, runs)
         if found:
-            rows.append({"name": row.name, "settings": chosen, "runs": [found[seed] for seed in sorted(found)]})
+            rows.append({"name": row.name, "settings": settings, "runs": [found[seed] for seed in sorted(found)]})
     if not rows:
         return None
     return {
@@ -52,6 +52,11 @@ def gather(experiment: Experiment, runs: Runs, earlier: dict[str, Any] | None = 
         "pooled": experiment.pooled,
         "rows": rows,
     }
+
+
+def _identity(name: str, settings: dict[str, Any]) -> str:
+    """Tell a row from others; a setting that is new does not count while it is at its default."""
+    return json.dumps([name, chosen(settings)], sort_keys=True)
 
 
 def _pairs(row: Row, seeds: Iterable[int], runs: Runs) -> dict[int, dict[str, Any]]:
@@ -80,8 +85,8 @@ def summarize(gathered: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for row in gathered["rows"]:
         runs, settings = row["runs"], row["settings"]
-        differences = [run["wer"] - run["baseline"]["wer"] for run in runs]
-        over_seeds = interval(differences)
+        over_seeds = interval(_differences_of(runs, "wer"))
+        packed = interval(_differences_of(runs, "wer_compressed"))
         over_utterances = bootstrap(
             [run["utterances"]["errors"] for run in runs],
             [run["baseline"]["utterances"]["errors"] for run in runs],
@@ -105,6 +110,9 @@ def summarize(gathered: dict[str, Any]) -> list[dict[str, Any]]:
                 "ci_high": _finite(over_seeds.high),
                 "bootstrap_low": over_utterances.low,
                 "bootstrap_high": over_utterances.high,
+                "difference_compressed": packed.mean,
+                "ci_low_compressed": _finite(packed.low),
+                "ci_high_compressed": _finite(packed.high),
                 "memory_ratio": _mean(run["parameter_ratio"] for run in runs),
                 "down_ratio": _mean(run["down_ratio"] for run in runs),
                 "up_ratio": _mean(run["up_ratio"] for run in runs),
@@ -115,29 +123,35 @@ def summarize(gathered: dict[str, Any]) -> list[dict[str, Any]]:
 
 def pool(all_gathered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compute the mean difference of each row over the experiments that are pooled, every seed of each one value."""
-    differences: dict[str, list[float]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
     experiments: dict[str, list[str]] = {}
     for gathered in all_gathered:
         for row in gathered["rows"] if gathered["pooled"] else ():
             if row["settings"]["formats"] != [FP32]:
-                differences.setdefault(row["name"], []).extend(
-                    run["wer"] - run["baseline"]["wer"] for run in row["runs"]
-                )
+                runs.setdefault(row["name"], []).extend(row["runs"])
                 experiments.setdefault(row["name"], []).append(gathered["experiment"])
     rows = []
-    for name, values in differences.items():
-        found = interval(values)
+    for name, paired in runs.items():
+        found, packed = (interval(_differences_of(paired, key)) for key in ("wer", "wer_compressed"))
         rows.append(
             {
                 "row": name,
                 "experiments": experiments[name],
-                "runs": len(values),
+                "runs": len(paired),
                 "difference": found.mean,
                 "ci_low": _finite(found.low),
                 "ci_high": _finite(found.high),
+                "difference_compressed": packed.mean,
+                "ci_low_compressed": _finite(packed.low),
+                "ci_high_compressed": _finite(packed.high),
             }
         )
     return rows
+
+
+def _differences_of(runs: Iterable[dict[str, Any]], key: str) -> list[float]:
+    """Compare runs to the FP32 runs of the same seed, whose model has no packed copy."""
+    return [run[key] - run["baseline"]["wer"] for run in runs]
 
 
 def write(folder: Path, experiments: Sequence[Experiment], runs: Runs) -> list[dict[str, Any]]:
@@ -220,9 +234,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def pooled_table(rows: Sequence[dict[str, Any]]) -> str:
     """Write the pooled differences as a Markdown table."""
-    lines = ["| | experiments | pairs of runs | to FP32, points | 95% |", "|---|---|---|---|---|"]
+    lines = [
+        "| | experiments | pairs of runs | to FP32, points | 95% | packed, to FP32 | 95% |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        cells = [row["row"], str(len(row["experiments"])), str(row["runs"]), f"{row['difference']:+.2f}", _range(row)]
+        cells = [row["row"], str(len(row["experiments"])), str(row["runs"])]
+        for packed in ("", "_compressed"):
+            cells += [f"{row[f'difference{packed}']:+.2f}", _range(row, packed)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -232,8 +251,9 @@ def _differences(row: dict[str, Any]) -> list[str]:
     return [f"{row['difference']:+.2f}", _range(row), resampled]
 
 
-def _range(row: dict[str, Any]) -> str:
-    return "" if row["ci_low"] is None else f"{row['ci_low']:+.1f} to {row['ci_high']:+.1f}"
+def _range(row: dict[str, Any], packed: str = "") -> str:
+    low, high = row[f"ci_low{packed}"], row[f"ci_high{packed}"]
+    return "" if low is None else f"{low:+.1f} to {high:+.1f}"
 
 
 def _mean(values: Iterable[float]) -> float:
