@@ -11,7 +11,7 @@ SANITIZED := build/sanitized
 demo: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech compare --name demo
 
-# The paper's experiments, some hours; Ctrl-C stops them and the same command goes on. AN4=FOLDER for those that need it.
+# The paper's experiments, about eight hours; Ctrl-C stops them and the same command goes on. AN4=FOLDER for those that need it.
 experiments: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech experiments $(if $(AN4),--an4 $(AN4))
 
