@@ -174,6 +174,7 @@ def experiments(
     folder: Annotated[Path, typer.Option("--experiments", help="Folder of the TOML files.")] = EXPERIMENTS,
     row: Annotated[list[str] | None, typer.Option(help="Only this row; repeat it.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeat it.")] = None,
+    further: Annotated[bool, typer.Option("--further", help="The rows, too, that go further than the paper.")] = False,
     an4: Annotated[Path | None, typer.Option(help="Folder of AN4; without it what needs AN4 is left out.")] = None,
     librispeech: Annotated[Path | None, typer.Option(help="Folder of LibriSpeech, likewise.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE in the files, as model=large.")] = None,
@@ -198,7 +199,8 @@ def experiments(
         if not chosen:
             raise SettingsError(f"no experiment to run in {folder}: name a TOML file")
         with _stop_on_interrupt(console) as stop:
-            if not command.run(chosen, row or [], seed or [], Runs(output), results, workers, console, stop):
+            rows, seeds = row or [], seed or []
+            if not command.run(chosen, rows, seeds, Runs(output), results, workers, console, stop, further=further):
                 raise typer.Exit(130)
 
 

@@ -28,6 +28,8 @@ def run(
     workers: int,
     console: Console,
     stop: threading.Event,
+    *,
+    further: bool = True,
 ) -> bool:
     """Run experiments and write what is known to a folder; False if it was stopped before the end.
 
@@ -40,8 +42,9 @@ def run(
         workers: how many runs at a time.
         console: where to write.
         stop: set it to stop.
+        further: whether all rows are the further ones, too.
     """
-    wanted = _in_order([experiment.only(rows, seeds) for experiment in experiments])
+    wanted = _in_order([experiment.only(rows, seeds, further=further) for experiment in experiments])
     initials = list({e.initial.name: e.initial for e in experiments if e.initial}.values())
     console.print(_announce(wanted, runs, workers, initials), soft_wrap=True)
     try:

@@ -81,10 +81,12 @@ class Row:
     Attributes:
         name: as the table calls it.
         settings: with one format; the seed is that of each run.
+        further: whether it is left out where nobody asks for it or for further rows.
     """
 
     name: str
     settings: Settings
+    further: bool = False
 
     @property
     def baseline(self) -> Settings:
@@ -184,8 +186,13 @@ class Experiment:
         list(made.runs())  # raises what is wrong with a seed
         return made
 
-    def only(self, rows: Sequence[str], seeds: Sequence[int]) -> "Experiment":
-        """Return a part of the experiment; empty means all.
+    def only(self, rows: Sequence[str], seeds: Sequence[int], *, further: bool = True) -> "Experiment":
+        """Return a part of the experiment.
+
+        Args:
+            rows: by name; empty means all.
+            seeds: empty means all.
+            further: whether all rows are the further ones, too.
 
         Raises:
             SettingsError: there is no such row.
@@ -196,7 +203,7 @@ class Experiment:
             raise SettingsError(f"{self.name} has no row {', '.join(missing)}: there are {', '.join(names)}")
         return replace(
             self,
-            rows=tuple(row for row in self.rows if not rows or row.name in rows),
+            rows=tuple(row for row in self.rows if row.name in rows or (not rows and (further or not row.further))),
             seeds=tuple(dict.fromkeys(seeds)) or self.seeds,
         )
 
@@ -283,11 +290,14 @@ def _initial(stored: Mapping[str, Any], shared: Mapping[str, Any]) -> Initial:
 def _row(described: Any, shared: Mapping[str, Any]) -> Row:
     if not isinstance(described, Mapping) or not isinstance(described.get("format"), str):
         raise SettingsError(f"row {described!r}: a table with a format is expected")
-    own = {key: value for key, value in described.items() if key not in ("name", "format")}
+    own = {key: value for key, value in described.items() if key not in ("name", "format", "further")}
     for wrong in {"formats", "seed"} & (set(own) | set(shared)):
         raise SettingsError(f"{wrong} does not belong into settings: it is the rows that have formats, and all seeds")
     name = str(described.get("name", described["format"]))
     if "|" in name or "\n" in name:
         raise SettingsError(f"row {name!r}: a name without | and line breaks is expected, for the tables")
+    further = described.get("further", False)
+    if type(further) is not bool:
+        raise SettingsError(f"row {name!r}: further={further!r}, true or false is expected")
     format = str(Variant.parse(described["format"]))
-    return Row(name, Settings.from_mapping({**shared, **own, "formats": [format]}))
+    return Row(name, Settings.from_mapping({**shared, **own, "formats": [format]}), further)

@@ -79,6 +79,11 @@ def test_a_part_of_an_experiment(experiment: Experiment) -> None:
     part = experiment.only(["plain"], [5, 5])
     assert [run.seed for run in part.runs()] == [5, 5]
     assert [run.formats for run in part.runs()] == [(FP32,), ("S1E2M3",)]
+    marked = replace(experiment, rows=tuple(replace(row, further=row.name == "plain") for row in experiment.rows))
+    others = [row.name for row in experiment.rows if row.name != "plain"]
+    assert [row.name for row in marked.only([], [], further=False).rows] == others
+    assert marked.only(["plain"], [], further=False).rows == marked.only(["plain"], []).rows != ()
+    assert marked.only([], []).rows == marked.rows
     with pytest.raises(SettingsError, match="no row fancy"):
         experiment.only(["fancy"], [])
 
@@ -110,6 +115,7 @@ def test_all_rows_begin_with_the_same_model(tmp_path: Path) -> None:
         ("formats = ['FP32']\n[pretraining]\nsteps = 2.5", "steps=2.5"),
         ("formats = ['FP32']\n[settings]\ninitial = 'x'\n[pretraining]\nsteps = 2", "initial and pretraining"),
         ("formats = ['FP32']\npooled = 'no'", "pooled"),
+        ("[[rows]]\nformat = 'FP32'\nfurther = 'no'", "further='no'"),
         ("[[rows]]\nname = 'a | b'\nformat = 'FP32'", "without"),
         ("formats = [", "cannot be read"),
         ("colour = 3", "colour is unknown"),

@@ -34,6 +34,7 @@ evaluate_every = 1
 [[rows]]
 name = "no transformation"
 format = "S1E2M3"
+further = true
 transform = "none"
 """
 
@@ -71,7 +72,8 @@ def test_an_experiment_becomes_tables_and_figures(file: Path, tones: Path, tmp_p
     ]
 
     output = invoke(file, tmp_path, "--an4", str(tones))
-    assert "2 of 8 runs" in output and "MB" not in output
+    assert "2 of 6 runs" in output and "MB" not in output
+    assert "6 of 8 runs" in invoke(file, tmp_path, "--an4", str(tones), "--further")
     rows = json.loads((results / "summary.json").read_text())
     assert [row["row"] for row in rows] == ["FP32", "S1E3M7@0.9", "S1E2M3+S1E2M1", "no transformation"]
     for row in rows:
@@ -102,7 +104,7 @@ def test_an_experiment_becomes_tables_and_figures(file: Path, tones: Path, tmp_p
     assert json.loads((results / "tones.json").read_text()) == known and str(tmp_path) not in json.dumps(known)
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")}
-    assert "8 of 8 runs" in invoke(file, tmp_path, "--an4", str(tones))
+    assert "8 of 8 runs" in invoke(file, tmp_path, "--an4", str(tones), "--further")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")}
 
 
