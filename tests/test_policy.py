@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -246,7 +247,24 @@ def test_another_format_brings_its_own_defaults() -> None:
     assert replace(two_parts, update_format=None).encoding() == CompressionPolicy("S1E2M3").encoding()
 
 
-@pytest.mark.parametrize("kwargs", [{"include": ["nothing"]}, {"exclude": ["*"]}, {"fraction": 0.0}])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"include": ["layer1*", "layers.*"]}, "include: 'layers.*' matches none of 24 variables, such as 'layer0.w'"),
+        ({"format_by_name": {"layer*": "S1E2M3", "Layer*": "S1E2M3"}}, "format_by_name: 'Layer*' matches none"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error(kwargs: dict[str, object], message: str) -> None:
+    policy = CompressionPolicy("S1E3M7", **kwargs)
+    for ask in (policy.select, policy.compressible):
+        with pytest.raises(PolicyError, match=re.escape(message)):
+            ask(SHAPES)
+    assert CompressionPolicy("S1E3M7", exclude=["layers.*"]).compressible(SHAPES) == CompressionPolicy(
+        "S1E3M7"
+    ).compressible(SHAPES)
+
+
+@pytest.mark.parametrize("kwargs", [{"include": ["*bias*"]}, {"exclude": ["*"]}, {"fraction": 0.0}])
 def test_nothing_to_compress_is_an_error(kwargs: dict[str, object]) -> None:
     with pytest.raises(PolicyError, match="no variable"):
         CompressionPolicy("S1E3M7", **kwargs).select(SHAPES)

@@ -58,7 +58,8 @@ class CompressionPolicy:
             one part and ``stochastic`` in two, by what they did in training (``docs/results``).
         seed: of the random choices.
         include: name patterns (``fnmatch``) of the variables that may be compressed; empty means all.
-        exclude: name patterns of those that may not.
+        exclude: name patterns of those that may not; unlike the others' these may match nothing, as one list serves
+            many models.
         format_by_name: formats, instead of ``format``, of variables by name pattern, of which the first that matches
             counts: ``{"*.conv.*": "S1E2M3"}``. Kept as pairs.
 
@@ -127,9 +128,16 @@ class CompressionPolicy:
             variables: a model, or the shapes of its variables by name.
 
         Raises:
-            PolicyError: there is none.
+            PolicyError: there is none, or a pattern of ``include`` or ``format_by_name`` matches no variable.
         """
         shapes = shapes_of(variables)
+        for field_name, patterns in (("include", self.include), ("format_by_name", dict(self.format_by_name))):
+            for pattern in patterns:
+                if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
+                    raise PolicyError(
+                        f"{field_name}: {pattern!r} matches none of {len(shapes)} variables, "
+                        f"such as {next(iter(shapes), '')!r}: correct the pattern or drop it"
+                    )
         sizes = {name: math.prod(shape) for name, shape in shapes.items() if self._may_compress(name, shape)}
         if not sizes:
             raise PolicyError(
@@ -154,7 +162,7 @@ class CompressionPolicy:
             client: name or number of the client.
 
         Raises:
-            PolicyError: no variable is left to compress.
+            PolicyError: as ``compressible``.
         """
         sizes = self.compressible(variables)
         kept = self._left_in_full_precision(sizes, round, client)
