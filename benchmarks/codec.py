@@ -25,7 +25,7 @@ import torch
 
 from fedomc import FloatFormat, codec
 from fedomc.codec import native, reference
-from fedomc.transform import scaling_exponent
+from fedomc.methods.packed import scaling_exponent
 
 FORMATS = ("S1E2M3", "S1E4M3", "S1E3M7", "S1E5M10", "S1E4M14")
 SIZES = (2**24, 2**17)  # in memory, in the cache

@@ -95,10 +95,10 @@ def run(format: str, clients: int, strategy: str) -> dict[str, float]:
     from flwr.supercore.task_identity import TaskIdentity
 
     import fedomc
-    from fedomc import frame
     from fedomc.flower import OMCStrategy
     from fedomc.flower.arrays import STYPE, packed_array
-    from fedomc.transform import encode
+    from fedomc.methods.packed import encode
+    from fedomc.serialization import frame
     from fedomc_speech.model import build
 
     torch.set_num_threads(1)

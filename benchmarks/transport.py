@@ -35,10 +35,10 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 import fedomc
-from fedomc import frame
 from fedomc.flower import collect, install
 from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
-from fedomc.transform import Packed, encode
+from fedomc.methods.packed import Packed, encode
+from fedomc.serialization import frame
 from fedomc_speech import corpus, features, model
 from fedomc_speech.corpus.base import Utterance
 from fedomc_speech.tokens import Tokenizer, tokenizer_for

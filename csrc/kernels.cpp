@@ -8,7 +8,7 @@
 // [Note: no subnormal arithmetic] It traps to microcode on some processors and depends on the thread's mode on others.
 // Formats of up to seven exponent bits are encoded under flush-to-zero (module.cpp sets it): values are scaled to the
 // format first, by a power of two that is bounded so that whatever is subnormal in float32 is far below half a step of
-// the format (see transform.py), and counts as zero. Decoding gives normal values or zero. Eight exponent bits are
+// the format (see methods/packed.py), and counts as zero. Decoding gives normal values or zero. Eight exponent bits are
 // those of float32, need no scaling, and run in IEEE mode, where integers do all of the rounding.
 
 #include "kernels.hpp"

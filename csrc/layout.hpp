@@ -19,7 +19,7 @@ constexpr std::size_t words_of(std::size_t n, unsigned bits) {
   return kLanes * (n / kBlock * bits + (rows * bits + 31) / 32);
 }
 
-// A number format SxEyMz, as formats.py has it.
+// A number format SxEyMz, as codec/elements.py has it.
 struct Format {
   unsigned exponent_bits;
   unsigned mantissa_bits;

@@ -6,7 +6,9 @@ import sys
 BROKEN = """
 import sys
 import numpy as np
-from fedomc import checkpoint, frame, lossless
+from fedomc.serialization import model_file as checkpoint
+from fedomc.serialization import frame
+from fedomc.serialization import entropy as lossless
 from fedomc.flower import OMCStrategy, arrays
 from tests.fuzz import __main__
 

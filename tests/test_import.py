@@ -6,7 +6,7 @@ import pytest
 OPTIONAL = ("flwr", "transformers", "nvflare", "matplotlib", "typer", "rich", "jiwer", "ray", "gfloat", "ml_dtypes")
 
 
-@pytest.mark.parametrize("module", ["fedomc", "fedomc.frame"])
+@pytest.mark.parametrize("module", ["fedomc", "fedomc.serialization.frame"])
 def test_the_core_imports_no_extra(module: str) -> None:
     script = (
         f"import sys, {module}; tops = {{name.partition('.')[0] for name in sys.modules}}; "

@@ -1,16 +1,15 @@
 """Online Model Compression: parameters stay bit-packed in memory, on the wire and on disk while a model trains."""
 
-from fedomc import fallback, inplace, ops  # noqa: F401  (they register what CompressedTensor does)
-from fedomc.checkpoint import load_model, materialize_, save_model
+from fedomc.codec.elements import FloatFormat
 from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
-from fedomc.formats import FloatFormat
-from fedomc.lifetimes import MemoryBytes
-from fedomc.memory import MemoryReport, memory_report
-from fedomc.model import ParameterBytes, compress_, decompress_, parameter_bytes
-from fedomc.optim import StepInBackward, step_in_backward
-from fedomc.policy import CompressionPolicy, Selection, TieredPolicy
-from fedomc.tensor import CompressedTensor
-from fedomc.transform import Encoding
+from fedomc.memory.liveness import MemoryBytes
+from fedomc.memory.report import MemoryReport, memory_report
+from fedomc.methods.packed import Encoding
+from fedomc.serialization.model_file import load_model, materialize_, save_model
+from fedomc.tensor.compressed import CompressedTensor
+from fedomc.training.model import ParameterBytes, compress_, decompress_, parameter_bytes
+from fedomc.training.policy import CompressionPolicy, Selection, TieredPolicy
+from fedomc.training.stepping import StepInBackward, step_in_backward
 
 __version__ = "0.1.0"
 

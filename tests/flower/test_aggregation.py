@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedomc
-from fedomc import codec, frame
+from fedomc import codec
 from fedomc.flower import OMCStrategy, OneByOne, aggregation
 from fedomc.flower import broadcast as broadcast_module
 from fedomc.flower.aggregation import BATCH, Mean, averages
 from fedomc.flower.arrays import STYPE, packed_array, read_packed
 from fedomc.flower.broadcast import Broadcast
-from fedomc.transform import encode
+from fedomc.methods.packed import encode
+from fedomc.serialization import frame
 
 U = 2.0**-24
 SHAPE = (40, 50)

@@ -11,12 +11,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
 import fedomc
-from fedomc import frame
 from fedomc.errors import PolicyError
 from fedomc.flower import arrays as arrays_module
 from fedomc.flower import collect, install
 from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
-from fedomc.transform import encode
+from fedomc.methods.packed import encode
+from fedomc.serialization import frame
 
 
 class Model(nn.Module):

@@ -44,8 +44,8 @@ from torch import nn
 import fedomc
 from fedomc.flower import OMCStrategy, OneByOne, collect, install, omc_mod
 from fedomc.flower.arrays import STYPE, packed_array
-from fedomc.rounds import Checkpoints
-from fedomc.transform import encode
+from fedomc.methods.packed import encode
+from fedomc.serialization.checkpointing import Checkpoints
 from tests.flower.test_aggregation import Network, Nodes, decode
 
 SHAPE, C, CLIENTS = (64, 96), 1.0, 4
@@ -379,7 +379,7 @@ def test_a_hostile_reply_costs_no_more_than_itself(defence: str, flower_log: pyt
     replies = [ask(client(omc_mod, *mods), message) for message in messages]
     for reply, size in ((replies[0], 3e38), (replies[1], 2e38)):
         huge = encode(torch.full(SHAPE, size), fedomc.FloatFormat(2, 3))
-        reply.content["arrays"]["weight"] = packed_array(huge, SHAPE, fedomc.frame.UPDATE)
+        reply.content["arrays"]["weight"] = packed_array(huge, SHAPE, fedomc.serialization.frame.UPDATE)
     swapped = ArrayRecord()
     for name in ("bias", "weight"):
         swapped[name] = replies[2].content["arrays"][name]

@@ -10,7 +10,7 @@ from flwr.serverapp import strategy as strategies
 
 import fedomc
 from fedomc.flower import OMCStrategy
-from fedomc.rounds import Checkpoints
+from fedomc.serialization.checkpointing import Checkpoints
 from tests.flower.test_aggregation import Network, answer, model
 
 INNERS = {

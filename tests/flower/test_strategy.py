@@ -436,7 +436,7 @@ def test_wrong_ways_to_travel_are_named(monkeypatch: pytest.MonkeyPatch) -> None
         OMCStrategy(FedAvg(), policy(), lossless="sideways")
     with pytest.raises(fedomc.FormatError, match="S1E5"):
         OMCStrategy(FedAvg(), policy(), rest_format="S1E5")
-    monkeypatch.setattr(fedomc.lossless, "zstandard", None)
+    monkeypatch.setattr(fedomc.serialization.entropy, "zstandard", None)
     OMCStrategy(FedAvg(), policy())
     with pytest.raises(fedomc.PolicyError, match=r"fedomc\[lossless\]"):
         OMCStrategy(FedAvg(), policy(), lossless="down")

@@ -10,9 +10,9 @@ import numpy as np
 import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedomc import lossless
 from fedomc.flower.arrays import CONFIG, STYPE
-from tests.test_frame import FIELDS, HEADER, sealed
+from fedomc.serialization import entropy as lossless
+from tests.serialization.test_frame import FIELDS, HEADER, sealed
 
 NUMBERS = (0, 1, 2, 3, 4, 7, 8, 9, 23, 24, 31, 32, 127, 128, 255)
 LARGE = (2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**48, 2**49, 2**62, 2**63, 2**64 - 1)

@@ -22,14 +22,16 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor, nn
 
 import fedomc
-from fedomc import codec, frame, lossless
+from fedomc import codec
 from fedomc.errors import PayloadError
 from fedomc.flower import OMCStrategy, collect, install
-from fedomc.state import is_finite, state_of
-from fedomc.transform import Packed, encode
+from fedomc.methods.packed import Packed, encode
+from fedomc.serialization import entropy as lossless
+from fedomc.serialization import frame
+from fedomc.training.module_state import is_finite, state_of
 from tests.conftest import randn, same_bits
 from tests.fuzz.mutations import FORMATS, damaged, forged_content, forged_frame, forged_planes
-from tests.test_frame import HEADER
+from tests.serialization.test_frame import HEADER
 
 Target = Callable[[Random], bool]
 """Does one attempt; whether the damaged bytes were taken for good ones, as harmless damage may be."""

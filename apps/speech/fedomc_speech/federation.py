@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAdam
 import fedomc
 from fedomc.flower import OMCStrategy, OneByOne, RoundReport, collect, install
 from fedomc.flower.tensorboard import TensorBoard
-from fedomc.rounds import Checkpoint
+from fedomc.serialization.checkpointing import Checkpoint
 from fedomc_speech import corpus, model, pretraining, training
 from fedomc_speech.client import write_settings
 from fedomc_speech.errors import RoundError, SettingsError

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fedomc.errors import PayloadError
-from fedomc.files import replacing
-from fedomc.rounds import Checkpoint
+from fedomc.serialization.atomic_file import replacing
+from fedomc.serialization.checkpointing import Checkpoint
 from fedomc_speech.errors import SettingsError
 from fedomc_speech.settings import Settings
 

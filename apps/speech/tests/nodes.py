@@ -10,7 +10,7 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from misbehaving import CONTENTS, spoilt
 
-from fedomc.rounds import Checkpoint
+from fedomc.serialization.checkpointing import Checkpoint
 from fedomc_speech import federation
 from fedomc_speech.in_process import InProcess
 from fedomc_speech.run_folder import CHECKPOINT, RunFolder

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedomc.codec import native, reference
+from fedomc.codec.elements import FloatFormat
 from fedomc.codec.layout import BLOCK, CHUNK, SUMS, words_of
-from fedomc.formats import FloatFormat
 
 __all__ = [
     "BLOCK",

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fedomc.codec.elements import FloatFormat
 from fedomc.codec.layout import BLOCK, CHUNK, LANES, ROWS, SUMS, words_of
 from fedomc.codec.random import random_bits
-from fedomc.formats import FloatFormat
 
 # The functions from here to the next line of dashes are the codec's operators on any device; see codec/__init__.py.
 

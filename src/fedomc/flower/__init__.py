@@ -6,5 +6,16 @@ from fedomc.flower.mods import omc_mod
 from fedomc.flower.strategy import OMCStrategy
 from fedomc.flower.tiers import announce
 from fedomc.flower.traffic import RoundReport, Traffic
+from fedomc.serialization.checkpointing import Checkpoints
 
-__all__ = ["OMCStrategy", "OneByOne", "RoundReport", "Traffic", "announce", "collect", "install", "omc_mod"]
+__all__ = [
+    "Checkpoints",
+    "OMCStrategy",
+    "OneByOne",
+    "RoundReport",
+    "Traffic",
+    "announce",
+    "collect",
+    "install",
+    "omc_mod",
+]

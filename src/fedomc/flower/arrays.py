@@ -16,16 +16,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
-from fedomc import codec, frame
+from fedomc import codec
+from fedomc.codec.elements import FloatFormat
 from fedomc.errors import OMCError, PayloadError
 from fedomc.flower.chunks import ChunkedArray
-from fedomc.formats import FloatFormat
-from fedomc.model import replace_parameters
-from fedomc.state import check_names, fill_, some, state_of
-from fedomc.tensor import CompressedTensor
-from fedomc.transform import Encoding, Packed, encode
+from fedomc.methods.packed import Encoding, Packed, encode
+from fedomc.serialization import frame
+from fedomc.tensor.compressed import CompressedTensor
+from fedomc.training.model import replace_parameters
+from fedomc.training.module_state import check_names, fill_, some, state_of
 
-STYPE = "fedomc.frame"
+STYPE = "fedomc.serialization.frame"
 """The serialization type of an ``Array`` that holds a compressed variable."""
 
 CONFIG = "fedomc"

@@ -10,8 +10,9 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from fedomc import codec, frame
+from fedomc import codec
 from fedomc.codec import CHUNK
+from fedomc.codec.elements import FloatFormat
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower.arrays import (
     CONFIG,
@@ -23,9 +24,9 @@ from fedomc.flower.arrays import (
     to_config,
     view_dense,
 )
-from fedomc.formats import FloatFormat
-from fedomc.policy import CompressionPolicy
-from fedomc.transform import Encoding, Packed, encode
+from fedomc.methods.packed import Encoding, Packed, encode
+from fedomc.serialization import frame
+from fedomc.training.policy import CompressionPolicy
 
 Values = np.ndarray[Any, Any]
 

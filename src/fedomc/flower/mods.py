@@ -5,11 +5,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
-from fedomc import frame
+from fedomc.codec.elements import FloatFormat
 from fedomc.errors import PayloadError
 from fedomc.flower.arrays import CONFIG, STYPE, Instructions, from_config, packed_array, read_packed, records_of
-from fedomc.formats import FloatFormat
-from fedomc.transform import Encoding, Packed, encode
+from fedomc.methods.packed import Encoding, Packed, encode
+from fedomc.serialization import frame
 
 
 def omc_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -13,8 +13,8 @@ from fedomc.errors import PayloadError
 from fedomc.flower.arrays import view_dense
 from fedomc.flower.defences import accountant_of, adaptive_clipping_of, layers
 from fedomc.flower.traffic import Traffic
-from fedomc.policy import CompressionPolicy, TieredPolicy
-from fedomc.rounds import Checkpoint
+from fedomc.serialization.checkpointing import Checkpoint
+from fedomc.training.policy import CompressionPolicy, TieredPolicy
 
 if TYPE_CHECKING:
     from fedomc.flower.strategy import OMCStrategy

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
+from fedomc.codec.elements import FloatFormat
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
 from fedomc.flower import defences
 from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded, dense_array, in_dtype, is_the_mean
@@ -24,10 +25,9 @@ from fedomc.flower.grid import OneByOne
 from fedomc.flower.resuming import restore, state_of
 from fedomc.flower.tiers import Announced
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
-from fedomc.formats import FloatFormat
-from fedomc.lossless import require
-from fedomc.policy import CompressionPolicy, TieredPolicy
-from fedomc.rounds import Checkpoints
+from fedomc.serialization.checkpointing import Checkpoints
+from fedomc.serialization.entropy import require
+from fedomc.training.policy import CompressionPolicy, TieredPolicy
 
 LOSSLESS = ("none", "down", "up", "both")
 

@@ -18,7 +18,7 @@ import pytest
 from misbehaving import FAULTS
 from nodes import Faults, Nodes, results_of, run_in_process, state_of
 
-from fedomc.rounds import Checkpoint
+from fedomc.serialization.checkpointing import Checkpoint
 from fedomc_speech import corpus
 from fedomc_speech.deployment import Loopback, make_keys
 from fedomc_speech.deployment.loopback import APP, app_with_client

@@ -1,0 +1,1 @@
+"""What training a model holds in memory, predicted and measured."""

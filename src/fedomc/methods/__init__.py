@@ -1,0 +1,1 @@
+"""What a code means: number formats and the transformation of a variable."""

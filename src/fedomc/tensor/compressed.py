@@ -1,0 +1,352 @@
+"""``CompressedTensor``: a float32 tensor to the outside, held as packed codes.
+
+[Note: who runs an operation]
+The class knows how to decode and rewrite itself; what torch does with it is in three modules that register their
+handlers here. ``ops``: functions such as linear decode the whole weight for one moment and save only its codes.
+``inplace``: element-wise in-place operations decode, change and encode a chunk at a time, so that the optimizers of
+``torch.optim`` work as they are. ``fallback``: everything else runs on a fresh decoded copy; what it writes is encoded
+again, and its views write through. Slower, never wrong.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fedomc import codec
+from fedomc.codec.elements import FloatFormat
+from fedomc.codec.workspace import PANEL_BYTES, workspace
+from fedomc.methods.packed import Encoding, Packed, encode
+
+
+class CompressedTensor(Tensor):
+    """A tensor that is stored as bit-packed low-precision floats and behaves as a float32 tensor.
+
+    Attributes:
+        base: the codes, in one part all of the variable; in two parts as received, never rewritten.
+        update: the sum of the local steps, or None for a variable in one part.
+        encoding: how the variable is encoded.
+        variable: its fully qualified name in the model, for errors.
+    """
+
+    base: Packed
+    update: Packed | None
+    encoding: Encoding
+    variable: str
+
+    @staticmethod
+    def __new__(
+        cls,
+        base: Packed,
+        update: Packed | None,
+        encoding: Encoding,
+        shape: Sequence[int],
+        name: str = "variable",
+        requires_grad: bool = False,
+    ) -> "CompressedTensor":
+        """Wrap packed parts as they are; ``from_dense`` and ``from_packed`` are what users call."""
+        self: CompressedTensor = Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=torch.float32, device=base.codes.device, requires_grad=requires_grad
+        )
+        self.base, self.update, self.encoding, self.variable = base, update, encoding, name
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: ``__new__`` made the tensor."""
+
+    @classmethod
+    def from_dense(
+        cls,
+        values: Tensor,
+        format: str | FloatFormat,
+        *,
+        update_format: str | FloatFormat | None = None,
+        transform: str = "scaled-affine",
+        rounding: str = "nearest",
+        seed: int = 0,
+        name: str = "variable",
+    ) -> "CompressedTensor":
+        """Compress a tensor.
+
+        Args:
+            values: of any shape, finite.
+            format: such as ``S1E3M7``.
+            update_format: keeps in-place updates in a part of their own, in this format.
+            transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``.
+            rounding: ``nearest`` or ``stochastic``.
+            seed: of stochastic rounding.
+            name: for errors.
+
+        Raises:
+            FormatError: no such format.
+            NonFiniteError: a value is NaN or infinite.
+        """
+        parsed = None if update_format is None else FloatFormat.parse(update_format)
+        return compress(values, Encoding(FloatFormat.parse(format), parsed, transform, rounding, seed), name)
+
+    @classmethod
+    def from_packed(
+        cls, base: Packed, encoding: Encoding, shape: Sequence[int], name: str = "variable"
+    ) -> "CompressedTensor":
+        """Take packed codes as they are; with an ``update_format``, an update of zeros is added.
+
+        Args:
+            base: the codes.
+            encoding: all but the format, which is that of the codes.
+            shape: of the variable.
+            name: of the variable, for errors.
+        """
+        if encoding.format != base.format:
+            encoding = replace(encoding, format=base.format)
+        fmt = encoding.update_format
+        update = None if fmt is None else Packed.empty(fmt, base.numel, base.codes.device)
+        return cls(base, update, encoding, shape, name)
+
+    @property
+    def format(self) -> FloatFormat:
+        """The format of the variable, or of its base."""
+        return self.encoding.format
+
+    @property
+    def parts(self) -> tuple[Packed, ...]:
+        """The base, and the update if there is one."""
+        return (self.base,) if self.update is None else (self.base, self.update)
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes held: codes and transformation of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def dequantize(self) -> Tensor:
+        """Decode to a fresh dense float32 tensor, outside of autograd."""
+        return self._decoded(torch.empty(self.base.numel, device=self.base.codes.device))
+
+    def decode(self) -> Tensor:
+        """Decode as ``dequantize`` does, but into scratch memory: for a moment."""
+        return self._decoded(self.empty(0, self.base.numel))
+
+    def decode_rows(self, start: int, stop: int) -> Tensor:
+        """Decode the rows ``[start, stop)`` of a matrix (or of the first dimension) into scratch memory."""
+        width = self.base.numel // self.shape[0]
+        begin = start * width // codec.BLOCK * codec.BLOCK
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            room = self.empty(0, (stop - start) * width + codec.BLOCK)  # as much wherever it begins: to be lent again
+            values = self._decode_into(room[: stop * width - begin], begin)
+            return values[start * width - begin :].view(-1, *self.shape[1:])
+
+    @property
+    def panel_rows(self) -> int:
+        """How many rows fit into ``PANEL_BYTES`` when decoded; one at least."""
+        return max(1, PANEL_BYTES * len(self) // max(1, 4 * self.base.numel))
+
+    def panels(self) -> list[tuple[int, int]]:
+        """Cut the first dimension into even stretches of no more rows; one of none if there are no rows."""
+        rows = len(self)
+        height = max(1, -(-rows // max(1, -(-rows // self.panel_rows))))
+        return [(start, min(start + height, rows)) for start in range(0, max(1, rows), height)]
+
+    def _decoded(self, out: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            return self._decode_into(out, 0).view(self.shape)
+
+    def rewrite(self, produce: Callable[[int, int], Tensor]) -> None:
+        """Encode new values in place, chunk by chunk; two parts rewrite the update alone.
+
+        Args:
+            produce: gives the new values ``[start, stop)`` of the flat variable.
+
+        Raises:
+            NonFiniteError: a new value is NaN or infinite; nothing was changed.
+        """
+        target = produce
+        if self.update is not None:
+
+            def target(start: int, stop: int) -> Tensor:
+                return produce(start, stop) - self.base.decode(self.empty(start, stop), start)
+
+        self.rewrite_part(target)
+
+    def rewrite_part(self, produce: Callable[[int, int], Tensor]) -> None:
+        """Encode new values of the part that in-place operations change."""
+        how = self.encoding
+        self.parts[-1].rewrite(produce, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+
+    def add_part(self, values: Tensor, alpha: float) -> None:
+        """Add ``alpha`` times flat float32 values to that part, in one pass."""
+        how = self.encoding
+        self.parts[-1].add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+
+    def _sum_is_finite(self, update: Packed) -> bool:
+        """Tell whether a new update and the base add up to finite values."""
+        if self.update is None or self.base.bound + update.bound < 2.0**127:
+            return True
+        ranges = ((start, min(start + codec.CHUNK, update.numel)) for start in range(0, update.numel, codec.CHUNK))
+        return all(
+            bool(self.base.decode_with(update, self.empty(start, stop), start).isfinite().all())
+            for start, stop in ranges
+        )
+
+    def empty(self, start: int, stop: int) -> Tensor:
+        """Make room for ``stop - start`` values, in scratch memory."""
+        return workspace.empty(stop - start, self.base.codes.device)
+
+    def rewrite_from(self, values: Tensor) -> None:
+        """Encode new values in place.
+
+        Raises:
+            RuntimeError: they have another shape.
+            NonFiniteError: a new value is NaN or infinite; nothing was changed.
+        """
+        if values.shape != self.shape:
+            raise RuntimeError(
+                f"{self.variable} of shape {tuple(self.shape)} cannot become {tuple(values.shape)}: "
+                "decompress_ the model, or replace the parameter"
+            )
+        flat = values.reshape(-1)
+        self.rewrite(lambda start, stop: flat[start:stop])
+
+    def decode_range(self, start: int, stop: int) -> Tensor:
+        """Decode the values ``[start, stop)`` of the flat variable; start is a multiple of the block."""
+        return self._decode_into(self.empty(start, stop), start)
+
+    def _decode_into(self, values: Tensor, start: int) -> Tensor:
+        if self.update is None or not (self.update.rewrites or self.update.codes.is_shared()):  # type: ignore[no-untyped-call]
+            return self.base.decode(values, start)  # before the first step, here or in another process, it is zero
+        return self.base.decode_with(self.update, values, start)
+
+    def like(self, parts: Sequence[Packed]) -> "CompressedTensor":
+        """Make a tensor of the same kind from other parts."""
+        base, *update = parts
+        return CompressedTensor(base, update[0] if update else None, self.encoding, self.shape, self.variable)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Name shape, format and bytes; the values would need a dense copy."""
+        return (
+            f"CompressedTensor(shape={tuple(self.shape)}, format={self.encoding}, "
+            f"transform={self.encoding.transform}, nbytes={self.nbytes}, requires_grad={self.requires_grad})"
+        )
+
+    def _use_count(self) -> int:
+        """Answer ``torch.utils.swap_tensors``, by which ``Module.to`` moves a parameter and loses its hooks.
+
+        Raises:
+            RuntimeError: it has hooks.
+        """
+        if self._backward_hooks or self._post_accumulate_grad_hooks:
+            raise RuntimeError(
+                f"{self.variable} has hooks that it would lose: move the model first, and call step_in_backward (or "
+                "register hooks) afterwards. remove() takes those of step_in_backward away"
+            )
+        # An empty set of hooks would take new ones after the move, and never call them.
+        self._backward_hooks = self._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        return int(super()._use_count())  # type: ignore[misc]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Decode to a numpy array."""
+        return self.dequantize().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """Decode to nested lists."""
+        return self.dequantize().tolist()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dequantize().__dlpack__(*args, **kwargs)
+
+    def __dlpack_device__(self) -> Any:
+        return self.dequantize().__dlpack_device__()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dequantize().__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """Name the inner tensors; see ``torch.utils._python_dispatch``."""
+        names = [f"{part}_{tensor}" for part in ("base", "update")[: len(self.parts)] for tensor in ("codes", "affine")]
+        return names, (self.encoding, tuple(self.shape), self.variable, tuple(part.rewrites for part in self.parts))
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> "CompressedTensor":
+        """Build the tensor again from its inner tensors."""
+        encoding, shape, name, rewrites = meta
+        numel = torch.Size(shape).numel()
+        formats = (encoding.format, encoding.update_format)
+        parts = [
+            Packed(inner[f"{part}_codes"], inner[f"{part}_affine"], fmt, numel, count)
+            for part, fmt, count in zip(("base", "update"), formats, rewrites, strict=False)
+        ]
+        return CompressedTensor(parts[0], parts[1] if len(parts) > 1 else None, encoding, shape, name)
+
+    base_codes = property(lambda self: self.base.codes)
+    base_affine = property(lambda self: self.base.affine)
+    update_codes = property(lambda self: self.update.codes)
+    update_affine = property(lambda self: self.update.affine)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the functions that a handler is for; leave the others to the dispatcher."""
+        handler = METHODS.get(func)
+        if handler is None and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+            handler = FUNCTIONS.get(func)
+        if handler is not None:
+            return _handled(handler, func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator on the packed form where a handler can, on decoded copies elsewhere."""
+        kwargs = kwargs or {}
+        # What is made here may outlive an inference mode, and must then train like any other tensor.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
+            handler = OPERATORS.get(func)
+            result = NotImplemented if handler is None else handler(func, args, kwargs)
+            return FALLBACK[0](func, args, kwargs) if result is NotImplemented else result
+
+
+Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@torch.compiler.disable(reason="a weight is decoded for a moment")  # type: ignore[no-untyped-call, untyped-decorator]
+def _handled(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return handler(func, args, kwargs)
+
+
+FUNCTIONS: dict[Any, Handler] = {}
+"""Functions of ``torch`` that are run by a handler, above autograd; but not under the transforms of ``torch.func`` and
+in forward mode, which differentiate the operators that torch makes of them."""
+
+METHODS: dict[Any, Handler] = {}
+"""Methods of tensors that are run by a handler wherever they are called."""
+
+OPERATORS: dict[Any, Handler] = {}
+"""Operators that are run by a handler, below autograd; it returns NotImplemented for arguments that it leaves."""
+
+FALLBACK: list[Handler] = []
+"""What runs every other operator."""
+
+
+def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> CompressedTensor:
+    """Compress a tensor with a given encoding.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+    """
+    base = encode(values, encoding.format, encoding.transform, encoding.base_rounding, encoding.seed, name)
+    return CompressedTensor.from_packed(base, encoding, values.shape, name)
+
+
+def is_compressed(x: Any) -> TypeGuard[CompressedTensor]:
+    """Tell whether something is a compressed tensor."""
+    return isinstance(x, CompressedTensor)
+
+
+# A state_dict of compressed tensors can be loaded with weights_only=True.
+torch.serialization.add_safe_globals([CompressedTensor, Packed, Encoding, FloatFormat])

@@ -1,0 +1,169 @@
+"""Operations without a dense copy: sharing, copying, element-wise changes in place and sums, a chunk at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedomc import codec
+from fedomc.methods.packed import Packed, stays_finite
+from fedomc.tensor.compressed import OPERATORS, CompressedTensor, is_compressed
+
+_aten = torch.ops.aten
+
+_ADDITIVE = {_aten.add_.Tensor, _aten.add_.Scalar, _aten.sub_.Tensor, _aten.sub_.Scalar}
+_ELEMENTWISE = _ADDITIVE | {
+    _aten.mul_.Tensor,
+    _aten.mul_.Scalar,
+    _aten.div_.Tensor,
+    _aten.div_.Scalar,
+    _aten.addcmul_.default,
+    _aten.addcdiv_.default,
+    _aten.lerp_.Scalar,
+    _aten.lerp_.Tensor,
+    _aten.neg_.default,
+    _aten.clamp_.default,
+    _aten.copy_.default,
+    _aten.fill_.Scalar,
+    _aten.zero_.default,
+}
+"""In-place operators that change each value by itself, so that they can run chunk by chunk."""
+
+
+def _share(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0].like(args[0].parts)
+
+
+def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0].like([_copied(part, part.codes.device) for part in args[0].parts])
+
+
+def _move(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("dtype") not in (None, torch.float32):
+        return NotImplemented
+    return args[0].like([_copied(part, kwargs.get("device") or args[0].device) for part in args[0].parts])
+
+
+def _empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make room on a given device, as ``Module.to_empty`` does, for a tensor of the same kind; here it is all zeros."""
+    device = kwargs.get("device")
+    if device is None or kwargs.get("dtype") not in (None, torch.float32):
+        return _new_like(func, args, kwargs)
+    return args[0].like([Packed.empty(part.format, part.numel, device) for part in args[0].parts])
+
+
+def _new_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(torch.empty(args[0].shape, device=args[0].device), *args[1:], **kwargs)
+
+
+def _copied(part: Packed, device: torch.device) -> Packed:
+    codes, affine = (tensor.to(device, copy=True) for tensor in (part.codes, part.affine))
+    return Packed(codes, affine, part.format, part.numel, part.rewrites)
+
+
+def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Decode, change and encode chunk by chunk; operands that would have to be broadcast are left to the fallback."""
+    target, *operands = args
+    if not is_compressed(target) or not all(_fits(x, target) for x in operands):
+        return NotImplemented
+    if func is _aten.copy_.default and _copy_codes(target, operands[0]):
+        return target
+    if func in (_aten.mul_.Tensor, _aten.mul_.Scalar) and _scale(target, operands[0]):
+        return target
+    if func in (_aten.add_.Tensor, _aten.sub_.Tensor) and _add(func, target, operands[0], kwargs.get("alpha", 1)):
+        return target
+    flat = [_flat(x) for x in operands]
+
+    def operand(x: Any, start: int, stop: int) -> Any:
+        if is_compressed(x):
+            return x.decode_range(start, stop)
+        return x[start:stop] if isinstance(x, Tensor) and x.dim() else x
+
+    # What is added to a variable in two parts is added to its update: the base is not even decoded.
+    alone = target.update if func in _ADDITIVE else None
+
+    def produce(start: int, stop: int) -> Tensor:
+        values: Tensor = (
+            target.decode_range(start, stop) if alone is None else alone.decode(target.empty(start, stop), start)
+        )
+        func(values, *(operand(x, start, stop) for x in flat), **kwargs)
+        return values
+
+    (target.rewrite if alone is None else target.rewrite_part)(produce)
+    return target
+
+
+def _add(func: Any, target: CompressedTensor, operand: Any, alpha: Any) -> bool:
+    """Add in one pass, what the optimizers do; False for operands that take the general way."""
+    if not isinstance(operand, Tensor) or is_compressed(operand):
+        return False
+    if operand.dim() == 0 or operand.dtype is not torch.float32 or operand.device != target.device:
+        return False
+    factor = float(alpha) if func is _aten.add_.Tensor else -float(alpha)
+    target.add_part(operand.reshape(-1), factor)
+    return True
+
+
+def _add_decoded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Add a compressed tensor to a dense one, chunk by chunk: weight decay, whose sum is the new gradient."""
+    dense, x = args
+    if is_compressed(dense) or not is_compressed(x) or not _fits(dense, x) or dense.dim() == 0:
+        return NotImplemented
+    if dense.dtype is not torch.float32 or dense.device != x.device:
+        return NotImplemented
+    result = dense.clone(memory_format=torch.contiguous_format)
+    flat = result.view(-1)
+    for start in range(0, len(flat), codec.CHUNK):
+        chunk = flat[start : start + codec.CHUNK]
+        chunk.add_(x.decode_range(start, start + len(chunk)), **kwargs)
+    return result
+
+
+def _fits(x: Any, target: CompressedTensor) -> bool:
+    if not isinstance(x, Tensor):
+        return True
+    return x.layout is torch.strided and (x.dim() == 0 or x.shape == target.shape)
+
+
+def _flat(x: Any) -> Any:
+    if is_compressed(x):
+        return x if x.dim() else x.dequantize()
+    return x.reshape(-1) if isinstance(x, Tensor) and x.dim() else x
+
+
+def _copy_codes(target: CompressedTensor, source: Any) -> bool:
+    """Copy codes as they are; False if that would not be the same variable."""
+    if not is_compressed(source) or target.encoding != source.encoding or target.shape != source.shape:
+        return False
+    for mine, its in zip(target.parts, source.parts, strict=True):
+        # Not into the present codes: those of a base may be the memory of a message.
+        mine.codes = its.codes.clone()
+        mine.affine = its.affine.clone()
+        mine.rewrites = its.rewrites  # the draws of stochastic rounding go on as they would have there
+    return True
+
+
+def _scale(target: CompressedTensor, factor: Any) -> bool:
+    """Multiply by a number: the transformation changes, the codes do not; False where that is not possible."""
+    if target.update is not None or target.encoding.transform == "none":
+        return False
+    if isinstance(factor, Tensor) and factor.dim():
+        return False
+    affine: Tensor = target.base.affine * (factor.dequantize() if is_compressed(factor) else factor)
+    scale, offset = affine.tolist()
+    # A factor near zero would leave the range of normal floats; the general way rounds that rightly.
+    if not (2.0**-120 < abs(scale) and stays_finite(target.format, scale, offset)):
+        return False
+    target.base.affine.copy_(affine)
+    target.base.rewrites += 1
+    return True
+
+
+OPERATORS.update(dict.fromkeys((_aten.detach.default, _aten.alias.default), _share))
+OPERATORS.update(dict.fromkeys(_ELEMENTWISE, _elementwise))
+OPERATORS[_aten.add.Tensor] = _add_decoded
+OPERATORS[_aten.clone.default] = _clone
+OPERATORS[_aten._to_copy.default] = _move
+OPERATORS[_aten.empty_like.default] = _empty
+for _name in ("zeros_like", "ones_like", "full_like", "rand_like", "randn_like"):
+    OPERATORS[getattr(_aten, _name).default] = _new_like

@@ -1,0 +1,46 @@
+"""The functions of torch that use a compressed weight for one moment, and how each does it.
+
+``linear``, ``convolution`` and ``embedding`` decode no more of a weight at a time than ``workspace.PANEL_BYTES``; the
+others decode it as a whole (``decoded``). What a module of this package does not know is left to the dispatcher; see
+``tensor.compressed``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedomc.tensor.compressed import FUNCTIONS
+from fedomc.tensor.ops import convolution, embedding, linear
+from fedomc.tensor.ops.decoded import einsum, with_autocast, with_decoded_weights
+
+_LOWER_PRECISION = (
+    F.multi_head_attention_forward,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+)
+"""What autocast runs in its lower precision."""
+
+_WHOLE = (
+    F.bilinear,
+    torch.lstm,
+    torch.gru,
+    torch.rnn_tanh,
+    torch.rnn_relu,
+    torch.lstm_cell,
+    torch.gru_cell,
+    torch.rnn_tanh_cell,
+    torch.rnn_relu_cell,
+)
+
+FUNCTIONS.update(dict.fromkeys(_LOWER_PRECISION, with_autocast))
+FUNCTIONS.update(dict.fromkeys(_WHOLE, with_decoded_weights))
+FUNCTIONS.update(dict.fromkeys(convolution.CONVOLUTIONS, convolution.convolution))
+FUNCTIONS[torch.einsum] = einsum
+FUNCTIONS[F.linear] = linear.linear
+FUNCTIONS[F.embedding] = embedding.embedding

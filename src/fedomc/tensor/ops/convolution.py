@@ -1,0 +1,116 @@
+"""Convolutions whose weight is larger than the bound: by panels of the weight's first dimension."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.ops.decoded import Saved, autocast_dtype, is_operand, with_autocast, with_decoded_weights
+
+CONVOLUTIONS: dict[Callable[..., Any], tuple[int, bool]] = {
+    F.conv1d: (1, False),
+    F.conv2d: (2, False),
+    F.conv3d: (3, False),
+    F.conv_transpose1d: (1, True),
+    F.conv_transpose2d: (2, True),
+    F.conv_transpose3d: (3, True),
+}
+"""The functions, how many dimensions each goes over, and whether it is transposed."""
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution without bias in one group, saving x and the codes of W.
+
+    The first dimension of W is that of the output's channels, so that panels give pieces of the output; transposed, it
+    is that of the input's channels, so that panels take pieces of the input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: CompressedTensor, how: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.how = Saved(weight, weight._version), how
+        transposed = how[3]
+        out: Tensor | None = None
+        for start, stop in weight.panels():
+            at_x = x[:, start:stop] if transposed else x
+            part = torch.ops.aten.convolution(at_x, weight.decode_rows(start, stop).to(x.dtype), None, *how)
+            if transposed:
+                out = part if out is None else out.add_(part)
+                continue
+            if out is None:
+                shape, order = (len(part), len(weight), *part.shape[2:]), suggest_memory_format(part)
+                out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=order)
+            out[:, start:stop] = part
+        assert out is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        weight, how = ctx.weight.load(), ctx.how
+        of_x, of_weight, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for a second derivative
+            out = with_decoded_weights(torch.ops.aten.convolution, (x, weight, None, *how), {}, x.dtype)
+            wanted = [tensor for tensor, of in ((x, of_x), (weight, of_weight)) if of]
+            found = list(torch.autograd.grad(out, wanted, gradient, create_graph=True))
+            return found.pop(0) if of_x else None, found.pop(0) if of_weight else None, None
+        transposed = how[3]
+        x_gradient = torch.zeros_like(x) if of_x else None
+        weight_gradient = torch.empty(weight.shape, device=weight.device) if of_weight else None
+        for start, stop in weight.panels():
+            place = (slice(None), slice(start, stop))
+            at_x, at_gradient = (x[place], gradient) if transposed else (x, gradient[place])
+            to_x, to_weight, _ = torch.ops.aten.convolution_backward(
+                at_gradient, at_x, weight.decode_rows(start, stop).to(x.dtype), None, *how, (of_x, of_weight, False)
+            )
+            if x_gradient is not None:
+                (x_gradient[place] if transposed else x_gradient).add_(to_x)
+            if weight_gradient is not None:
+                weight_gradient[start:stop] = to_weight
+        return x_gradient, weight_gradient, None
+
+
+def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a convolution by panels where that is worth it, and on the whole weight elsewhere."""
+    dimensions, transposed = CONVOLUTIONS[func]
+    x, weight, bias, stride, padding, output_padding, groups, dilation = (
+        _transposed_arguments if transposed else _arguments
+    )(*args, **kwargs)
+    sizes = [_each(size, dimensions) for size in (stride, padding, dilation, output_padding)]
+    plain = groups == 1 and None not in sizes
+    if not (plain and is_compressed(weight) and _fits(x, weight, bias, dimensions, transposed)):
+        return with_autocast(func, args, kwargs)  # which says what is wrong, if anything is
+    how = (*sizes[:3], transposed, sizes[3], groups)
+    dtype = autocast_dtype(weight)
+    out: Tensor = _Convolution.apply(x if dtype is None else x.to(dtype), weight, how)  # type: ignore[no-untyped-call]
+    return out if bias is None else out + bias.to(out.dtype).view(-1, *[1] * dimensions)
+
+
+def _fits(x: Tensor, weight: CompressedTensor, bias: Tensor | None, dimensions: int, transposed: bool) -> bool:
+    if not (is_operand(x, weight) and x.dim() == weight.dim() == dimensions + 2 and len(weight.panels()) > 1):
+        return False
+    into, out_of = weight.shape[:2] if transposed else weight.shape[1::-1]
+    return x.shape[1] == into and (bias is None or (is_operand(bias, weight) and bias.shape == (out_of,)))
+
+
+def _each(size: Any, dimensions: int) -> list[int] | None:
+    """Return the size for each dimension, or None for what is neither one integer nor as many."""
+    each = [size] * dimensions if isinstance(size, int) else list(size)
+    return each if len(each) == dimensions and all(isinstance(one, int) for one in each) else None
+
+
+def _arguments(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> tuple[Any, ...]:
+    return input, weight, bias, stride, padding, 0, groups, dilation
+
+
+def _transposed_arguments(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: int = 1, dilation: Any = 1,
+) -> tuple[Any, ...]:  # fmt: skip
+    return input, weight, bias, stride, padding, output_padding, groups, dilation

@@ -1,0 +1,70 @@
+"""``F.embedding``: only rows that are looked up are decoded."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.ops.decoded import with_decoded_weights
+
+_GAP = 2**14
+"""Values between two rows that take as long to decode as it takes to begin anew."""
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of a weight; nothing of the weight is needed for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, weight: CompressedTensor, padding: int, by_frequency: bool) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.how = (len(weight), padding, by_frequency)
+        rows, places = torch.unique(indices, return_inverse=True)  # [U], sorted; like indices
+        if len(rows) and not (0 <= int(rows[0]) and int(rows[-1]) < len(weight)):
+            raise IndexError(
+                f"{weight.variable} has rows 0 to {len(weight) - 1}: no row {int(rows[0 if rows[0] < 0 else -1])}"
+            )
+        found = torch.empty(len(rows), weight.shape[1], device=weight.device)  # [U, D]
+        for begin, end in _runs(rows, weight.shape[1], weight.panel_rows):
+            first, last = int(rows[begin]), int(rows[end - 1])
+            torch.index_select(weight.decode_rows(first, last + 1), 0, rows[begin:end] - first, out=found[begin:end])
+        return found[places]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
+        (indices,) = ctx.saved_tensors
+        return None, torch.ops.aten.embedding_dense_backward(gradient, indices, *ctx.how), None, None
+
+
+def _runs(rows: Tensor, width: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut sorted rows into stretches without large gaps, of a panel at most."""
+    begin, listed = 0, rows.tolist()
+    for i in range(1, len(listed) + 1):
+        if i == len(listed) or (listed[i] - listed[i - 1]) * width > _GAP or listed[i] - listed[begin] >= most:
+            yield begin, i
+            begin = i
+
+
+def embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``F.embedding``; what is rare (``max_norm``, ``sparse``) on the whole weight."""
+    indices, weight, padding, max_norm, by_frequency, sparse = _arguments(*args, **kwargs)
+    if max_norm is not None:  # writes to the weight, which the dispatcher encodes again
+        return func(*args, **kwargs)
+    plain = is_compressed(weight) and weight.dim() == 2 and not is_compressed(indices)
+    if not plain or sparse or indices.dtype not in (torch.int32, torch.int64):
+        return with_decoded_weights(func, args, kwargs)
+    padding = -1 if padding is None else padding + len(weight) if padding < 0 else padding
+    return _Embedding.apply(indices, weight, padding, by_frequency)  # type: ignore[no-untyped-call]
+
+
+def _arguments(
+    input: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Any, ...]:
+    return input, weight, padding_idx, max_norm, scale_grad_by_freq, sparse

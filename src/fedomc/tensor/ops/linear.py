@@ -1,0 +1,80 @@
+"""``F.linear``: decoded and multiplied by panels, each as many rows of the weight as fit into the bound."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.ops.decoded import Saved, autocast_dtype, is_operand, with_autocast, with_decoded_weights
+from fedomc.tensor.ops.products import product, project
+
+
+class _Linear(torch.autograd.Function):
+    """``x W^T + b``, saving the codes of W, and x for the gradient of W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: CompressedTensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        ctx.weight, ctx.shape = Saved(weight, weight._version), x.shape
+        panels = weight.panels()
+        if len(panels) == 1:
+            return project(x, weight.decode().to(x.dtype), bias)
+        out = x.new_empty(*x.shape[:-1], len(weight))  # [..., rows]
+        for start, stop in panels:
+            part = None if bias is None else bias[start:stop]
+            out[..., start:stop] = project(x, weight.decode_rows(start, stop).to(x.dtype), part)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])  # [N, out]
+        # For a second derivative torch's own product is needed, whose derivative is known.
+        times_weight, times_x = (_torch_times_weight, torch.mm) if torch.is_grad_enabled() else (_times_weight, product)
+        return (
+            times_weight(rows, ctx.weight.load()).view(ctx.shape) if of_x else None,
+            times_x(rows.t(), x.reshape(-1, x.shape[-1])).float() if of_weight else None,  # [out, in]
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
+    panels = weight.panels()
+    if len(panels) == 1:
+        return product(rows, weight.decode().to(rows.dtype))
+    out = rows.new_zeros(len(rows), weight.shape[1])
+    for start, stop in panels:
+        out += product(rows[:, start:stop], weight.decode_rows(start, stop).to(rows.dtype))
+    return out
+
+
+def _torch_times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
+    found: Tensor = with_decoded_weights(torch.mm, (rows, weight), {}, rows.dtype)
+    return found
+
+
+def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``F.linear`` by panels where the weight is what is compressed, and as a whole elsewhere."""
+    x, weight, bias = _arguments(*args, **kwargs)
+    if not (is_compressed(weight) and _fits(x, weight, bias)):
+        return with_autocast(func, args, kwargs)  # which says what is wrong, if anything is
+    dtype = autocast_dtype(weight)
+    if dtype is None:
+        return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    with torch.autocast(weight.device.type, enabled=False):
+        return _Linear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-untyped-call]
+
+
+def _fits(x: Tensor, weight: CompressedTensor, bias: Tensor | None) -> bool:
+    if not is_operand(x, weight) or x.dim() == 0 or weight.dim() != 2 or weight.numel() == 0:
+        return False
+    if x.shape[-1] != weight.shape[1]:
+        return False
+    return bias is None or (is_operand(bias, weight) and bias.shape == (len(weight),))
+
+
+def _arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias

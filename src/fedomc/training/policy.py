@@ -1,0 +1,306 @@
+"""Which variables of a model are compressed, for which client, in which round, and how."""
+
+import fnmatch
+import hashlib
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, SupportsIndex
+
+from torch import nn
+
+from fedomc import codec
+from fedomc.codec.elements import FloatFormat
+from fedomc.errors import PolicyError
+from fedomc.methods.packed import Encoding
+
+
+class Selection(Mapping[str, Encoding]):
+    """The variables to compress, by qualified name, with the encoding of each."""
+
+    def __init__(self, encodings: Mapping[str, Encoding]) -> None:
+        """Keep a copy of the mapping."""
+        self._encodings = dict(encodings)
+
+    def __getitem__(self, name: str) -> Encoding:
+        """Return the encoding of a variable."""
+        return self._encodings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._encodings)
+
+    def __len__(self) -> int:
+        """Count the variables."""
+        return len(self._encodings)
+
+    def __repr__(self) -> str:
+        """List the names."""
+        return f"Selection({', '.join(self)})"
+
+
+@dataclass(frozen=True)
+class CompressionPolicy:
+    """How the models of a federation are compressed.
+
+    Attributes:
+        format: of a variable, or of its base, such as ``S1E3M7``.
+        update_format: keeps the local steps in a part of their own, in this format; None keeps one part.
+        transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``; None is ``scaled-affine``, and
+            with stochastic rounding ``scaled``, which leaves it unbiased.
+        weight_matrices_only: leave normalization, biases and scalars in FP32: everything without two or more
+            dimensions larger than 1; and matrices of a few values, where the padding of the bit layout takes as many
+            bytes as the format saves.
+        fraction: of the compressible parameters that is compressed; the rest, whole variables drawn at random for each
+            client and round, stays FP32 (paper, partial parameter quantization).
+        rounding: ``nearest`` or ``stochastic``: of variables in one part, or of the update part; None is ``nearest`` in
+            one part and ``stochastic`` in two, by what they did in training (``docs/results``).
+        seed: of the random choices.
+        include: name patterns (``fnmatch``) of the variables that may be compressed; empty means all.
+        exclude: name patterns of those that may not; unlike the others' these may match nothing, as one list serves
+            many models.
+        format_by_name: formats, instead of ``format``, of variables by name pattern, of which the first that matches
+            counts: ``{"*.conv.*": "S1E2M3"}``. Kept as pairs.
+
+    Raises:
+        FormatError: no such format.
+        PolicyError: a fraction outside 0..1, an unknown transformation or rounding.
+    """
+
+    format: str | FloatFormat
+    update_format: str | FloatFormat | None = None
+    transform: str | None = None
+    weight_matrices_only: bool = True
+    fraction: float = 1.0
+    rounding: str | None = None
+    seed: int = 0
+    include: Sequence[str] = field(default=())
+    exclude: Sequence[str] = field(default=())
+    format_by_name: Mapping[str, str | FloatFormat] | Sequence[tuple[str, str | FloatFormat]] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", FloatFormat.parse(self.format))
+        if self.update_format is not None:
+            object.__setattr__(self, "update_format", FloatFormat.parse(self.update_format))
+        if not 0 <= self.fraction <= 1:  # also false for NaN
+            raise PolicyError(f"fraction={self.fraction} is impossible: it must lie in 0..1")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise PolicyError(f"{name}={getattr(self, name)!r} must be a list of patterns, not a string")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "format_by_name", _by_pattern(self.format_by_name))
+        self.encoding()
+
+    @property
+    def formats(self) -> tuple[FloatFormat, ...]:
+        """The formats that variables, or their bases, may have, each once."""
+        return tuple(
+            dict.fromkeys(FloatFormat.parse(fmt) for fmt in [self.format, *dict(self.format_by_name).values()])
+        )
+
+    def format_of(self, name: str) -> FloatFormat:
+        """Return the format of a variable, or of its base."""
+        own = (fmt for pattern, fmt in dict(self.format_by_name).items() if fnmatch.fnmatchcase(name, pattern))
+        return FloatFormat.parse(next(own, self.format))
+
+    def encoding(self, format: FloatFormat | None = None, *, round: int = 0, client: str | int = "") -> Encoding:
+        """Return the encoding of those of a client's variables that have a format.
+
+        Args:
+            format: one of ``formats``; None is ``format``.
+            round: number of the round.
+            client: name or number of the client; stochastic rounding is the round's and the client's own.
+        """
+        rounding, transform = self.rounding, self.transform
+        if rounding is None:
+            rounding = "nearest" if self.update_format is None else "stochastic"
+        if transform is None:
+            transform = "scaled" if rounding == "stochastic" else "scaled-affine"
+        seed = _hash(self.seed, "rounding", round, client)
+        update = None if self.update_format is None else FloatFormat.parse(self.update_format)
+        return Encoding(FloatFormat.parse(format or self.format), update, transform, rounding, seed)
+
+    def compressible(self, variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Return the names and sizes of all variables that the policy may compress, in the model's order.
+
+        Args:
+            variables: a model, or the shapes of its variables by name.
+
+        Raises:
+            PolicyError: there is none, or a pattern of ``include`` or ``format_by_name`` matches no variable.
+        """
+        shapes = shapes_of(variables)
+        for field_name, patterns in (("include", self.include), ("format_by_name", dict(self.format_by_name))):
+            for pattern in patterns:
+                if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
+                    raise PolicyError(
+                        f"{field_name}: {pattern!r} matches none of {len(shapes)} variables, "
+                        f"such as {next(iter(shapes), '')!r}: correct the pattern or drop it"
+                    )
+        sizes = {name: math.prod(shape) for name, shape in shapes.items() if self._may_compress(name, shape)}
+        if not sizes:
+            raise PolicyError(
+                f"no variable to compress among {len(shapes)}: include={list(self.include)}, "
+                f"exclude={list(self.exclude)}, weight_matrices_only={self.weight_matrices_only}. "
+                "Loosen the patterns; matrices of a few values are compressed with weight_matrices_only=False alone"
+            )
+        return sizes
+
+    def select(
+        self, variables: nn.Module | Mapping[str, Sequence[int]], *, round: int = 0, client: str | int = ""
+    ) -> Selection:
+        """Select the variables that one client compresses in one round.
+
+        A random set of whole variables stays FP32: in an order that depends on seed, round and client alone (the same
+        on every machine), each is taken that still fits into ``1 - fraction`` of the compressible parameters; then one
+        more if that comes closer. A variable larger than that share is therefore always compressed.
+
+        Args:
+            variables: a model, or the shapes of its variables by name.
+            round: number of the round.
+            client: name or number of the client.
+
+        Raises:
+            PolicyError: as ``compressible``.
+        """
+        sizes = self.compressible(variables)
+        kept = self._left_in_full_precision(sizes, round, client)
+        chosen = [name for name in sizes if name not in kept]
+        if not chosen:
+            raise PolicyError(f"fraction={self.fraction} leaves no variable to compress: raise it")
+        encodings = {fmt: self.encoding(fmt, round=round, client=client) for fmt in self.formats}
+        return Selection({name: encodings[self.format_of(name)] for name in chosen})
+
+    def _may_compress(self, name: str, shape: Sequence[int]) -> bool:
+        if self.weight_matrices_only and (
+            sum(size > 1 for size in shape) < 2 or self._padding_eats_savings(name, shape)
+        ):
+            return False
+        if math.prod(shape) == 0 or (self.include and not _matches(name, self.include)):
+            return False
+        return not _matches(name, self.exclude)
+
+    def _padding_eats_savings(self, name: str, shape: Sequence[int]) -> bool:
+        """Tell whether a variable would hold no less than in FP32; never of formats that save nothing at any size."""
+        how = self.encoding(self.format_of(name))
+        bits = [fmt.bits for fmt in (how.format, how.update_format) if fmt is not None]
+        return sum(bits) < 32 and held_bytes({"": shape}, {"": how}) >= held_bytes({"": shape}, None)
+
+    def _left_in_full_precision(self, sizes: Mapping[str, int], round: int, client: str | int) -> set[str]:
+        target = (1 - self.fraction) * sum(sizes.values())
+        order = sorted(sizes, key=lambda name: _hash(self.seed, "partial", round, client, name))
+        kept: set[str] = set()
+        total = 0
+        for name in order:
+            if total + sizes[name] <= target:
+                kept.add(name)
+                total += sizes[name]
+        rest = [name for name in order if name not in kept]
+        if rest:
+            smallest = min(rest, key=lambda name: sizes[name])
+            if total + sizes[smallest] - target < target - total:
+                kept.add(smallest)
+        return kept
+
+
+@dataclass(frozen=True)
+class TieredPolicy:
+    """Policies for clients of different means: each is answered with the format that it can hold.
+
+    Attributes:
+        tiers: policies by the name of the tier, the most precise first; None is FP32.
+        default: the tier of clients that announce nothing; empty means the last.
+
+    Raises:
+        PolicyError: there is no tier, or the default is none.
+    """
+
+    tiers: Mapping[str, CompressionPolicy | None]
+    default: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tiers", dict(self.tiers))
+        if not self.tiers:
+            raise PolicyError("a tiered policy without tiers: give at least one")
+        if not self.default:
+            object.__setattr__(self, "default", list(self.tiers)[-1])
+        self.choose(tier=self.default)
+
+    def choose(
+        self,
+        variables: nn.Module | Mapping[str, Sequence[int]] | None = None,
+        *,
+        tier: str | None = None,
+        memory_bytes: int | None = None,
+        round: int = 0,
+        client: str | int = "",
+    ) -> CompressionPolicy | None:
+        """Return the policy of a client, by what it announced.
+
+        Args:
+            variables: a model, or the shapes of its variables by name; needed with a budget.
+            tier: the client's tier.
+            memory_bytes: what its parameters may take: the first tier whose do is chosen, or the last if none does.
+            round: number of the round.
+            client: name or number of the client.
+
+        Raises:
+            PolicyError: there is no such tier, or the budget is not positive.
+        """
+        if tier is not None:
+            if tier not in self.tiers:
+                raise PolicyError(f"tier={tier!r} is unknown: use one of {', '.join(self.tiers)}")
+            return self.tiers[tier]
+        if memory_bytes is None:
+            return self.tiers[self.default]
+        if memory_bytes <= 0 or variables is None:
+            raise PolicyError(f"memory_bytes={memory_bytes} cannot be met: announce a positive number of bytes")
+        for policy in self.tiers.values():
+            selection = None if policy is None else policy.select(variables, round=round, client=client)
+            if held_bytes(variables, selection) <= memory_bytes:
+                return policy
+        return policy
+
+
+def held_bytes(variables: nn.Module | Mapping[str, Sequence[int]], selection: Mapping[str, Encoding] | None) -> int:
+    """Count the bytes that parameters hold under a selection, in training; None holds them all in FP32."""
+    total = 0
+    for name, shape in shapes_of(variables).items():
+        numel, how = math.prod(shape), (selection or {}).get(name)
+        formats = [] if how is None else [fmt for fmt in (how.format, how.update_format) if fmt is not None]
+        packed = sum(4 * codec.words_of(numel, fmt.bits) + 8 for fmt in formats)  # codes, and scale and offset
+        total += packed if formats else 4 * numel
+    return total
+
+
+def shapes_of(variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's parameters by qualified name; a mapping of shapes passes through."""
+    named: Mapping[str, Any] = (
+        {name: parameter.shape for name, parameter in variables.named_parameters()}
+        if isinstance(variables, nn.Module)
+        else variables
+    )
+    return {name: tuple(shape) for name, shape in named.items()}
+
+
+def _by_pattern(formats: Any) -> tuple[tuple[str, FloatFormat], ...]:
+    """Parse formats by name pattern; as pairs they can be hashed."""
+    try:
+        pairs = list(dict(formats).items())
+    except (TypeError, ValueError):
+        pairs = [(None, formats)]
+    for pattern, _ in pairs:
+        if not isinstance(pattern, str):
+            raise PolicyError(f"format_by_name={formats!r} must map name patterns to formats")
+    return tuple((pattern, FloatFormat.parse(fmt)) for pattern, fmt in pairs)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _hash(*key: str | SupportsIndex) -> int:
+    """Hash to 63 bits, the same on every machine and in every process."""
+    text = "\x1f".join(f"s{part}" if isinstance(part, str) else f"i{operator.index(part)}" for part in key)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,271 @@
+"""Stepping in the backward pass: a variable is updated and its gradient dropped as soon as the gradient is complete.
+
+[Note: one optimizer, a variable at a time]
+There is one optimizer of torch for the whole model, so that schedulers and state_dict are torch's own. It has a group
+for each variable, and when a gradient is complete it steps with that group alone: all other gradients are gone.
+
+[Note: gone, and not None]
+To torch a gradient that is None is none at all: ``clip_grad_norm_`` would return 0, an optimizer or a ``GradScaler``
+skip the variable, a distributed wrapper average zeros, all without a word. So what is left in ``.grad`` is a tensor
+without values that raises when it is used, and that makes room when the next gradient comes.
+"""
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import unserializable_hook
+
+from fedomc.errors import PolicyError
+from fedomc.tensor.compressed import is_compressed
+
+
+class StepInBackward:
+    """An optimizer that steps each variable of a model when its gradient is complete.
+
+    Attributes:
+        optimizer: of all variables, with a group for each (``group["param_names"]`` is its name). Give it to a
+            scheduler of ``torch.optim.lr_scheduler``, change its groups, save and load its ``state_dict``; its
+            ``step`` is called by the backward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, variables: list[tuple[str, nn.Parameter]], optimizer: Optimizer, clip_norm: float | None
+    ) -> None:
+        """Hook an optimizer with a group for each variable; ``step_in_backward`` is what users call."""
+        self.optimizer = optimizer
+        self._variables = variables
+        self._clip_norm = clip_norm
+        self._accumulating = False
+        self._lock = threading.RLock()  # the backward pass has a thread for each device
+        self._released = [ReleasedGradient(parameter, name) for name, parameter in variables]
+        # Optimizers that compile their step, as torchao's do, cannot trace how a variable is encoded.
+        self._compiling = not type(optimizer).__module__.startswith("torch.optim.")
+        self._handles = [handle for index in range(len(variables)) for handle in self._hook(index)]
+        self._handles.append(model.register_forward_pre_hook(_check_all_stepped))
+        self._model = weakref.ref(model)
+        _stepping[model] = self
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Accumulate the gradients of all backward passes inside, and step once at the end.
+
+        The gradients of the whole model are held until then, as in training without ``step_in_backward``. After an
+        exception they are dropped, and no step is made.
+        """
+        self._accumulating = True
+        try:
+            yield
+            for index, (_, parameter) in enumerate(self._variables):
+                if parameter.grad is not None and not isinstance(parameter.grad, ReleasedGradient):
+                    self._step(index)
+        finally:
+            self._accumulating = False
+            for index, (_, parameter) in enumerate(self._variables):
+                if parameter.grad is not None:
+                    self._release(index)
+
+    def remove(self) -> None:
+        """Stop stepping: gradients accumulate again as usual."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        model = self._model()
+        if model is not None and _stepping.get(model) is self:
+            del _stepping[model]
+        for _, parameter in self._variables:
+            _make_room(parameter)
+
+    def _hook(self, index: int) -> tuple[Any, Any]:
+        name, parameter = self._variables[index]
+        reference = weakref.ref(self)  # the garbage collector does not see through the hooks of a tensor
+
+        def stepping() -> StepInBackward:
+            found = reference()
+            if found is None:
+                raise RuntimeError(
+                    f"{name} is not stepped any more: the module that was given to step_in_backward is gone. "
+                    "Keep it, or what step_in_backward returned"
+                )
+            return found
+
+        def before(gradient: Tensor) -> None:
+            _make_room(stepping()._variables[index][1])
+
+        def complete(parameter: Tensor) -> None:
+            stepping()._complete(index)
+
+        return (
+            parameter.register_hook(unserializable_hook(before)),  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(complete),  # type: ignore[no-untyped-call]
+        )
+
+    def _complete(self, index: int) -> None:
+        if self._accumulating:
+            return
+        if _in_reentrant_checkpoint():
+            name = self._variables[index][0]
+            self._release(index)
+            raise RuntimeError(
+                f"{name} would be stepped inside a reentrant checkpoint, before other uses of it were "
+                "differentiated: pass use_reentrant=False to torch.utils.checkpoint, or run the backward pass in "
+                "accumulate()"
+            )
+        self._step(index)
+
+    def _step(self, index: int) -> None:
+        parameter = self._variables[index][1]
+        with self._lock:
+            groups = self.optimizer.param_groups
+            self.optimizer.param_groups = [groups[index]]
+            try:
+                if self._clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_([parameter], self._clip_norm)
+                eager = self._compiling and is_compressed(parameter)
+                with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+                    self.optimizer.step()
+            finally:
+                self.optimizer.param_groups = groups
+                self._release(index)
+
+    def _release(self, index: int) -> None:
+        """Drop a gradient."""
+        name, parameter = self._variables[index]
+        released = self._released[index]
+        if released.dtype is not parameter.dtype or released.device != parameter.device:  # it was moved
+            released = self._released[index] = ReleasedGradient(parameter, name)
+        parameter.grad = released
+
+
+def step_in_backward(
+    model: nn.Module,
+    optimizer_class: Callable[..., Optimizer],
+    *,
+    clip_norm: float | None = None,
+    **kwargs: Any,
+) -> StepInBackward:
+    """Make every backward pass train the model: no gradient outlives the moment in which it is complete.
+
+    Two backward passes are two steps; ``accumulate`` makes them one. What is left in ``.grad`` raises RuntimeError
+    when it is used, as by ``torch.nn.utils.clip_grad_norm_`` or another optimizer.
+
+    Args:
+        model: plain or compressed; its parameters that require a gradient are trained. Compress, install or move it
+            first: new parameters need a new call.
+        optimizer_class: from ``torch.optim`` or ``torchao.optim``, one that works parameter by parameter.
+        clip_norm: scales the gradient of each variable down to this Euclidean norm. (A norm over all variables does
+            not exist in the backward pass: when the last gradient is complete the first is gone.)
+        **kwargs: for the optimizer.
+
+    Returns:
+        The optimizer, a way to accumulate gradients and a way to stop.
+
+    Raises:
+        PolicyError: nothing to train, or a parameter is stepped already; in a forward pass of the model, a parameter
+            that requires a gradient and is not stepped, because it was replaced, moved or unfrozen.
+
+    A backward pass inside a reentrant checkpoint raises RuntimeError: it cannot know whether a gradient is complete. A
+    loss that a ``GradScaler`` multiplied is stepped with as it is.
+    """
+    variables = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter._post_accumulate_grad_hooks:
+            raise PolicyError(f"{name} is stepped in backward already: call remove() on what the first call returned")
+        variables.append((name, parameter))
+    if not variables:
+        raise PolicyError("no parameter of the model requires a gradient: there is nothing to step")
+    optimizer = optimizer_class([{"params": [variable]} for variable in variables], **kwargs)
+    return StepInBackward(model, variables, optimizer, clip_norm)
+
+
+_aten = torch.ops.aten
+
+
+class ReleasedGradient(Tensor):
+    """What is left of a gradient after the step: shape, dtype and device, and an error for whoever wants its values."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    variable: str
+
+    @staticmethod
+    def __new__(cls, like: Tensor, name: str) -> "ReleasedGradient":
+        """Stand for the gradient of a parameter."""
+        one = torch.full((), torch.nan, dtype=like.dtype, device=like.device)  # memory, for what looks there unasked
+        self: ReleasedGradient = one.expand(like.shape).as_subclass(cls)
+        self.variable = name
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        """Do nothing: ``__new__`` made the tensor."""
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Name the variable."""
+        return f"ReleasedGradient({self.variable}, shape={tuple(self.shape)})"
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Copy to None: the copy of a parameter has had no gradient yet."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Move with the model and let itself be set to zero; raise for everything else."""
+        kwargs = kwargs or {}
+        if func in (_aten.zero_.default, _aten._foreach_zero_.default):
+            return args[0] if func is _aten.zero_.default else None
+        released = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, ReleasedGradient))
+        if func in (_aten._to_copy.default, _aten.empty_like.default, _aten.detach.default, _aten.alias.default):
+            like = torch.empty((), dtype=released.dtype, device=released.device)
+            return ReleasedGradient(func(like, **kwargs).expand(released.shape), released.variable)
+        raise RuntimeError(
+            f"the gradient of {released.variable} is gone: step_in_backward stepped with it and dropped it. Instead of "
+            "clip_grad_norm_ pass clip_norm= to step_in_backward; what steps, scales or averages gradients itself "
+            "(another optimizer, GradScaler, DistributedDataParallel) needs training without step_in_backward, or "
+            "backward passes in accumulate(). zero_grad() takes away what is left here"
+        )
+
+
+def _make_room(parameter: Tensor) -> None:
+    """Let the next gradient take the place of what is left of the last one."""
+    if isinstance(parameter.grad, ReleasedGradient):
+        parameter.grad = None
+
+
+_stepping: "weakref.WeakKeyDictionary[nn.Module, StepInBackward]" = weakref.WeakKeyDictionary()
+"""What steps a model lives as long as the model. Not kept in it, so that it can be copied and pickled; its copy is not
+stepped."""
+
+
+def _check_all_stepped(model: nn.Module, args: Any) -> None:
+    """Before a forward pass: no parameter may silently stay as it is."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or model not in _stepping:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter._post_accumulate_grad_hooks:
+            raise PolicyError(
+                f"{name} requires a gradient and is not stepped in backward: it was replaced, moved or unfrozen after "
+                "step_in_backward. Call remove() on what that returned, and step_in_backward again"
+            )
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Tell whether this backward pass was started by the backward pass of a reentrant checkpoint."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CHECKPOINT_BACKWARD:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__
