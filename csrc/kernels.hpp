@@ -9,16 +9,21 @@ struct Kernels {
   const char* level;
   // Decodes base, and update on top of it if not null; streaming writes past the caches.
   void (*decode)(const Packed& base, const Packed* update, float* out, std::size_t n, bool streaming);
-  // Adds weight * (decoded - less), and weight * decoded if less is null.
-  void (*decode_add)(const Packed& packed, const Packed* less, float weight, float* out, std::size_t n);
-  // Adds weight * (values - less).
-  void (*add_difference)(const float* values, const float* less, float weight, float* out, std::size_t n);
+  // Adds weight * (decoded - subtrahend), and weight * decoded if subtrahend is null.
+  void (*decode_add)(const Packed& packed, const Packed* subtrahend, float weight, float* out, std::size_t n);
+  // Adds weight * (values - subtrahend).
+  void (*add_difference)(const float* values, const float* subtrahend, float weight, float* out, std::size_t n);
   void (*encode)(const float* values, std::size_t n, Format format, const Rounding& rounding, std::uint32_t* words,
                  Found& found);
   // Encodes decoded + alpha * gradient.
   void (*update)(const Packed& packed, const float* gradient, float alpha, std::size_t n, const Rounding& rounding,
                  std::uint32_t* words, Found& found);
   std::uint32_t (*largest)(const float* values, std::size_t n);
+  void (*block_decode)(const BlockPacked& packed, const Element& element, float* out, std::size_t n, bool streaming);
+  void (*block_encode)(const float* values, std::size_t n, const Element& element, const Rounding& rounding,
+                       const BlockRoom& room, Found& found);
+  void (*block_update)(const BlockPacked& packed, const float* gradient, float alpha, std::size_t n,
+                       const Element& element, const Rounding& rounding, const BlockRoom& room, Found& found);
 };
 
 namespace baseline {

@@ -23,12 +23,13 @@ constexpr std::size_t words_of(std::size_t n, unsigned bits) {
 struct Format {
   unsigned exponent_bits;
   unsigned mantissa_bits;
+  unsigned reserved = 0;  // codes above the largest finite one, in formats of the OCP specification
 
   constexpr unsigned bits() const { return 1 + exponent_bits + mantissa_bits; }
   constexpr int bias() const { return (1 << (exponent_bits - 1)) - 1; }
-  constexpr std::uint32_t max_code() const { return ((top_field() + 1) << mantissa_bits) - 1; }
+  constexpr std::uint32_t max_code() const { return ((top_field() + 1) << mantissa_bits) - 1 - reserved; }
   constexpr std::uint32_t top_field() const { return exponent_bits == 8 ? 254u : (1u << exponent_bits) - 1; }
-  constexpr int top_exponent() const { return static_cast<int>(top_field()) - bias(); }
+  constexpr int top_exponent() const { return static_cast<int>(max_code() >> mantissa_bits) - bias(); }
   // The bias of the units in which values are rounded and summed: a block's sum of squares must stay finite.
   constexpr int working_bias() const { return exponent_bits == 7 ? bias() + 4 : bias(); }
 };
@@ -53,6 +54,27 @@ struct Rounding {
 struct Found {
   double* sums;           // [kSums], written if not null
   std::uint32_t largest;  // float32 bits of the largest magnitude
+  bool changed;           // whether a value differs from what was decoded; true where nothing was
 };
+
+// What a code of a blockwise method is, as codec/elements.py has it.
+enum class ElementKind { kInteger, kNormalFloat, kOcp };
+
+struct Element {
+  ElementKind kind;
+  unsigned bits;
+  Format format;  // of kOcp
+};
+
+// A stretch of a blockwise variable that begins at a block of the layout: codes, and a scale for each `block` values.
+// Scales are float32, and with kOcp the exponents of E8M0, one byte each.
+template <class Word, class Scale>
+struct Blockwise {
+  Word* words;
+  Scale* scales;
+  std::size_t block;
+};
+using BlockPacked = Blockwise<const std::uint32_t, const void>;
+using BlockRoom = Blockwise<std::uint32_t, void>;
 
 }  // namespace fedomc

@@ -29,6 +29,9 @@ using OutWords = nb::ndarray<std::int32_t, nb::ndim<1>, nb::c_contig, nb::device
 using InValues = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutValues = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutSums = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutStatus = nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using InScales = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutScales = nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 constexpr std::size_t kStreamingValues = std::size_t{1} << 22;  // 16 MB: more than the caches keep
 
@@ -131,10 +134,12 @@ struct Part {
   Format format;
   float scale, offset;
 
-  Part(const InWords& words_, unsigned e, unsigned m, float scale_, float offset_, const OutValues& out)
-      : words(unsigned_words(words_.data())), format(checked_format(e, m)), scale(scale_), offset(offset_) {
-    check_words(words_.size(), out.size(), format);
-    check_apart(words_, out);
+  Part(const InWords& words_, const InValues& scale_offset, unsigned e, unsigned m, std::size_t n)
+      : words(unsigned_words(words_.data())), format(checked_format(e, m)), scale(0.0f), offset(0.0f) {
+    check_words(words_.size(), n, format);
+    require(scale_offset.size() == 2, "scale_offset must have two values");
+    scale = scale_offset.data()[0];
+    offset = scale_offset.data()[1];
   }
 
   Packed from(std::size_t value) const { return {words + at_word(value, format), format, scale, offset}; }
@@ -151,51 +156,59 @@ void in_chunks(std::size_t n, unsigned threads, const Run& run, Subnormals subno
   });
 }
 
-void decode(const InWords& words, unsigned e, unsigned m, float scale, float offset, const OutValues& out,
+void decode(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, const OutValues& out,
             unsigned threads) {
-  const Part part(words, e, m, scale, offset, out);
+  const Part part(words, scale_offset, e, m, out.size());
+  check_apart(words, out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
     current()->decode(part.from(at), nullptr, out.data() + at, count, out.size() >= kStreamingValues);
   });
 }
 
-void decode_sum(const InWords& words, unsigned e, unsigned m, float scale, float offset, const InWords& update_words,
-                unsigned update_e, unsigned update_m, float update_scale, float update_offset, const OutValues& out,
+void decode_sum(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, const InWords& update_words,
+                const InValues& update_scale_offset, unsigned update_e, unsigned update_m, const OutValues& out,
                 unsigned threads) {
-  const Part base(words, e, m, scale, offset, out);
-  const Part update(update_words, update_e, update_m, update_scale, update_offset, out);
+  const Part base(words, scale_offset, e, m, out.size());
+  const Part update(update_words, update_scale_offset, update_e, update_m, out.size());
+  check_apart(words, out);
+  check_apart(update_words, out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
     const Packed change = update.from(at);
     current()->decode(base.from(at), &change, out.data() + at, count, out.size() >= kStreamingValues);
   });
 }
 
-void decode_add(const InWords& words, unsigned e, unsigned m, float scale, float offset, float weight,
+void decode_add(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, float weight,
                 const OutValues& out, unsigned threads) {
-  const Part part(words, e, m, scale, offset, out);
+  const Part part(words, scale_offset, e, m, out.size());
+  check_apart(words, out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
     current()->decode_add(part.from(at), nullptr, weight, out.data() + at, count);
   });
 }
 
-void decode_add_difference(const InWords& words, unsigned e, unsigned m, float scale, float offset,
-                           const InWords& less_words, unsigned less_e, unsigned less_m, float less_scale,
-                           float less_offset, float weight, const OutValues& out, unsigned threads) {
-  const Part part(words, e, m, scale, offset, out);
-  const Part less(less_words, less_e, less_m, less_scale, less_offset, out);
+void decode_add_difference(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m,
+                           const InWords& subtrahend_words, const InValues& subtrahend_scale_offset,
+                           unsigned subtrahend_e, unsigned subtrahend_m, float weight, const OutValues& out,
+                           unsigned threads) {
+  const Part part(words, scale_offset, e, m, out.size());
+  const Part subtrahend(subtrahend_words, subtrahend_scale_offset, subtrahend_e, subtrahend_m, out.size());
+  check_apart(words, out);
+  check_apart(subtrahend_words, out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
-    const Packed subtracted = less.from(at);
+    const Packed subtracted = subtrahend.from(at);
     current()->decode_add(part.from(at), &subtracted, weight, out.data() + at, count);
   });
 }
 
-void add_difference(const InValues& values, const InValues& less, float weight, const OutValues& out,
+void add_difference(const InValues& values, const InValues& subtrahend, float weight, const OutValues& out,
                     unsigned threads) {
-  require(values.size() == out.size() && less.size() == out.size(), "values, less and out must have one size");
+  require(values.size() == out.size() && subtrahend.size() == out.size(),
+          "values, subtrahend and out must have one size");
   check_apart(values, out);
-  check_apart(less, out);
+  check_apart(subtrahend, out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
-    current()->add_difference(values.data() + at, less.data() + at, weight, out.data() + at, count);
+    current()->add_difference(values.data() + at, subtrahend.data() + at, weight, out.data() + at, count);
   });
 }
 
@@ -204,59 +217,154 @@ void check_sums(const OutSums& sums, std::size_t n) {
           "sums must have a row of five for each chunk, or none");
 }
 
+// Calls run(at, count, rounding, found) for each chunk of n values, and writes what was found in all to the status: the
+// bits of the largest magnitude, and whether any value changed.
 template <class Run>
-std::uint32_t over_chunks(std::size_t n, unsigned threads, Format format, const OutSums& sums, const Rounding& rounding,
-                          const Run& run) {
-  std::vector<std::uint32_t> largest((n + kChunk - 1) / kChunk);
+void find_in_chunks(std::size_t n, unsigned threads, Subnormals subnormals, double* sums, const Rounding& rounding,
+                    const OutStatus& status, const Run& run) {
+  require(status.size() == 2, "status must have two values");
+  std::vector<Found> founds((n + kChunk - 1) / kChunk);
   const auto over_chunk = [&](std::size_t at, std::size_t count) {
     const std::size_t chunk = at / kChunk;
     Rounding here = rounding;
     here.start += at;
-    Found found{sums.shape(0) ? sums.data() + chunk * kSums : nullptr, 0};
+    Found found{sums ? sums + chunk * kSums : nullptr, 0, true};
     run(at, count, here, found);
-    largest[chunk] = found.largest;
+    founds[chunk] = found;
   };
-  in_chunks(n, threads, over_chunk, format.exponent_bits == 8 ? Subnormals::kKept : Subnormals::kZero);
-  std::uint32_t result = 0;
-  for (const std::uint32_t some : largest) result = std::max(result, some);
-  return result;
+  in_chunks(n, threads, over_chunk, subnormals);
+  std::uint32_t largest = 0;
+  bool changed = false;
+  for (const Found& found : founds) {
+    largest = std::max(largest, found.largest);
+    changed |= found.changed;
+  }
+  status.data()[0] = largest;
+  status.data()[1] = changed;
 }
 
-std::uint32_t encode(const InValues& values, unsigned e, unsigned m, int exponent, bool stochastic, std::uint64_t seed,
-                     std::uint64_t start, const OutWords& words, const OutSums& sums, unsigned threads) {
+Subnormals subnormals_of(Format format) { return format.exponent_bits == 8 ? Subnormals::kKept : Subnormals::kZero; }
+
+double* sums_or_null(const OutSums& sums) { return sums.shape(0) ? sums.data() : nullptr; }
+
+void encode(const InValues& values, unsigned e, unsigned m, int exponent, bool stochastic, std::uint64_t seed,
+            std::uint64_t start, const OutWords& words, const OutSums& sums, const OutStatus& status,
+            unsigned threads) {
   const Format format = checked_format(e, m);
   const std::size_t n = values.size();
   check_words(words.size(), n, format);
   check_exponent(exponent, format);
   check_sums(sums, n);
   check_apart(values, words);
-  return over_chunks(n, threads, format, sums, {exponent, stochastic, seed, start},
-                     [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
-                       current()->encode(values.data() + at, count, format, rounding,
-                                         unsigned_words(words.data()) + at_word(at, format), found);
-                     });
+  find_in_chunks(n, threads, subnormals_of(format), sums_or_null(sums), {exponent, stochastic, seed, start}, status,
+                 [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
+                   current()->encode(values.data() + at, count, format, rounding,
+                                     unsigned_words(words.data()) + at_word(at, format), found);
+                 });
 }
 
-std::uint32_t update(const InWords& words, unsigned e, unsigned m, float scale, float offset, const InValues& gradient,
-                     float alpha, int exponent, bool stochastic, std::uint64_t seed, const OutWords& out,
-                     const OutSums& sums, unsigned threads) {
-  const Format format = checked_format(e, m);
+void update(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, const InValues& gradient,
+            float alpha, int exponent, bool stochastic, std::uint64_t seed, const OutWords& out, const OutSums& sums,
+            const OutStatus& status, unsigned threads) {
   const std::size_t n = gradient.size();
-  check_words(words.size(), n, format);
+  const Part part(words, scale_offset, e, m, n);
+  const Format format = part.format;
   check_words(out.size(), n, format);
   check_exponent(exponent, format);
   check_sums(sums, n);
   check_apart(words, out);
   check_apart(gradient, out);
-  return over_chunks(n, threads, format, sums, {exponent, stochastic, seed, 0},
-                     [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
-                       const Packed packed{unsigned_words(words.data()) + at_word(at, format), format, scale, offset};
-                       current()->update(packed, gradient.data() + at, alpha, count, rounding,
-                                         unsigned_words(out.data()) + at_word(at, format), found);
-                     });
+  find_in_chunks(n, threads, subnormals_of(format), sums_or_null(sums), {exponent, stochastic, seed, 0}, status,
+                 [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
+                   current()->update(part.from(at), gradient.data() + at, alpha, count, rounding,
+                                     unsigned_words(out.data()) + at_word(at, format), found);
+                 });
 }
 
-std::uint32_t largest(const InValues& values, unsigned threads) {
+// ---- blockwise methods --------------------------------------------------------------------------------------------
+
+Element checked_element(int kind, unsigned e, unsigned m) {
+  if (kind == 0) {
+    require(e == 4 || e == 8, "integers of 4 or 8 bits alone");
+    return {ElementKind::kInteger, e, {}};
+  }
+  if (kind == 1) return {ElementKind::kNormalFloat, 4, {}};
+  require(kind == 2, "unknown kind of element");
+  require((e == 4 && m == 3) || (e == 5 && m == 2) || (e == 3 && m == 2) || (e == 2 && m == 3) || (e == 2 && m == 1),
+          "not an element of the OCP specification");
+  return {ElementKind::kOcp, 1 + e + m, {e, m, e == 4 ? 1u : e == 5 ? 4u : 0u}};
+}
+
+// Codes and scales as Python gives them, checked against the values that they stand for.
+template <class Words, class Scales>
+void check_blockwise(const Words& words, const Scales& scales, const Element& element, std::size_t block,
+                     std::size_t n) {
+  require(block == 32 || block == 64 || block == 128 || block == 256, "blocks of 32, 64, 128 or 256 values alone");
+  require(words.size() == words_of(n, element.bits), "words do not match the number of values and the element");
+  require(scales.size() == (n + block - 1) / block, "scales do not match the number of values");
+  require(scales.dtype() == (element.kind == ElementKind::kOcp ? nb::dtype<std::uint8_t>() : nb::dtype<float>()),
+          "scales are float32, and of the OCP specification uint8");
+}
+
+std::size_t scale_bytes(const Element& element) { return element.kind == ElementKind::kOcp ? 1 : sizeof(float); }
+
+BlockPacked packed_from(const InWords& words, const InScales& scales, const Element& element, std::size_t block,
+                        std::size_t at) {
+  return {unsigned_words(words.data()) + words_of(at, element.bits),
+          static_cast<const char*>(scales.data()) + at / block * scale_bytes(element), block};
+}
+
+BlockRoom room_from(const OutWords& words, const OutScales& scales, const Element& element, std::size_t block,
+                    std::size_t at) {
+  return {unsigned_words(words.data()) + words_of(at, element.bits),
+          static_cast<char*>(scales.data()) + at / block * scale_bytes(element), block};
+}
+
+void block_decode(const InWords& words, const InScales& scales, int kind, unsigned e, unsigned m, std::size_t block,
+                  const OutValues& out, unsigned threads) {
+  const Element element = checked_element(kind, e, m);
+  check_blockwise(words, scales, element, block, out.size());
+  check_apart(words, out);
+  check_apart(scales, out);
+  in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
+    current()->block_decode(packed_from(words, scales, element, block, at), element, out.data() + at, count,
+                            out.size() >= kStreamingValues);
+  });
+}
+
+void block_encode(const InValues& values, int kind, unsigned e, unsigned m, std::size_t block, bool stochastic,
+                  std::uint64_t seed, std::uint64_t start, const OutWords& words, const OutScales& scales,
+                  const OutStatus& status, unsigned threads) {
+  const Element element = checked_element(kind, e, m);
+  check_blockwise(words, scales, element, block, values.size());
+  check_apart(values, words);
+  check_apart(values, scales);
+  find_in_chunks(values.size(), threads, Subnormals::kZero, nullptr, {0, stochastic, seed, start}, status,
+                 [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
+                   current()->block_encode(values.data() + at, count, element, rounding,
+                                           room_from(words, scales, element, block, at), found);
+                 });
+}
+
+void block_update(const InWords& words, const InScales& scales, int kind, unsigned e, unsigned m, std::size_t block,
+                  const InValues& gradient, float alpha, bool stochastic, std::uint64_t seed, const OutWords& out,
+                  const OutScales& out_scales, const OutStatus& status, unsigned threads) {
+  const Element element = checked_element(kind, e, m);
+  check_blockwise(words, scales, element, block, gradient.size());
+  check_blockwise(out, out_scales, element, block, gradient.size());
+  check_apart(words, out);
+  check_apart(scales, out_scales);
+  check_apart(gradient, out);
+  check_apart(gradient, out_scales);
+  find_in_chunks(gradient.size(), threads, Subnormals::kZero, nullptr, {0, stochastic, seed, 0}, status,
+                 [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
+                   current()->block_update(packed_from(words, scales, element, block, at), gradient.data() + at, alpha,
+                                           count, element, rounding, room_from(out, out_scales, element, block, at),
+                                           found);
+                 });
+}
+
+std::uint32_t absmax(const InValues& values, unsigned threads) {
   std::vector<std::uint32_t> found((values.size() + kChunk - 1) / kChunk);
   in_chunks(values.size(), threads, [&](std::size_t at, std::size_t count) {
     found[at / kChunk] = current()->largest(values.data() + at, count);
@@ -279,24 +387,32 @@ NB_MODULE(_native, module) {
   using namespace nb::literals;
   module.doc() = "The codec's kernels for the CPU; fedomc.codec.native is what calls them.";
   // Nothing is converted: an output that was copied first would be lost.
-  module.def("decode", &fedomc::decode, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a, "offset"_a, "out"_a.noconvert(),
+  const auto words = "words"_a.noconvert();
+  const auto scale_offset = "scale_offset"_a.noconvert();
+  const auto scales = "scales"_a.noconvert();
+  const auto values = "values"_a.noconvert();
+  const auto out = "out"_a.noconvert();
+  const auto status = "status"_a.noconvert();
+  module.def("decode", &fedomc::decode, words, scale_offset, "e"_a, "m"_a, out, "threads"_a);
+  module.def("decode_sum", &fedomc::decode_sum, words, scale_offset, "e"_a, "m"_a, "update_words"_a.noconvert(),
+             "update_scale_offset"_a.noconvert(), "update_e"_a, "update_m"_a, out, "threads"_a);
+  module.def("decode_add", &fedomc::decode_add, words, scale_offset, "e"_a, "m"_a, "weight"_a, out, "threads"_a);
+  module.def("decode_add_difference", &fedomc::decode_add_difference, words, scale_offset, "e"_a, "m"_a,
+             "subtrahend_words"_a.noconvert(), "subtrahend_scale_offset"_a.noconvert(), "subtrahend_e"_a,
+             "subtrahend_m"_a, "weight"_a, out, "threads"_a);
+  module.def("add_difference", &fedomc::add_difference, values, "subtrahend"_a.noconvert(), "weight"_a, out,
              "threads"_a);
-  module.def("decode_sum", &fedomc::decode_sum, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a, "offset"_a,
-             "update_words"_a.noconvert(), "update_e"_a, "update_m"_a, "update_scale"_a, "update_offset"_a,
-             "out"_a.noconvert(), "threads"_a);
-  module.def("decode_add", &fedomc::decode_add, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a, "offset"_a, "weight"_a,
-             "out"_a.noconvert(), "threads"_a);
-  module.def("decode_add_difference", &fedomc::decode_add_difference, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a,
-             "offset"_a, "less_words"_a.noconvert(), "less_e"_a, "less_m"_a, "less_scale"_a, "less_offset"_a,
-             "weight"_a, "out"_a.noconvert(), "threads"_a);
-  module.def("add_difference", &fedomc::add_difference, "values"_a.noconvert(), "less"_a.noconvert(), "weight"_a,
-             "out"_a.noconvert(), "threads"_a);
-  module.def("encode", &fedomc::encode, "values"_a.noconvert(), "e"_a, "m"_a, "exponent"_a, "stochastic"_a, "seed"_a,
-             "start"_a, "words"_a.noconvert(), "sums"_a.noconvert(), "threads"_a);
-  module.def("update", &fedomc::update, "words"_a.noconvert(), "e"_a, "m"_a, "scale"_a, "offset"_a,
-             "gradient"_a.noconvert(), "alpha"_a, "exponent"_a, "stochastic"_a, "seed"_a, "out"_a.noconvert(),
-             "sums"_a.noconvert(), "threads"_a);
-  module.def("largest", &fedomc::largest, "values"_a.noconvert(), "threads"_a);
+  module.def("encode", &fedomc::encode, values, "e"_a, "m"_a, "exponent"_a, "stochastic"_a, "seed"_a, "start"_a, words,
+             "sums"_a.noconvert(), status, "threads"_a);
+  module.def("update", &fedomc::update, words, scale_offset, "e"_a, "m"_a, "gradient"_a.noconvert(), "alpha"_a,
+             "exponent"_a, "stochastic"_a, "seed"_a, out, "sums"_a.noconvert(), status, "threads"_a);
+  module.def("block_decode", &fedomc::block_decode, words, scales, "kind"_a, "e"_a, "m"_a, "block"_a, out, "threads"_a);
+  module.def("block_encode", &fedomc::block_encode, values, "kind"_a, "e"_a, "m"_a, "block"_a, "stochastic"_a, "seed"_a,
+             "start"_a, words, scales, status, "threads"_a);
+  module.def("block_update", &fedomc::block_update, words, scales, "kind"_a, "e"_a, "m"_a, "block"_a,
+             "gradient"_a.noconvert(), "alpha"_a, "stochastic"_a, "seed"_a, out, "out_scales"_a.noconvert(), status,
+             "threads"_a);
+  module.def("absmax", &fedomc::absmax, values, "threads"_a);
   module.def("levels", &fedomc::levels, "Names of the instruction sets of this machine, the fastest last.");
   module.def("level", [] { return std::string(fedomc::current()->level); });
   module.def(

@@ -40,6 +40,11 @@ def pack_by_design(codes: Sequence[int], width: int) -> np.ndarray:
     return np.array(words, dtype=np.uint32).view(np.int32)
 
 
+def scaling(scale: float, offset: float) -> Tensor:
+    """Make the tensor of scale and offset that floats have beside their codes."""
+    return torch.tensor([scale, offset])
+
+
 def gfloat_format(fmt: FloatFormat) -> gfloat.FormatInfo:
     """Describe a format to gfloat, the oracle of the number formats."""
     return gfloat.FormatInfo(

@@ -180,7 +180,7 @@ def read_model(data: bytes) -> dict[str, np.ndarray]:
     for name, how in described["variables"].items():
         base = read_frame(raw.pop(name).tobytes())
         formats, frames, values = [how["format"]], [base], base.values
-        if how["rewrites"][1:] not in ([], [0]):
+        if how["draws"][1:] not in ([], [0]):
             update = read_frame(raw.pop(name + ".update").tobytes())
             values = values + update.values
             formats, frames = [*formats, how["update_format"]], [base, update]

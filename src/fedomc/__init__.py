@@ -1,10 +1,9 @@
 """Online Model Compression: parameters stay bit-packed in memory, on the wire and on disk while a model trains."""
 
-from fedomc.codec.elements import FloatFormat
 from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
 from fedomc.memory.liveness import MemoryBytes
 from fedomc.memory.report import MemoryReport, memory_report
-from fedomc.methods.packed import Encoding
+from fedomc.methods import Encoding, FloatFormat, Method
 from fedomc.serialization.model_file import load_model, materialize_, save_model
 from fedomc.tensor.compressed import CompressedTensor
 from fedomc.training.model import ParameterBytes, compress_, decompress_, parameter_bytes
@@ -21,6 +20,7 @@ __all__ = [
     "FormatError",
     "MemoryBytes",
     "MemoryReport",
+    "Method",
     "NonFiniteError",
     "OMCError",
     "ParameterBytes",

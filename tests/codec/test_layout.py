@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fedomc import FloatFormat, codec
 from fedomc.codec.layout import words_of
-from tests.conftest import pack_by_design
+from tests.conftest import pack_by_design, scaling
 
 # By width, a format whose codes are all values: encoding a decoded code packs that code.
 FORMATS = {
@@ -31,7 +31,7 @@ def test_words_are_those_of_the_design(width: int, size: int) -> None:
     codes = random_codes(fmt, size)
     expected = torch.from_numpy(pack_by_design(codes.tolist(), width))
     assert words_of(size, width) == len(expected)
-    values = codec.decode(expected, fmt, 1.0, 0.0, torch.empty(size))
+    values = codec.decode(expected, scaling(1.0, 0.0), fmt, torch.empty(size))
     words = torch.full_like(expected, -1)
     codec.encode(values, fmt, 0, words)
     assert torch.equal(words, expected)

@@ -49,12 +49,12 @@ from fedomc.codec import native
 torch.set_num_threads(2)
 n = 20 * 65536
 x, words = torch.linspace(-1, 1, n), torch.empty(n // 32 * 11, dtype=torch.int32)
-sums, largest = torch.empty(0, 5, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-native.extension.encode(x, 3, 7, 0, False, 0, 0, words, sums, 2)
+sums, status = torch.empty(0, 5, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+native.extension.encode(x, 3, 7, 0, False, 0, 0, words, sums, status, 2)
 before = words.numpy().copy()
 words.numpy()[:] = 0
 child = os.fork()
-native.extension.encode(x, 3, 7, 0, False, 0, 0, words, sums, 2)
+native.extension.encode(x, 3, 7, 0, False, 0, 0, words, sums, status, 2)
 same = (words.numpy() == before).all()
 if child == 0:
     os._exit(0 if same else 1)

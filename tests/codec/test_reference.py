@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedomc import FloatFormat, codec
 from fedomc.codec import reference
-from tests.conftest import bits_of, flushed_denormals, gfloat_format, pack_by_design, randn, same_bits, threads
+from tests.conftest import bits_of, flushed_denormals, gfloat_format, pack_by_design, randn, same_bits, scaling, threads
 
 NAMES = (
     "S1E1M2", "S1E2M0", "S1E2M1", "S1E2M3", "S1E3M2", "S1E3M4", "S1E3M7", "S1E4M3", "S1E4M8", "S1E4M14", "S1E5M2",
@@ -66,7 +66,7 @@ def quantize(values: np.ndarray | Tensor, name: str, **kwargs: object) -> Tensor
     flat = torch.as_tensor(values, dtype=torch.float32)
     words = torch.empty(codec.words_of(len(flat), fmt.bits), dtype=torch.int32)
     codec.encode(flat, fmt, 0, words, **kwargs)
-    return codec.decode(words, fmt, 1.0, 0.0, torch.empty(len(flat)))
+    return codec.decode(words, scaling(1.0, 0.0), fmt, torch.empty(len(flat)))
 
 
 @formats
@@ -76,7 +76,7 @@ def test_every_code_decodes_as_gfloat_says(name: str) -> None:
     codes = np.concatenate((codes, codes | 1 << (fmt.bits - 1)))
     expected = gfloat.decode_ndarray(oracle(name), codes).astype(np.float32)
     words = torch.from_numpy(pack_by_design(codes.tolist(), fmt.bits))
-    values = codec.decode(words, fmt, 1.0, 0.0, torch.empty(len(codes)))
+    values = codec.decode(words, scaling(1.0, 0.0), fmt, torch.empty(len(codes)))
     assert np.array_equal(bits_of(values), expected.view(np.int32))
     again = torch.empty_like(words)
     codec.encode(values, fmt, 0, again)
@@ -139,7 +139,7 @@ def test_a_power_of_two_is_applied_before_rounding(name: str) -> None:
     for exponent in (-3, min(5, bound), min(10, bound)) if fmt.exponent_bits < 8 else (0,):
         words = torch.empty(codec.words_of(len(x), fmt.bits), dtype=torch.int32)
         codec.encode(x, fmt, exponent, words)
-        scaled = codec.decode(words, fmt, 1.0, 0.0, torch.empty(len(x)))
+        scaled = codec.decode(words, scaling(1.0, 0.0), fmt, torch.empty(len(x)))
         assert same_bits(scaled, quantize(x * 2.0**exponent, name))
 
 
@@ -147,11 +147,11 @@ def test_a_power_of_two_is_applied_before_rounding(name: str) -> None:
 def test_what_is_not_finite_is_seen(bad: float) -> None:
     x = randn(70_000)
     words = torch.empty(codec.words_of(len(x), 11), dtype=torch.int32)
-    assert codec.encode(x, FloatFormat(3, 7), 0, words)[1] < codec.INFINITY_BITS
+    assert codec.encode(x, FloatFormat(3, 7), 0, words)[1].absmax_bits < codec.INFINITY_BITS
     for at in (0, 1024, 69_999):
         y = x.clone()
         y[at] = bad
-        assert codec.encode(y, FloatFormat(3, 7), 0, words)[1] >= codec.INFINITY_BITS
+        assert codec.encode(y, FloatFormat(3, 7), 0, words)[1].absmax_bits >= codec.INFINITY_BITS
 
 
 def encoded(x: Tensor, name: str, seed: int | None) -> tuple[Tensor, Tensor]:
@@ -177,14 +177,14 @@ class TestNothingElseCounts:
         x = randn(150_001)
         fmt = FloatFormat.parse(name)
         words, _ = encoded(x, name, seed)
-        values = codec.decode(words, fmt, 0.75, 0.5, torch.empty(len(x)))
+        values = codec.decode(words, scaling(0.75, 0.5), fmt, torch.empty(len(x)))
         cuts = [0, 1024, 5 * 1024, 64 * 1024, 100 * 1024, len(x)]
         parts = []
         for begin, end in itertools.pairwise(cuts):
             part = torch.empty(codec.words_of(end - begin, fmt.bits), dtype=torch.int32)
             codec.encode(x[begin:end], fmt, 0, part, start=begin, seed=seed)
             parts.append(part)
-            piece = codec.decode(part, fmt, 0.75, 0.5, torch.empty(end - begin))
+            piece = codec.decode(part, scaling(0.75, 0.5), fmt, torch.empty(end - begin))
             assert same_bits(piece, values[begin:end])
         assert torch.equal(torch.cat(parts), words)
 
@@ -273,14 +273,16 @@ def test_it_runs_under_torch_compile(seed: int | None) -> None:
 
     def run(at: Callable[[Callable[..., None]], Callable[..., None]]) -> list[Tensor]:
         words, sums = torch.zeros(codec.words_of(n, 11), dtype=torch.int32), torch.empty(2, codec.SUMS).double()
-        again, largest, out = words.clone(), torch.zeros(1, dtype=torch.int64), torch.empty(n)
-        at(reference.encode)(x, 3, 7, 3, seed, 0, words, sums, largest)
-        at(reference.update)(words, 3, 7, 0.5, 0.1, gradient, -0.1, 3, seed, again, sums.clone(), largest.clone())
-        at(reference.decode_sum)(words, 3, 7, 0.5, 0.1, again, 3, 7, 0.5, 0.1, out)
-        at(reference.decode_add)(words, 3, 7, 0.5, 0.1, 0.25, out)
-        at(reference.decode_add_difference)(words, 3, 7, 0.5, 0.1, again, 3, 7, 0.5, 0.1, 0.25, out)
+        again, status, out = words.clone(), torch.zeros(2, dtype=torch.int64), torch.empty(n)
+        at(reference.encode)(x, 3, 7, 3, seed, 0, words, sums, status)
+        at(reference.update)(
+            words, scaling(0.5, 0.1), 3, 7, gradient, -0.1, 3, seed, again, sums.clone(), status.clone()
+        )
+        at(reference.decode_sum)(words, scaling(0.5, 0.1), 3, 7, again, scaling(0.5, 0.1), 3, 7, out)
+        at(reference.decode_add)(words, scaling(0.5, 0.1), 3, 7, 0.25, out)
+        at(reference.decode_add_difference)(words, scaling(0.5, 0.1), 3, 7, again, scaling(0.5, 0.1), 3, 7, 0.25, out)
         at(reference.add_difference)(x, gradient, 0.25, out)
-        return [words, sums, again, largest, out]
+        return [words, sums, again, status, out]
 
     compiled = run(partial(torch.compile, backend="aot_eager"))
     assert all(torch.equal(a, b) for a, b in zip(run(lambda function: function), compiled, strict=True))

@@ -73,7 +73,7 @@ def answer(message: Message, step: float, dense: bool = False) -> Message:
             if dense:
                 record[name] = Array((value + change).numpy())
             elif update is None:
-                record[name] = packed_array(encode(value + change, packed.format), array.shape)
+                record[name] = packed_array(encode(value + change, packed.method), array.shape)
             else:
                 made = encode(change, fedomc.FloatFormat.parse(str(update)))
                 record[name] = packed_array(made, array.shape, frame.UPDATE)

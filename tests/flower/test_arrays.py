@@ -306,7 +306,7 @@ def test_the_rest_arrives_in_its_format_and_goes_back_as_an_update(rest: str) ->
     parameter = dict(model.named_parameters())[key]
     assert not isinstance(parameter, fedomc.CompressedTensor)
     reply = read_packed(collect(model, message)[key], key, copy=True)
-    assert (reply.kind, str(reply.packed.format)) == (frame.UPDATE, rest)
+    assert (reply.kind, str(reply.packed.method)) == (frame.UPDATE, rest)
     sent = read_packed(message["arrays"][key], key, copy=True).packed.decode(torch.empty(parameter.numel()))
     step = parameter.detach().view(-1) - sent
     got = reply.packed.decode(torch.empty(parameter.numel()))

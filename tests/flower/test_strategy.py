@@ -90,7 +90,7 @@ def test_each_variable_travels_both_ways_in_its_own_format() -> None:
     message = configure(OMCStrategy(FedAvg(), mixed), collect(build()))[NODES[0]]
     for arrays in (message.content["arrays"], trained(message).content["arrays"]):
         found = {
-            name: str(read_packed(array, name, copy=False).packed.format)
+            name: str(read_packed(array, name, copy=False).packed.method)
             for name, array in arrays.items()
             if array.stype == STYPE
         }

@@ -9,9 +9,11 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from fedomc import Encoding, FloatFormat, NonFiniteError, PolicyError, codec
-from fedomc.methods.packed import TRANSFORMS, Packed, encode, scaling_exponent
-from tests.conftest import bits_of, flushed_denormals, randn, same_bits, threads
+from fedomc.methods import Packed, encode
+from fedomc.methods.floats import scaling_exponent
+from tests.conftest import bits_of, flushed_denormals, randn, same_bits, scaling, threads
 
+TRANSFORMS = FloatFormat.transforms
 FORMATS = ("S1E1M2", "S1E2M0", "S1E2M1", "S1E2M3", "S1E3M2", "S1E3M7", "S1E5M10", "S1E7M4", "S1E8M7", "S1E8M15")
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -25,11 +27,11 @@ def quantized(values: Tensor, name: str, k: int) -> np.ndarray:
     fmt = FloatFormat.parse(name)
     words = torch.empty(codec.words_of(len(values), fmt.bits), dtype=torch.int32)
     codec.encode(values, fmt, k, words)
-    return codec.decode(words, fmt, 1.0, 0.0, torch.empty(len(values))).double().numpy() * 2.0**-k
+    return codec.decode(words, scaling(1.0, 0.0), fmt, torch.empty(len(values))).double().numpy() * 2.0**-k
 
 
 def exponent_of(values: Tensor, name: str) -> int:
-    return scaling_exponent(codec.magnitude_bits(values), FloatFormat.parse(name))
+    return scaling_exponent(codec.absmax_bits(values), FloatFormat.parse(name))
 
 
 def squared_error(values: Tensor, approximation: Tensor | np.ndarray) -> float:
@@ -62,7 +64,7 @@ def test_fit_is_that_of_numpy(transform: str, name: str, scale: float, mean: flo
     (s, b), *_ = np.linalg.lstsq(np.stack((r, np.ones_like(r)), 1), values.double().numpy(), rcond=None)
     if r.std() == 0:
         s, b = 1.0, float((values.double().numpy() - r).mean())
-    found_s, found_b = float(packed.affine[0]) * 2.0**k, float(packed.affine[1])
+    found_s, found_b = float(packed.fields[1][0]) * 2.0**k, float(packed.fields[1][1])
     best = squared_error(values, s * r + b)
     assert squared_error(values, found_s * r + found_b) <= best * (1 + 1e-6)
     assert found_s == pytest.approx(s, rel=1e-5) and found_b == pytest.approx(b, abs=1e-5 * (abs(mean) + scale))
@@ -87,7 +89,7 @@ def test_fit_never_makes_the_error_larger(array: np.ndarray, name: str, transfor
     packed = encode(values, FloatFormat.parse(name), transform)
     k = exponent_of(values, name) if transform == "scaled-affine" else 0
     result = decoded(packed)
-    assert torch.isfinite(result).all() and torch.isfinite(packed.affine).all()
+    assert torch.isfinite(result).all() and torch.isfinite(packed.fields[1]).all()
     assert squared_error(values, result) <= squared_error(values, quantized(values, name, k))
 
 
@@ -109,8 +111,8 @@ def test_constant_codes_get_the_mean_error(transform: str) -> None:
     values = torch.tensor([1.0, 1.01, 1.02, 1.03])  # all are 1 in S1E2M1
     packed = encode(values, FloatFormat(2, 1), transform)
     k = exponent_of(values, "S1E2M1") if transform == "scaled-affine" else 0
-    assert packed.affine[0] * 2.0**k == 1
-    assert float(packed.affine[1]) == pytest.approx(0.015, rel=1e-5)
+    assert packed.fields[1][0] * 2.0**k == 1
+    assert float(packed.fields[1][1]) == pytest.approx(0.015, rel=1e-5)
     assert decoded(packed).tolist() == pytest.approx([1.015] * 4)
 
 
@@ -149,14 +151,14 @@ def test_errors_are_those_of_the_design(name: str, transform: str, expected: flo
 def test_what_is_not_finite_is_refused_and_changes_nothing(transform: str, bad: float) -> None:
     values = randn(70_000)
     packed = encode(values, FloatFormat(3, 7), transform)
-    before = packed.codes.clone(), packed.affine.clone(), packed.rewrites
+    before = packed.codes.clone(), packed.fields[1].clone(), packed.draws
     values[69_999] = bad
     with pytest.raises(NonFiniteError, match=r"encoder\.weight"):
         packed.rewrite(lambda start, stop: values[start:stop], transform, name="encoder.weight")
     with pytest.raises(NonFiniteError, match=r"encoder\.weight"):
         encode(values, FloatFormat(3, 7), transform, name="encoder.weight")
-    assert torch.equal(packed.codes, before[0]) and torch.equal(packed.affine, before[1])
-    assert packed.rewrites == before[2]
+    assert torch.equal(packed.codes, before[0]) and torch.equal(packed.fields[1], before[1])
+    assert packed.draws == before[2]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -166,10 +168,10 @@ def test_a_rewrite_is_an_encoding(transform: str, rounding: str, scale: float) -
     """Whatever power of two the former values had."""
     values = randn(70_001, scale=scale)
     packed = encode(randn(70_001, seed=1), FloatFormat(3, 4), transform, rounding)
-    packed.rewrites = 0
+    packed.state = packed.state._replace(draws=0)
     packed.rewrite(lambda start, stop: values[start:stop], transform, rounding)
     fresh = encode(values, FloatFormat(3, 4), transform, rounding)
-    assert torch.equal(packed.codes, fresh.codes) and torch.equal(packed.affine, fresh.affine)
+    assert torch.equal(packed.codes, fresh.codes) and torch.equal(packed.fields[1], fresh.fields[1])
 
 
 def test_scaling_alone_keeps_stochastic_rounding_unbiased() -> None:
@@ -181,7 +183,7 @@ def test_scaling_alone_keeps_stochastic_rounding_unbiased() -> None:
         return float((torch.stack(draws).mean(0) - values).abs().mean())
 
     packed = encode(values, FloatFormat(2, 1), "scaled", "stochastic")
-    assert math.frexp(float(packed.affine[0]))[0] == 0.5 and packed.affine[1] == 0
+    assert math.frexp(float(packed.fields[1][0]))[0] == 0.5 and packed.fields[1][1] == 0
     assert mean_error("scaled") < 0.01 < 0.015 < mean_error("scaled-affine")
 
 
@@ -216,7 +218,7 @@ def test_threads_and_flushing_do_not_matter(rounding: str) -> None:
         assert same_bits(decoded(plain), decoded(results[-1]))
     for other in results[1:]:
         assert torch.equal(plain.codes, other.codes)
-        assert np.array_equal(bits_of(plain.affine), bits_of(other.affine))
+        assert np.array_equal(bits_of(plain.fields[1]), bits_of(other.fields[1]))
 
 
 @pytest.mark.parametrize("scale", [1e-39, 1e-37])

@@ -386,7 +386,7 @@ HOSTILE: dict[str, tuple[Callable[[DXO], None], str]] = {
     "another shape, compressed": (put(W, of_other_shape()), rf"{W}: .*has shape \(48, 41\), \(48, 40\) expected"),
     "differences": (put(W, of_differences()), rf"{W} as a frame of kind 1, but .*WEIGHTS have kind 0"),
     "compressed counter": (
-        put("norm.count", frame.to_bytes(frame.Packed.empty(fedomc.FloatFormat(3, 7), 1, "cpu"), ())),
+        put("norm.count", frame.to_bytes(frame.Packed.zeros(fedomc.FloatFormat(3, 7), 1, "cpu"), ())),
         r"norm.count compressed, but int64 was sent",
     ),
     "float64": (put(W, np.zeros((48, 40))), rf"{W} as float64 of numpy, but float32 of numpy was sent"),

@@ -90,7 +90,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, CompressedTensor):
-            result[name] = [(p.codes.tolist(), p.affine.tolist(), p.rewrites, str(p.format)) for p in value.parts]
+            result[name] = [(p.codes.tolist(), p.fields[1].tolist(), p.draws, str(p.method)) for p in value.parts]
             result[name] += [value.variable, value.encoding, value.requires_grad, tuple(value.shape)]
         else:
             raw = "meta" if value.is_meta else value.detach().reshape(-1).view(torch.uint8).tolist()
@@ -130,7 +130,7 @@ def test_a_file_is_safetensors_with_readable_metadata(path: Path) -> None:
     encoding = model.embedding.weight.encoding
     assert content["variables"]["embedding.weight"] == {
         "format": "S1E2M3", "update_format": "S1E2M1", "transform": "scaled", "rounding": "stochastic",
-        "seed": encoding.seed, "shape": [50, 40], "rewrites": [1, 2],
+        "seed": encoding.seed, "shape": [50, 40], "draws": [1, 2],
     }  # fmt: skip
     tensors = load_file(path)
     assert "output.weight" not in tensors and "temporary" not in tensors
@@ -396,15 +396,15 @@ WRONG = {
     "format": (with_field("format", "S1E9M3"), r"inner\.0\.weight: .*S1E9M3"),
     "format of no kind": (with_field("format", ["S1E2M3"]), r"inner\.0\.weight: "),
     "update format": (with_field("update_format", 3), r"inner\.0\.weight: "),
-    "update format left out": (with_field("update_format", None), r"inner\.0\.weight: .*rewrites"),
+    "update format left out": (with_field("update_format", None), r"inner\.0\.weight: .*draws"),
     "transform": (with_field("transform", "magic"), r"inner\.0\.weight: .*magic"),
     "rounding": (with_field("rounding", None), r"inner\.0\.weight: .*rounding"),
     "seed": (with_field("seed", True), r"inner\.0\.weight: .*seed=True"),
     "shape": (with_field("shape", [64, -40]), r"inner\.0\.weight: .*shape"),
     "shape of texts": (with_field("shape", ["64", "40"]), r"inner\.0\.weight: .*shape"),
-    "rewrites": (with_field("rewrites", [1, 2**63]), r"inner\.0\.weight: .*rewrites"),
-    "no rewrites": (with_field("rewrites", []), r"inner\.0\.weight: .*rewrites"),
-    "update not told": (with_field("rewrites", [1, 0]), r"inner\.0\.weight\.update unknown"),
+    "draws": (with_field("draws", [1, 2**63]), r"inner\.0\.weight: .*draws"),
+    "no draws": (with_field("draws", []), r"inner\.0\.weight: .*draws"),
+    "update not told": (with_field("draws", [1, 0]), r"inner\.0\.weight\.update unknown"),
     "fields": (lambda parts: (parts[0], {**parts[1], "variables": {W: 3}}), r"inner\.0\.weight: "),
 }
 
@@ -437,7 +437,7 @@ def test_metadata_of_any_depth(path: Path) -> None:
     for depth in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit() + 5):
         shape = "[" * depth + "]" * depth
         text = '{"version":1,"tied":{},"variables":{"weight":{"format":"S1E2M3","seed":0,"transform":"none",'
-        text += f'"rounding":"nearest","rewrites":[0],"shape":{shape}}}}}}}'
+        text += f'"rounding":"nearest","draws":[0],"shape":{shape}}}}}}}'
         save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path, {"fedomc": text})
         with pytest.raises(PayloadError):
             load_model(nn.Linear(2, 2), path)

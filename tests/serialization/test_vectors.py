@@ -52,7 +52,7 @@ def codes_sent(expected: Any) -> Packed | None:
         return None
     fmt = FloatFormat(expected["exponent_bits"], expected["mantissa_bits"])
     words = torch.from_numpy(pack_by_design(expected["sent"], fmt.bits))
-    return Packed(words, torch.tensor([1.0, 0.0]), fmt, len(expected["sent"]))
+    return Packed(fmt, len(expected["sent"]), (words, torch.tensor([1.0, 0.0])))
 
 
 def test_the_vectors_are_there() -> None:
@@ -64,8 +64,8 @@ def test_a_frame_has_the_values_that_are_written_beside_it(name: str) -> None:
     data, expected, values = vector(name)
     found = frame.from_bytes(data, sent=codes_sent(expected))
     fmt = FloatFormat(expected["exponent_bits"], expected["mantissa_bits"])
-    assert (found.kind, found.packed.format, list(found.shape)) == (expected["kind"], fmt, expected["shape"])
-    assert found.packed.affine.tolist() == np.float32([expected["factor"], expected["offset"]]).tolist()
+    assert (found.kind, found.packed.method, list(found.shape)) == (expected["kind"], fmt, expected["shape"])
+    assert found.packed.fields[1].tolist() == np.float32([expected["factor"], expected["offset"]]).tolist()
     assert same(decoded(found.packed).reshape(values.shape), values)
 
 
@@ -91,8 +91,8 @@ def test_a_frame_is_written_again_byte_by_byte(name: str) -> None:
         return
     assert frame.to_bytes(found.packed, found.shape, found.kind) == data
     if expected["factor"] == 1 and expected["offset"] == 0 and "unused" not in name:
-        packed = encode(torch.from_numpy(values.copy()), found.packed.format, "none")
-        packed.affine = found.packed.affine  # of the vectors, one has an offset of -0
+        packed = encode(torch.from_numpy(values.copy()), found.packed.method, "none")
+        packed.fields[1] = found.packed.fields[1]  # of the vectors, one has an offset of -0
         assert frame.to_bytes(packed, found.shape, found.kind) == data
 
 

@@ -5,11 +5,13 @@ that the dispatcher chooses the backend: the C++ kernels for CPU tensors, the re
 others. Both give the same bits, for any number of threads.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fedomc.codec import native, reference
-from fedomc.codec.elements import FloatFormat
+from fedomc.codec import native, reference, reference_blocks
+from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat
 from fedomc.codec.layout import BLOCK, CHUNK, SUMS, words_of
 
 __all__ = [
@@ -17,14 +19,18 @@ __all__ = [
     "CHUNK",
     "INFINITY_BITS",
     "SUMS",
-    "backend",
+    "Outcome",
+    "absmax_bits",
     "add_difference",
+    "backend",
+    "block_decode",
+    "block_encode",
+    "block_update",
     "decode",
     "decode_add",
     "decode_add_difference",
     "decode_sum",
     "encode",
-    "magnitude_bits",
     "pack",
     "unpack",
     "update",
@@ -34,25 +40,33 @@ __all__ = [
 INFINITY_BITS = 0x7F800000
 """The bits of a float32 infinity; the magnitude bits of every finite value are smaller."""
 
+_STATUS = 2  # the bits of the largest magnitude, and whether any value changed
+
 _SCHEMAS = {
-    "largest": "(Tensor values, Tensor(a!) out) -> ()",
-    "decode": "(Tensor words, int e, int m, float scale, float offset, Tensor(a!) out) -> ()",
-    "decode_sum": "(Tensor words, int e, int m, float scale, float offset, Tensor update_words, int update_e, "
-    "int update_m, float update_scale, float update_offset, Tensor(a!) out) -> ()",
-    "decode_add": "(Tensor words, int e, int m, float scale, float offset, float weight, Tensor(a!) out) -> ()",
-    "decode_add_difference": "(Tensor words, int e, int m, float scale, float offset, Tensor less_words, int less_e, "
-    "int less_m, float less_scale, float less_offset, float weight, Tensor(a!) out) -> ()",
-    "add_difference": "(Tensor values, Tensor less, float weight, Tensor(a!) out) -> ()",
+    "absmax": "(Tensor values, Tensor(a!) out) -> ()",
+    "decode": "(Tensor words, Tensor scale_offset, int e, int m, Tensor(a!) out) -> ()",
+    "decode_sum": "(Tensor words, Tensor scale_offset, int e, int m, Tensor update_words, Tensor update_scale_offset, "
+    "int update_e, int update_m, Tensor(a!) out) -> ()",
+    "decode_add": "(Tensor words, Tensor scale_offset, int e, int m, float weight, Tensor(a!) out) -> ()",
+    "decode_add_difference": "(Tensor words, Tensor scale_offset, int e, int m, Tensor subtrahend_words, "
+    "Tensor subtrahend_scale_offset, int subtrahend_e, int subtrahend_m, float weight, Tensor(a!) out) -> ()",
+    "add_difference": "(Tensor values, Tensor subtrahend, float weight, Tensor(a!) out) -> ()",
     "encode": "(Tensor values, int e, int m, int exponent, int? seed, int start, Tensor(a!) words, Tensor(b!) sums, "
-    "Tensor(c!) largest) -> ()",
-    "update": "(Tensor words, int e, int m, float scale, float offset, Tensor gradient, float alpha, int exponent, "
-    "int? seed, Tensor(a!) out, Tensor(b!) sums, Tensor(c!) largest) -> ()",
+    "Tensor(c!) status) -> ()",
+    "update": "(Tensor words, Tensor scale_offset, int e, int m, Tensor gradient, float alpha, int exponent, "
+    "int? seed, Tensor(a!) out, Tensor(b!) sums, Tensor(c!) status) -> ()",
+    "block_decode": "(Tensor words, Tensor scales, int kind, int e, int m, int block, Tensor(a!) out) -> ()",
+    "block_encode": "(Tensor values, int kind, int e, int m, int block, int? seed, int start, Tensor(a!) words, "
+    "Tensor(b!) scales, Tensor(c!) status) -> ()",
+    "block_update": "(Tensor words, Tensor scales, int kind, int e, int m, int block, Tensor gradient, float alpha, "
+    "int? seed, Tensor(a!) out, Tensor(b!) out_scales, Tensor(c!) status) -> ()",
 }
 
 _library = torch.library.Library("fedomc", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
+    _module = reference_blocks if _name.startswith("block_") else reference
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.impl(_name, getattr(_module, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     if native.extension is not None:
         _library.impl(_name, getattr(native, _name), "CPU")  # type: ignore[no-untyped-call]
     # All results are written to arguments: there is nothing to make for tensors without values.
@@ -61,103 +75,110 @@ for _name, _schema in _SCHEMAS.items():
 _operators = torch.ops.fedomc
 
 
+class Outcome(NamedTuple):
+    """What a pass over values found.
+
+    Attributes:
+        absmax_bits: the float32 bits of the largest magnitude: ``INFINITY_BITS`` or more if a value is not finite, and
+            then what was written means nothing.
+        changed: whether any value differs from what was decoded; always true where nothing was decoded.
+    """
+
+    absmax_bits: int
+    changed: bool
+
+
 def backend(device: torch.device | str) -> str:
     """Name what serves a device: ``native`` or ``reference``."""
     return "native" if torch.device(device).type == "cpu" and native.extension is not None else "reference"
 
 
-def magnitude_bits(values: Tensor) -> int:
-    """Return the largest magnitude of float32 ``[n]`` as its bits; 0 for no values."""
+def absmax_bits(values: Tensor) -> int:
+    """Return the float32 bits of the largest magnitude of float32 ``[n]``; 0 for no values."""
     out = torch.zeros(1, dtype=torch.int64, device=values.device)
-    _operators.largest(values, out)
+    _operators.absmax(values, out)
     return int(out)
 
 
-def decode(words: Tensor, format: FloatFormat, scale: float, offset: float, out: Tensor) -> Tensor:
+def decode(words: Tensor, scale_offset: Tensor, element: FloatElement, out: Tensor) -> Tensor:
     """Decode ``scale * Q + offset``.
 
     Args:
         words: int32 ``[words_of(n, bits)]``.
-        format: the number format.
-        scale: factor of every value; 1 with offset 0 keeps every bit.
-        offset: added to every value.
+        scale_offset: float32 ``[2]``; (1, 0) keeps every bit.
+        element: the number format.
         out: float32 ``[n]``, contiguous, written.
 
     Returns:
         ``out``.
     """
-    _operators.decode(words, format.exponent_bits, format.mantissa_bits, scale, offset, out)
+    _operators.decode(words, scale_offset, element.exponent_bits, element.mantissa_bits, out)
     return out
 
 
 def decode_sum(
     words: Tensor,
-    format: FloatFormat,
-    scale: float,
-    offset: float,
+    scale_offset: Tensor,
+    element: FloatElement,
     update_words: Tensor,
-    update_format: FloatFormat,
-    update_scale: float,
-    update_offset: float,
+    update_scale_offset: Tensor,
+    update_element: FloatElement,
     out: Tensor,
 ) -> Tensor:
     """Decode a base and add its update in one pass; arguments as in ``decode``, for each of the two."""
-    e, m, update_e, update_m = (
-        bits for fmt in (format, update_format) for bits in (fmt.exponent_bits, fmt.mantissa_bits)
-    )
+    base, update = (each.exponent_bits for each in (element, update_element))
     _operators.decode_sum(
-        words, e, m, scale, offset, update_words, update_e, update_m, update_scale, update_offset, out
-    )
+        words, scale_offset, base, element.mantissa_bits,
+        update_words, update_scale_offset, update, update_element.mantissa_bits, out,
+    )  # fmt: skip
     return out
 
 
-def decode_add(words: Tensor, format: FloatFormat, scale: float, offset: float, weight: float, out: Tensor) -> Tensor:
+def decode_add(words: Tensor, scale_offset: Tensor, element: FloatElement, weight: float, out: Tensor) -> Tensor:
     """Add ``weight * (scale * Q + offset)`` to ``out``; arguments as in ``decode``."""
-    _operators.decode_add(words, format.exponent_bits, format.mantissa_bits, scale, offset, weight, out)
+    _operators.decode_add(words, scale_offset, element.exponent_bits, element.mantissa_bits, weight, out)
     return out
 
 
 def decode_add_difference(
     words: Tensor,
-    format: FloatFormat,
-    scale: float,
-    offset: float,
-    less_words: Tensor,
-    less_format: FloatFormat,
-    less_scale: float,
-    less_offset: float,
+    scale_offset: Tensor,
+    element: FloatElement,
+    subtrahend_words: Tensor,
+    subtrahend_scale_offset: Tensor,
+    subtrahend_element: FloatElement,
     weight: float,
     out: Tensor,
 ) -> Tensor:
     """Add ``weight`` times the difference of two decoded variables to ``out``; arguments as in ``decode``."""
-    e, m, less_e, less_m = (bits for fmt in (format, less_format) for bits in (fmt.exponent_bits, fmt.mantissa_bits))
     _operators.decode_add_difference(
-        words, e, m, scale, offset, less_words, less_e, less_m, less_scale, less_offset, weight, out
-    )
+        words, scale_offset, element.exponent_bits, element.mantissa_bits, subtrahend_words, subtrahend_scale_offset,
+        subtrahend_element.exponent_bits, subtrahend_element.mantissa_bits, weight, out,
+    )  # fmt: skip
     return out
 
 
-def add_difference(values: Tensor, less: Tensor, weight: float, out: Tensor) -> Tensor:
-    """Add ``weight * (values - less)`` to ``out`` in one pass; all are float32 ``[n]``, contiguous."""
-    _operators.add_difference(values, less, weight, out)
+def add_difference(values: Tensor, subtrahend: Tensor, weight: float, out: Tensor) -> Tensor:
+    """Add ``weight * (values - subtrahend)`` to ``out`` in one pass; all are float32 ``[n]``, contiguous."""
+    _operators.add_difference(values, subtrahend, weight, out)
     return out
 
 
 def encode(
     values: Tensor,
-    format: FloatFormat,
+    element: FloatElement,
     exponent: int,
     words: Tensor,
     *,
     start: int = 0,
     seed: int | None = None,
     sums: bool = True,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Outcome]:
     """Encode ``Q(2**exponent * V)`` into ``words``.
 
     Args:
         values: float32 ``[n]``, contiguous.
-        format: the number format.
+        element: the number format.
         exponent: the k of the scaling: from ``top_exponent - 127`` to ``120 - bias - mantissa_bits``, or 0.
         words: int32 ``[words_of(n, bits)]``, written.
         start: where the values stand in their variable, a multiple of ``BLOCK``: the counter of stochastic rounding.
@@ -165,19 +186,17 @@ def encode(
         sums: whether the sums for the least-squares fit are wanted.
 
     Returns:
-        The sums of each chunk, float64 ``[chunks, 5]`` (``[0, 5]`` if not wanted), and the float32 bits of the largest
-        magnitude: ``INFINITY_BITS`` or more if a value is not finite, and then the words mean nothing.
+        The sums of each chunk, float64 ``[chunks, 5]`` (``[0, 5]`` if not wanted), and what was found.
     """
-    found, largest = _found(values, sums)
-    _operators.encode(values, format.exponent_bits, format.mantissa_bits, exponent, seed, start, words, found, largest)
-    return found, int(largest)
+    table, status = _sums_table(values, sums), _status(values)
+    _operators.encode(values, element.exponent_bits, element.mantissa_bits, exponent, seed, start, words, table, status)
+    return table, _outcome(status)
 
 
 def update(
     words: Tensor,
-    format: FloatFormat,
-    scale: float,
-    offset: float,
+    scale_offset: Tensor,
+    element: FloatElement,
     gradient: Tensor,
     alpha: float,
     exponent: int,
@@ -185,14 +204,13 @@ def update(
     *,
     seed: int | None = None,
     sums: bool = True,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Outcome]:
     """Encode the decoded values plus ``alpha * gradient`` into ``out``, with no dense copy of them.
 
     Args:
-        words: int32 ``[words_of(n, bits)]``, with format, scale and offset as in ``decode``.
-        format: the number format, of the result too.
-        scale: of the present values.
-        offset: of the present values.
+        words: int32 ``[words_of(n, bits)]``.
+        scale_offset: float32 ``[2]``, of the present values.
+        element: the number format, of the result too.
         gradient: float32 ``[n]``, contiguous.
         alpha: its factor.
         exponent: the k of the scaling of the result.
@@ -203,12 +221,63 @@ def update(
     Returns:
         As ``encode`` does.
     """
-    found, largest = _found(gradient, sums)
+    table, status = _sums_table(gradient, sums), _status(gradient)
     _operators.update(
-        words, format.exponent_bits, format.mantissa_bits, scale, offset, gradient, alpha, exponent, seed, out, found,
-        largest,
+        words, scale_offset, element.exponent_bits, element.mantissa_bits, gradient, alpha, exponent, seed, out, table,
+        status,
     )  # fmt: skip
-    return found, int(largest)
+    return table, _outcome(status)
+
+
+def block_decode(words: Tensor, scales: Tensor, element: BlockElement, block: int, out: Tensor) -> Tensor:
+    """Decode ``scale * Q``, with a scale for each block of values.
+
+    Args:
+        words: int32 ``[words_of(n, bits)]``.
+        scales: ``[ceil(n / block)]``: float32, or uint8 for the exponents of the OCP specification (E8M0).
+        element: what a code is.
+        block: how many neighbouring values have one scale: 32, 64, 128 or 256.
+        out: float32 ``[n]``, contiguous, written.
+
+    Returns:
+        ``out``.
+    """
+    _operators.block_decode(words, scales, *_numbers(element), block, out)
+    return out
+
+
+def block_encode(
+    values: Tensor,
+    element: BlockElement,
+    block: int,
+    words: Tensor,
+    scales: Tensor,
+    *,
+    start: int = 0,
+    seed: int | None = None,
+) -> Outcome:
+    """Encode values and write codes and scales; arguments as in ``encode`` and ``block_decode``."""
+    status = _status(values)
+    _operators.block_encode(values, *_numbers(element), block, seed, start, words, scales, status)
+    return _outcome(status)
+
+
+def block_update(
+    words: Tensor,
+    scales: Tensor,
+    element: BlockElement,
+    block: int,
+    gradient: Tensor,
+    alpha: float,
+    out: Tensor,
+    out_scales: Tensor,
+    *,
+    seed: int | None = None,
+) -> Outcome:
+    """Encode the decoded values plus ``alpha * gradient`` into ``out`` and ``out_scales``, with no dense copy."""
+    status = _status(gradient)
+    _operators.block_update(words, scales, *_numbers(element), block, gradient, alpha, seed, out, out_scales, status)
+    return _outcome(status)
 
 
 def unpack(words: Tensor, numel: int, bits: int) -> Tensor:
@@ -236,7 +305,24 @@ def pack(codes: Tensor, bits: int, words: Tensor) -> Tensor:
     return words
 
 
-def _found(values: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
-    chunks = -(-values.numel() // CHUNK) if sums else 0
-    found = torch.empty(chunks, SUMS, dtype=torch.float64, device=values.device)
-    return found, torch.zeros(1, dtype=torch.int64, device=values.device)
+def _numbers(element: BlockElement) -> tuple[int, int, int]:
+    """Write an element as the operators take it; ``reference_blocks.block_element`` is the inverse."""
+    if isinstance(element, IntegerElement):
+        return reference_blocks.INTEGER, element.bits, 0
+    if isinstance(element, NormalFloat):
+        return reference_blocks.NORMAL_FLOAT, 0, 0
+    return reference_blocks.OCP, element.exponent_bits, element.mantissa_bits
+
+
+def _sums_table(values: Tensor, wanted: bool) -> Tensor:
+    chunks = -(-values.numel() // CHUNK) if wanted else 0
+    return torch.empty(chunks, SUMS, dtype=torch.float64, device=values.device)
+
+
+def _status(values: Tensor) -> Tensor:
+    return torch.zeros(_STATUS, dtype=torch.int64, device=values.device)
+
+
+def _outcome(status: Tensor) -> Outcome:
+    bits, changed = status.tolist()
+    return Outcome(bits, bool(changed))

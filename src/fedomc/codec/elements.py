@@ -1,18 +1,16 @@
-"""Number formats: what the values of an SxEyMz format are."""
+"""Element formats: what the bits of one code are, whatever scale stands beside it."""
 
 import functools
-import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedomc.errors import FormatError
 
 MAX_EXPONENT_BITS, MAX_MANTISSA_BITS = 8, 23
 
-_NAME = re.compile(r"S1E([0-9])M(0|[1-9][0-9]?)")
-
 
 @dataclass(frozen=True)
-class FloatFormat:
+class FloatElement:
     """A low-precision float: one sign bit, then exponent bits, then mantissa bits.
 
     The element format of the OCP Microscaling specification, generalised: bias ``2**(e-1) - 1``, subnormals, both
@@ -31,26 +29,12 @@ class FloatFormat:
 
     def __post_init__(self) -> None:
         e, m = self.exponent_bits, self.mantissa_bits
-        whole = type(e) is int and type(m) is int
-        if not (whole and 1 <= e <= MAX_EXPONENT_BITS and 0 <= m <= MAX_MANTISSA_BITS):
+        integers = type(e) is int and type(m) is int
+        if not (integers and 1 <= e <= MAX_EXPONENT_BITS and 0 <= m <= MAX_MANTISSA_BITS):
             raise FormatError(
                 f"format S1E{e}M{m} does not exist: use 1 to {MAX_EXPONENT_BITS} exponent bits "
                 f"and 0 to {MAX_MANTISSA_BITS} mantissa bits, as in S1E3M7"
             )
-
-    @classmethod
-    def parse(cls, text: "str | FloatFormat") -> "FloatFormat":
-        """Read a name such as ``S1E3M7``; a format passes through.
-
-        Raises:
-            FormatError: the text names no format.
-        """
-        if isinstance(text, FloatFormat):
-            return text
-        return _parse(text if isinstance(text, str) else repr(text))
-
-    def __str__(self) -> str:
-        return f"S1E{self.exponent_bits}M{self.mantissa_bits}"
 
     @functools.cached_property
     def bits(self) -> int:
@@ -76,7 +60,8 @@ class FloatFormat:
     @functools.cached_property
     def max_value(self) -> float:
         """The largest magnitude; values beyond it saturate to it."""
-        return float((2.0 - 2.0**-self.mantissa_bits) * 2.0**self.top_exponent)
+        step = 2.0 ** (self.top_exponent - self.mantissa_bits)
+        return float(((1 << self.mantissa_bits) + (self.max_code & ((1 << self.mantissa_bits) - 1))) * step)
 
     @property
     def step(self) -> float:
@@ -84,9 +69,66 @@ class FloatFormat:
         return float(2.0 ** (1 - self.bias - self.mantissa_bits))
 
 
-@functools.cache
-def _parse(text: str) -> FloatFormat:
-    match = _NAME.fullmatch(text)
-    if match is None:
-        raise FormatError(f"{text!r} is not a number format: write S1E<exponent bits>M<mantissa bits>, as in S1E3M7")
-    return FloatFormat(int(match[1]), int(match[2]))
+@dataclass(frozen=True)
+class OCPElement(FloatElement):
+    """A float of the OCP specification, which keeps some of the largest codes for infinities and NaN.
+
+    Attributes:
+        reserved: how many codes above the largest finite one: 1 in E4M3 (NaN), 4 in E5M2 (infinity and NaN).
+    """
+
+    reserved: int = 0
+
+    @functools.cached_property
+    def max_code(self) -> int:
+        """The largest code of a finite positive value."""
+        return int((1 << (self.exponent_bits + self.mantissa_bits)) - 1 - self.reserved)
+
+
+@dataclass(frozen=True)
+class IntegerElement:
+    """A signed integer in two's complement, used symmetrically: from ``-max_value`` to ``max_value``.
+
+    Attributes:
+        bits: of a code, 2 to 8.
+    """
+
+    bits: int
+
+    @property
+    def max_value(self) -> int:
+        """The largest magnitude."""
+        return int(2 ** (self.bits - 1)) - 1
+
+
+@dataclass(frozen=True)
+class NormalFloat:
+    """The 16 values of NF4: quantiles of a normal distribution, scaled to -1..1, zero among them.
+
+    The values are those of QLoRA (Dettmers et al., arXiv 2305.14314, appendix E), in ascending order of the codes.
+    """
+
+    bits: ClassVar[int] = 4
+    max_value: ClassVar[float] = 1.0
+    values: ClassVar[tuple[float, ...]] = (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    )
+
+
+BlockElement = OCPElement | IntegerElement | NormalFloat
+"""What a blockwise method's codes are."""

@@ -45,78 +45,103 @@ extension = load(os.environ.get("FEDOMC_NATIVE", "auto"))
 """The extension, or None where the reference serves."""
 
 
-def largest(values: Tensor, out: Tensor) -> None:
-    """See ``reference.largest``."""
-    out.fill_(_extension().largest(to_dlpack(values), torch.get_num_threads()))
+def absmax(values: Tensor, out: Tensor) -> None:
+    """See ``reference.absmax``."""
+    out.fill_(_extension().absmax(to_dlpack(values), torch.get_num_threads()))
 
 
-def decode(words: Tensor, e: int, m: int, scale: float, offset: float, out: Tensor) -> None:
+def decode(words: Tensor, scale_offset: Tensor, e: int, m: int, out: Tensor) -> None:
     """See ``reference.decode``."""
-    _extension().decode(to_dlpack(words), e, m, scale, offset, to_dlpack(out), torch.get_num_threads())
+    _extension().decode(to_dlpack(words), to_dlpack(scale_offset), e, m, to_dlpack(out), torch.get_num_threads())
 
 
 def decode_sum(
-    words: Tensor, e: int, m: int, scale: float, offset: float,
-    update_words: Tensor, update_e: int, update_m: int, update_scale: float, update_offset: float, out: Tensor,
+    words: Tensor, scale_offset: Tensor, e: int, m: int,
+    update_words: Tensor, update_scale_offset: Tensor, update_e: int, update_m: int, out: Tensor,
 ) -> None:  # fmt: skip
     """See ``reference.decode_sum``."""
     _extension().decode_sum(
-        to_dlpack(words), e, m, scale, offset, to_dlpack(update_words), update_e, update_m, update_scale, update_offset,
-        to_dlpack(out), torch.get_num_threads(),
+        to_dlpack(words), to_dlpack(scale_offset), e, m, to_dlpack(update_words), to_dlpack(update_scale_offset),
+        update_e, update_m, to_dlpack(out), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def decode_add(words: Tensor, e: int, m: int, scale: float, offset: float, weight: float, out: Tensor) -> None:
+def decode_add(words: Tensor, scale_offset: Tensor, e: int, m: int, weight: float, out: Tensor) -> None:
     """See ``reference.decode_add``."""
-    _extension().decode_add(to_dlpack(words), e, m, scale, offset, weight, to_dlpack(out), torch.get_num_threads())
+    _extension().decode_add(
+        to_dlpack(words), to_dlpack(scale_offset), e, m, weight, to_dlpack(out), torch.get_num_threads()
+    )
 
 
 def decode_add_difference(
-    words: Tensor, e: int, m: int, scale: float, offset: float,
-    less_words: Tensor, less_e: int, less_m: int, less_scale: float, less_offset: float, weight: float, out: Tensor,
+    words: Tensor, scale_offset: Tensor, e: int, m: int,
+    subtrahend_words: Tensor, subtrahend_scale_offset: Tensor, subtrahend_e: int, subtrahend_m: int,
+    weight: float, out: Tensor,
 ) -> None:  # fmt: skip
     """See ``reference.decode_add_difference``."""
     _extension().decode_add_difference(
-        to_dlpack(words), e, m, scale, offset, to_dlpack(less_words), less_e, less_m, less_scale, less_offset, weight,
-        to_dlpack(out), torch.get_num_threads(),
+        to_dlpack(words), to_dlpack(scale_offset), e, m, to_dlpack(subtrahend_words),
+        to_dlpack(subtrahend_scale_offset), subtrahend_e, subtrahend_m, weight, to_dlpack(out),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
-def add_difference(values: Tensor, less: Tensor, weight: float, out: Tensor) -> None:
+def add_difference(values: Tensor, subtrahend: Tensor, weight: float, out: Tensor) -> None:
     """See ``reference.add_difference``."""
-    _extension().add_difference(to_dlpack(values), to_dlpack(less), weight, to_dlpack(out), torch.get_num_threads())
+    _extension().add_difference(
+        to_dlpack(values), to_dlpack(subtrahend), weight, to_dlpack(out), torch.get_num_threads()
+    )
 
 
 def encode(
     values: Tensor, e: int, m: int, exponent: int, seed: int | None, start: int,
-    words: Tensor, sums: Tensor, largest: Tensor,
+    words: Tensor, sums: Tensor, status: Tensor,
 ) -> None:  # fmt: skip
     """See ``reference.encode``."""
-    found = _extension().encode(
-        to_dlpack(values),
-        e,
-        m,
-        exponent,
-        seed is not None,
-        seed or 0,
-        start,
-        to_dlpack(words),
-        to_dlpack(sums),
-        torch.get_num_threads(),
-    )
-    largest.fill_(found)
+    _extension().encode(
+        to_dlpack(values), e, m, exponent, seed is not None, seed or 0, start, to_dlpack(words), to_dlpack(sums),
+        to_dlpack(status), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def update(
-    words: Tensor, e: int, m: int, scale: float, offset: float, gradient: Tensor, alpha: float, exponent: int,
-    seed: int | None, out: Tensor, sums: Tensor, largest: Tensor,
+    words: Tensor, scale_offset: Tensor, e: int, m: int, gradient: Tensor, alpha: float, exponent: int,
+    seed: int | None, out: Tensor, sums: Tensor, status: Tensor,
 ) -> None:  # fmt: skip
     """See ``reference.update``."""
-    found = _extension().update(
-        to_dlpack(words), e, m, scale, offset, to_dlpack(gradient), alpha, exponent, seed is not None, seed or 0,
-        to_dlpack(out), to_dlpack(sums), torch.get_num_threads(),
+    _extension().update(
+        to_dlpack(words), to_dlpack(scale_offset), e, m, to_dlpack(gradient), alpha, exponent, seed is not None,
+        seed or 0, to_dlpack(out), to_dlpack(sums), to_dlpack(status), torch.get_num_threads(),
     )  # fmt: skip
-    largest.fill_(found)
+
+
+def block_decode(words: Tensor, scales: Tensor, kind: int, e: int, m: int, block: int, out: Tensor) -> None:
+    """See ``reference_blocks.block_decode``."""
+    _extension().block_decode(
+        to_dlpack(words), to_dlpack(scales), kind, e, m, block, to_dlpack(out), torch.get_num_threads()
+    )
+
+
+def block_encode(
+    values: Tensor, kind: int, e: int, m: int, block: int, seed: int | None, start: int,
+    words: Tensor, scales: Tensor, status: Tensor,
+) -> None:  # fmt: skip
+    """See ``reference_blocks.block_encode``."""
+    _extension().block_encode(
+        to_dlpack(values), kind, e, m, block, seed is not None, seed or 0, start, to_dlpack(words), to_dlpack(scales),
+        to_dlpack(status), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def block_update(
+    words: Tensor, scales: Tensor, kind: int, e: int, m: int, block: int, gradient: Tensor, alpha: float,
+    seed: int | None, out: Tensor, out_scales: Tensor, status: Tensor,
+) -> None:  # fmt: skip
+    """See ``reference_blocks.block_update``."""
+    _extension().block_update(
+        to_dlpack(words), to_dlpack(scales), kind, e, m, block, to_dlpack(gradient), alpha, seed is not None,
+        seed or 0, to_dlpack(out), to_dlpack(out_scales), to_dlpack(status), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _extension() -> ModuleType:

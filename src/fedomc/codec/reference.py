@@ -18,157 +18,170 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedomc.codec.elements import FloatFormat
+from fedomc.codec.elements import FloatElement
 from fedomc.codec.layout import BLOCK, CHUNK, LANES, ROWS, SUMS, words_of
 from fedomc.codec.random import random_bits
 
 # The functions from here to the next line of dashes are the codec's operators on any device; see codec/__init__.py.
 
 
-def largest(values: Tensor, out: Tensor) -> None:
+def absmax(values: Tensor, out: Tensor) -> None:
     """Write the float32 bits of the largest magnitude to ``out``, int64 ``[1]``."""
     out.zero_()
-    for _, part in _chunks(values):
-        torch.maximum(out, (part.view(torch.int32) & 0x7FFFFFFF).max(), out=out)
+    for _, part in chunks_of(values):
+        torch.maximum(out, magnitudes(part).max(), out=out)
 
 
-def decode(words: Tensor, e: int, m: int, scale: float, offset: float, out: Tensor) -> None:
+def decode(words: Tensor, scale_offset: Tensor, e: int, m: int, out: Tensor) -> None:
     """Decode ``scale * Q + offset`` into ``out``; with (1, 0) every bit stays."""
-    format = FloatFormat(e, m)
-    for at, part in _chunks(out):
-        part.copy_(_decoded(_stretch(words, format, at, part), format, scale, offset, part.numel()))
+    element = FloatElement(e, m)
+    for at, part in chunks_of(out):
+        part.copy_(_decoded(stretch(words, element.bits, at, part), element, scale_offset, part.numel()))
 
 
 def decode_sum(
-    words: Tensor, e: int, m: int, scale: float, offset: float,
-    update_words: Tensor, update_e: int, update_m: int, update_scale: float, update_offset: float, out: Tensor,
+    words: Tensor, scale_offset: Tensor, e: int, m: int,
+    update_words: Tensor, update_scale_offset: Tensor, update_e: int, update_m: int, out: Tensor,
 ) -> None:  # fmt: skip
     """Decode a base and add its update."""
-    decode(words, e, m, scale, offset, out)
-    format = FloatFormat(update_e, update_m)
-    for at, part in _chunks(out):
-        part += _decoded(_stretch(update_words, format, at, part), format, update_scale, update_offset, part.numel())
+    decode(words, scale_offset, e, m, out)
+    decode_add(update_words, update_scale_offset, update_e, update_m, 1.0, out)
 
 
-def decode_add(words: Tensor, e: int, m: int, scale: float, offset: float, weight: float, out: Tensor) -> None:
+def decode_add(words: Tensor, scale_offset: Tensor, e: int, m: int, weight: float, out: Tensor) -> None:
     """Add ``weight`` times the decoded values to ``out``."""
-    format = FloatFormat(e, m)
-    for at, part in _chunks(out):
-        part += _decoded(_stretch(words, format, at, part), format, scale, offset, part.numel()).mul_(weight)
+    element = FloatElement(e, m)
+    for at, part in chunks_of(out):
+        values = _decoded(stretch(words, element.bits, at, part), element, scale_offset, part.numel())
+        part += values.mul_(weight)
 
 
 def decode_add_difference(
-    words: Tensor, e: int, m: int, scale: float, offset: float,
-    less_words: Tensor, less_e: int, less_m: int, less_scale: float, less_offset: float, weight: float, out: Tensor,
+    words: Tensor, scale_offset: Tensor, e: int, m: int,
+    subtrahend_words: Tensor, subtrahend_scale_offset: Tensor, subtrahend_e: int, subtrahend_m: int,
+    weight: float, out: Tensor,
 ) -> None:  # fmt: skip
-    """Add ``weight`` times what one's decoded values are more than another's."""
-    format, less_format = FloatFormat(e, m), FloatFormat(less_e, less_m)
-    for at, part in _chunks(out):
-        change = _decoded(_stretch(words, format, at, part), format, scale, offset, part.numel())
-        less = _stretch(less_words, less_format, at, part)
-        change -= _decoded(less, less_format, less_scale, less_offset, part.numel())
+    """Add ``weight`` times the difference of two decoded variables to ``out``."""
+    element, other = FloatElement(e, m), FloatElement(subtrahend_e, subtrahend_m)
+    for at, part in chunks_of(out):
+        change = _decoded(stretch(words, element.bits, at, part), element, scale_offset, part.numel())
+        others = stretch(subtrahend_words, other.bits, at, part)
+        change -= _decoded(others, other, subtrahend_scale_offset, part.numel())
         part += change.mul_(weight)
 
 
-def add_difference(values: Tensor, less: Tensor, weight: float, out: Tensor) -> None:
-    """Add ``weight`` times what values are more than others."""
-    for at, part in _chunks(out):
+def add_difference(values: Tensor, subtrahend: Tensor, weight: float, out: Tensor) -> None:
+    """Add ``weight * (values - subtrahend)`` to ``out``."""
+    for at, part in chunks_of(out):
         stop = at + part.numel()
-        part += values[at:stop].sub(less[at:stop]).mul_(weight)
+        part += values[at:stop].sub(subtrahend[at:stop]).mul_(weight)
 
 
 def encode(
     values: Tensor, e: int, m: int, exponent: int, seed: int | None, start: int,
-    words: Tensor, sums: Tensor, largest: Tensor,
+    words: Tensor, sums: Tensor, status: Tensor,
 ) -> None:  # fmt: skip
     """Encode ``Q(2**exponent * V)``."""
-    format = FloatFormat(e, m)
-    largest.zero_()
-    for at, part in _chunks(values):
+    element = FloatElement(e, m)
+    status.copy_(torch.tensor([0, 1]))
+    for at, part in chunks_of(values):
         row = sums[at // CHUNK] if len(sums) else None
-        _encode_chunk(part, format, exponent, seed, start + at, _stretch(words, format, at, part), row, largest)
+        _encode_chunk(part, element, exponent, seed, start + at, stretch(words, element.bits, at, part), row, status)
 
 
 def update(
-    words: Tensor, e: int, m: int, scale: float, offset: float, gradient: Tensor, alpha: float, exponent: int,
-    seed: int | None, out: Tensor, sums: Tensor, largest: Tensor,
+    words: Tensor, scale_offset: Tensor, e: int, m: int, gradient: Tensor, alpha: float, exponent: int,
+    seed: int | None, out: Tensor, sums: Tensor, status: Tensor,
 ) -> None:  # fmt: skip
     """Encode the decoded values plus ``alpha`` times the gradient."""
-    format = FloatFormat(e, m)
-    largest.zero_()
-    for at, part in _chunks(gradient):
-        values = _decoded(_stretch(words, format, at, part), format, scale, offset, part.numel())
-        if format.exponent_bits < 8:
-            values = _flushed(_flushed(values).add_(_flushed(part), alpha=alpha))
+    element = FloatElement(e, m)
+    status.zero_()
+    for at, part in chunks_of(gradient):
+        former = _decoded(stretch(words, element.bits, at, part), element, scale_offset, part.numel())
+        if element.exponent_bits < 8:
+            former = flushed(former)
+            values = flushed(former.add(flushed(part), alpha=alpha))
         else:
-            values.add_(part, alpha=alpha)
+            values = former.add(part, alpha=alpha)
+        status[1] |= (values != former).any()
         row = sums[at // CHUNK] if len(sums) else None
-        _encode_chunk(values, format, exponent, seed, at, _stretch(out, format, at, part), row, largest)
+        _encode_chunk(values, element, exponent, seed, at, stretch(out, element.bits, at, part), row, status)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+def chunks_of(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Cut flat values into chunks; give the index of each chunk's first value and a view of it."""
     for at in range(0, flat.numel(), CHUNK):
         yield at, flat[at : at + CHUNK]
 
 
-def _stretch(words: Tensor, format: FloatFormat, at: int, part: Tensor) -> Tensor:
-    begin = words_of(at, format.bits)
-    return words[begin : begin + words_of(part.numel(), format.bits)]
+def stretch(words: Tensor, bits: int, at: int, part: Tensor) -> Tensor:
+    """View the words of a part's codes, of which the first is that of value ``at``, a multiple of the block."""
+    begin = words_of(at, bits)
+    return words[begin : begin + words_of(part.numel(), bits)]
+
+
+def magnitudes(values: Tensor) -> Tensor:
+    """Return the bits of the values' magnitudes, int32; they are in the order of the magnitudes."""
+    return values.view(torch.int32) & 0x7FFFFFFF
 
 
 def _encode_chunk(
-    values: Tensor, format: FloatFormat, exponent: int, seed: int | None, start: int,
-    words: Tensor, sums: Tensor | None, largest: Tensor,
+    values: Tensor, element: FloatElement, exponent: int, seed: int | None, start: int,
+    words: Tensor, sums: Tensor | None, status: Tensor,
 ) -> None:  # fmt: skip
-    """Encode a chunk; write its words and, if wanted, its five sums; raise ``largest`` to its largest magnitude."""
-    torch.maximum(largest, (values.view(torch.int32) & 0x7FFFFFFF).max(), out=largest)
-    bias, scale = _working_bias(format), 1.0
-    if format.exponent_bits < 8:
-        scale = 2.0 ** (exponent + format.bias - bias)
-        values = _flushed(_flushed(values) * scale)
-    codes = _round(values, format, bias, seed, start)
+    """Encode a chunk; write its words and, if wanted, its five sums; raise the status to its largest magnitude."""
+    torch.maximum(status[0], magnitudes(values).max(), out=status[0])
+    bias, scale = _working_bias(element), 1.0
+    if element.exponent_bits < 8:
+        scale = 2.0 ** (exponent + element.bias - bias)
+        values = flushed(flushed(values) * scale)
+    codes = round_to(values, element, bias, seed, start)
     blocks = -(-values.numel() // BLOCK)
     codes = _pad(codes, blocks * BLOCK)
-    pack(codes, format.bits, words)
+    pack(codes, element.bits, words)
     if sums is not None:
-        represented = _values(codes, format, 2.0 ** (format.bias - bias), 0.0)
+        represented = values_of(codes, element).mul_(2.0 ** (element.bias - bias))
         difference = _pad(values, blocks * BLOCK) - represented
-        if format.exponent_bits == 8:  # squares may leave the range of float32
+        if element.exponent_bits == 8:  # squares may leave the range of float32
             difference, represented = difference.double(), represented.double()
         found = _sums(difference, represented, blocks)
         sums.copy_(found / torch.tensor([1, scale, scale, scale, 1], dtype=torch.float64) / scale)
 
 
-def _working_bias(format: FloatFormat) -> int:
+def _working_bias(element: FloatElement) -> int:
     """The bias of the units in which values are rounded and summed: a block's sum of squares must stay finite."""
-    return format.bias + 4 if format.exponent_bits == 7 else format.bias
+    return element.bias + 4 if element.exponent_bits == 7 else element.bias
 
 
-def _flushed(values: Tensor) -> Tensor:
+def flushed(values: Tensor) -> Tensor:
+    """Replace subnormal values by zeros of their signs."""
     bits = values.view(torch.int32)
     return torch.where((bits & 0x7FFFFFFF) < 1 << 23, bits & -(1 << 31), bits).view(torch.float32)
 
 
-def _decoded(words: Tensor, format: FloatFormat, scale: float, offset: float, numel: int) -> Tensor:
-    codes = unpack(words, -(-numel // BLOCK), format.bits).view(-1)[:numel]
-    return _values(codes, format, scale, offset)
+def _decoded(words: Tensor, element: FloatElement, scale_offset: Tensor, numel: int) -> Tensor:
+    codes = unpack(words, -(-numel // BLOCK), element.bits).view(-1)[:numel]
+    scale, offset = scale_offset[0], scale_offset[1]
+    # Adding -0 keeps both zeros.
+    return values_of(codes, element).mul_(scale).add_(torch.where(offset == 0, -0.0, offset))
 
 
 def _pad(flat: Tensor, size: int) -> Tensor:
     return flat if flat.numel() == size else torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
-def _round(values: Tensor, format: FloatFormat, bias: int, seed: int | None, start: int) -> Tensor:
+def round_to(values: Tensor, element: FloatElement, bias: int, seed: int | None, start: int) -> Tensor:
+    """Round values, in units of a bias, to codes; stochastically if there is a seed."""
     bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     field = (magnitude >> 23).clamp_(min=1)  # the exponent field; a subnormal has that of the smallest normal value
     significand = magnitude.sub_((field - 1) << 23)  # [n], below 2**24, hidden bit included
     target = field.add_(bias - 127)  # the exponent field in the format, not positive if subnormal
     normal = target.clamp(min=1)
-    shift = normal.sub(target).add_(23 - format.mantissa_bits)  # how many bits the format drops
+    shift = normal.sub(target).add_(23 - element.mantissa_bits)  # how many bits the format drops
     integer = significand.add_(normal.sub_(1) << 23)
     if seed is None:
         shift.clamp_(max=25)  # a significand of 24 bits rounds to zero from here on
@@ -183,29 +196,23 @@ def _round(values: Tensor, format: FloatFormat, bias: int, seed: int | None, sta
         noise = random_bits(seed, start, values.numel(), values.device).bitwise_and_(0x3FFFFFFF)
         integer += noise >> (30 - shift)
     integer >>= shift
-    integer.clamp_(max=format.max_code)
-    sign = bits.bitwise_and(-(1 << 31)) >> (32 - format.bits)
-    if format.bits < 32:
-        sign &= 1 << (format.bits - 1)  # the arithmetic shift filled the bits above
+    integer.clamp_(max=element.max_code)
+    sign = bits.bitwise_and(-(1 << 31)) >> (32 - element.bits)
+    if element.bits < 32:
+        sign &= 1 << (element.bits - 1)  # the arithmetic shift filled the bits above
     return integer.bitwise_or_(sign)
 
 
-def _values(codes: Tensor, format: FloatFormat, scale: float, offset: float) -> Tensor:
-    e, m = format.exponent_bits, format.mantissa_bits
-    magnitude = codes & ((1 << (e + m)) - 1)
-    if e == 8:  # the unused top exponent can only come from foreign bytes
-        magnitude.clamp_(max=format.max_code)
-    bits = (magnitude << (23 - m)).add_((127 - format.bias) << 23)
+def values_of(codes: Tensor, element: FloatElement) -> Tensor:
+    """Return the values of codes, float32."""
+    e, m = element.exponent_bits, element.mantissa_bits
+    magnitude = (codes & ((1 << (e + m)) - 1)).clamp_(max=element.max_code)  # larger codes come from foreign bytes
+    bits = (magnitude << (23 - m)).add_((127 - element.bias) << 23)
     if e < 8:  # for e = 8 the bits of subnormals are already those of float32
-        subnormal = (magnitude.to(torch.float32) * format.step).view(torch.int32)
+        subnormal = (magnitude.to(torch.float32) * element.step).view(torch.int32)
         bits = torch.where(magnitude < (1 << m), subnormal, bits)
     sign = (codes >> (e + m)) << 31
-    values = bits.bitwise_or_(sign).view(torch.float32)
-    if scale != 1.0:
-        values *= scale
-    if offset != 0.0:
-        values += offset
-    return values
+    return bits.bitwise_or_(sign).view(torch.float32)
 
 
 def _sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:

@@ -58,14 +58,20 @@ class Workspace:
         self._idle_bytes = self._lent_bytes = self._peak = 0
         self._lock, self._busy = threading.RLock(), False
 
-    def empty(self, numel: int, device: torch.device) -> Tensor:
-        """Lend float32 ``[numel]``; on other devices than the CPU, torch's allocator does the same."""
+    def empty(self, numel: int, device: torch.device, *, exact: bool = False) -> Tensor:
+        """Lend float32 ``[numel]``; on other devices than the CPU, torch's allocator does the same.
+
+        Args:
+            numel: how many values.
+            device: where.
+            exact: lend no larger piece, for what may live long.
+        """
         if numel < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
-            return torch.empty(numel, device=device)
+            return torch.empty(numel, dtype=torch.float32, device=device)
         with self._alone() as alone:
             if not alone:
-                return torch.empty(numel, device=device)
-            piece = self._take(numel)
+                return torch.empty(numel, dtype=torch.float32, device=device)
+            piece = self._take(numel, numel if exact else int(1.25 * numel))
             view = piece[:numel]
             reference = weakref.ref(view, self._give_back)
             self._views[id(reference)] = reference, piece
@@ -109,11 +115,11 @@ class Workspace:
             finally:
                 self._busy = False
 
-    def _take(self, numel: int) -> _Piece:
-        """Take the smallest piece that fits without wasting more than a fifth of it, or a new one."""
+    def _take(self, numel: int, most: int) -> _Piece:
+        """Take the smallest piece of at least so many values and at most so many, or a new one."""
         best = -1
         for i, piece in enumerate(self._idle):
-            if numel <= piece.size <= 1.25 * numel and (best < 0 or piece.size < self._idle[best].size):
+            if numel <= piece.size <= most and (best < 0 or piece.size < self._idle[best].size):
                 best = i
         if best >= 0:
             piece = self._idle.pop(best)

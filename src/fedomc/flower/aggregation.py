@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fedomc import codec
 from fedomc.flower.broadcast import Broadcast, Returned, Values, add_changes
-from fedomc.methods.packed import Packed
+from fedomc.methods import Packed
 
 AGGREGATES = ("difference", "value")
 

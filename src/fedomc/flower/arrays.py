@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from fedomc import codec
-from fedomc.codec.elements import FloatFormat
 from fedomc.errors import OMCError, PayloadError
 from fedomc.flower.chunks import ChunkedArray
-from fedomc.methods.packed import Encoding, Packed, encode
+from fedomc.methods import Encoding, Method, Packed, encode, parse_method
 from fedomc.serialization import frame
 from fedomc.tensor.compressed import CompressedTensor
 from fedomc.training.model import replace_parameters
@@ -50,7 +49,7 @@ class Instructions:
 
     encoding: Encoding
     lossless: bool = False
-    rest_format: FloatFormat | None = None
+    rest_format: Method | None = None
 
 
 def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
@@ -128,7 +127,7 @@ def flat_tensor(values: np.ndarray[Any, Any]) -> Tensor:
 
 def _all_finite(values: np.ndarray[Any, Any]) -> bool:
     if values.dtype == np.float32 and values.size >= codec.CHUNK and values.flags.c_contiguous:
-        return codec.magnitude_bits(flat_tensor(values)) < codec.INFINITY_BITS  # where numpy makes an array of truths
+        return codec.absmax_bits(flat_tensor(values)) < codec.INFINITY_BITS  # where numpy makes an array of truths
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
@@ -140,7 +139,7 @@ def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return np.lib.format.read_array_header_1_0(file)
 
 
-def to_config(encoding: Encoding, *, lossless: bool = False, rest_format: FloatFormat | None = None) -> ConfigRecord:
+def to_config(encoding: Encoding, *, lossless: bool = False, rest_format: Method | None = None) -> ConfigRecord:
     """Write instructions for a client."""
     rest = {} if rest_format is None else {"rest_format": str(rest_format)}
     return ConfigRecord({**frame.encoding_fields(encoding), "lossless": lossless, **rest})
@@ -157,7 +156,7 @@ def from_config(config: Mapping[str, Any]) -> Instructions:
         if type(lossless) is not bool:
             raise PayloadError(f"lossless={lossless!r} is neither true nor false")
         encoding = frame.read_encoding(config)
-        return Instructions(encoding, lossless, None if rest is None else FloatFormat.parse(rest))
+        return Instructions(encoding, lossless, None if rest is None else parse_method(rest))
     except OMCError as error:
         raise PayloadError(f"the message's {CONFIG!r} record: {error}") from None
 
@@ -336,6 +335,6 @@ def _read(array: Array, name: str, old: Tensor, told: Instructions | None) -> Te
         raise PayloadError(f"{name} is only an update: a model cannot be filled from it")
     if parsed.kind != frame.DENSE:
         return CompressedTensor.from_packed(parsed.packed, told.encoding, parsed.shape, name)
-    if parsed.packed.format != told.rest_format:
-        raise PayloadError(f"{name} is {parsed.packed.format}, but the config record's rest is {told.rest_format}")
+    if parsed.packed.method != told.rest_format:
+        raise PayloadError(f"{name} is {parsed.packed.method}, but the config record's rest is {told.rest_format}")
     return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)

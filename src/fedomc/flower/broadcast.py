@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fedomc import codec
 from fedomc.codec import CHUNK
-from fedomc.codec.elements import FloatFormat
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower.arrays import (
     CONFIG,
@@ -24,7 +23,7 @@ from fedomc.flower.arrays import (
     to_config,
     view_dense,
 )
-from fedomc.methods.packed import Encoding, Packed, encode
+from fedomc.methods import Encoding, Method, Packed, encode
 from fedomc.serialization import frame
 from fedomc.training.policy import CompressionPolicy
 
@@ -68,7 +67,7 @@ class Returned:
         elif self.is_update or not isinstance(self.sent, Packed):
             values.decode(out, start)
         else:
-            return values.decode_with(_negated(self.sent), out, start)
+            return self.sent.add_to(values.decode(out, start), -1.0, start)
         if isinstance(self.sent, Packed):
             return out if self.is_update else self.sent.add_to(out, -1.0, start)
         np.subtract(out.numpy(), _flat(self.sent)[start:stop], out=out.numpy())
@@ -113,10 +112,6 @@ def _flat(values: Values) -> Values:
     return values.reshape(-1)
 
 
-def _negated(packed: Packed) -> Packed:
-    return Packed(packed.codes, -packed.affine, packed.format, packed.numel)
-
-
 class Broadcast:
     """One round's model: the FP32 values, each variable encoded once in each format, and who was sent what.
 
@@ -139,7 +134,7 @@ class Broadcast:
         server_round: int,
         client_name: Callable[[int], str | int],
         lossless: str = "none",
-        rest_format: FloatFormat | None = None,
+        rest_format: Method | None = None,
     ) -> None:
         self.arrays = arrays
         self.round = server_round

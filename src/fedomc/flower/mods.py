@@ -5,10 +5,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
-from fedomc.codec.elements import FloatFormat
 from fedomc.errors import PayloadError
 from fedomc.flower.arrays import CONFIG, STYPE, Instructions, from_config, packed_array, read_packed, records_of
-from fedomc.methods.packed import Encoding, Packed, encode
+from fedomc.methods import Encoding, Method, Packed, encode
 from fedomc.serialization import frame
 
 
@@ -63,7 +62,7 @@ def _encoded(name: str, array: Array, came: frame.Frame, instructions: Instructi
     values, how = torch.from_numpy(array.numpy()), instructions.encoding
     lossless = instructions.lossless
     if came.kind == frame.VARIABLE and how.update_format is None:
-        packed = _encode(name, values, came.packed.format, how)
+        packed = _encode(name, values, came.packed.method, how)
         return packed_array(packed, came.shape, lossless=lossless, sent=came.packed)
     format = how.update_format if came.kind == frame.VARIABLE else instructions.rest_format
     if format is None:
@@ -72,7 +71,7 @@ def _encoded(name: str, array: Array, came: frame.Frame, instructions: Instructi
     return packed_array(_encode(name, change, format, how), came.shape, frame.UPDATE, lossless=lossless)
 
 
-def _encode(name: str, values: Tensor, format: FloatFormat, how: Encoding) -> Packed:
+def _encode(name: str, values: Tensor, format: Method, how: Encoding) -> Packed:
     return encode(values, format, how.transform, how.rounding, how.seed, name)
 
 

@@ -15,7 +15,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
-from fedomc.codec.elements import FloatFormat
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
 from fedomc.flower import defences
 from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded, dense_array, in_dtype, is_the_mean
@@ -25,6 +24,7 @@ from fedomc.flower.grid import OneByOne
 from fedomc.flower.resuming import restore, state_of
 from fedomc.flower.tiers import Announced
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
+from fedomc.methods import Method, parse_method
 from fedomc.serialization.checkpointing import Checkpoints
 from fedomc.serialization.entropy import require
 from fedomc.training.policy import CompressionPolicy, TieredPolicy
@@ -91,7 +91,7 @@ class OMCStrategy(Strategy):
         aggregate: str = "difference",
         client_name: Callable[[int], str | int] = str,
         lossless: str = "none",
-        rest_format: str | FloatFormat | None = None,
+        rest_format: str | Method | None = None,
         checkpoints: Checkpoints | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -106,7 +106,7 @@ class OMCStrategy(Strategy):
         self.policy = policy
         self.aggregate = aggregate
         self.lossless = lossless
-        self.rest_format = None if rest_format is None else FloatFormat.parse(rest_format)
+        self.rest_format = None if rest_format is None else parse_method(rest_format)
         self.client_name = client_name
         self.checkpoints = checkpoints
         self.observers = observers

@@ -25,9 +25,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fedomc.codec.layout import CHUNK, words_of
+from fedomc.codec import CHUNK
 from fedomc.codec.workspace import PANEL_BYTES
-from fedomc.methods.packed import Encoding
+from fedomc.methods import Encoding
 from fedomc.tensor.compressed import FUNCTIONS, CompressedTensor, is_compressed
 from fedomc.tensor.ops.convolution import CONVOLUTIONS
 
@@ -225,8 +225,7 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
             if encoding is None:
                 return life.nbytes if life.kind in KINDS else 0
             size = self._sizes[life.variable]
-            formats = [fmt for fmt in (encoding.format, encoding.update_format) if fmt is not None]
-            packed = [4 * words_of(size, fmt.bits) + 8 for fmt in formats]  # codes, factor and offset
+            packed = [method.nbytes(size) for method in encoding.methods]
             if life.kind == "parameters":
                 return sum(packed)
             if life.kind == "decoded":
@@ -314,7 +313,7 @@ def _storages(x: Any) -> list[torch.UntypedStorage]:
     found: list[torch.UntypedStorage] = []
     for leaf in tree_leaves(x):
         if is_compressed(leaf):
-            found += _storages([[part.codes, part.affine] for part in leaf.parts])
+            found += _storages([part.fields for part in leaf.parts])
         elif isinstance(leaf, Tensor) and leaf.layout is torch.sparse_coo:
             found += _storages([leaf._indices(), leaf._values()])
         elif isinstance(leaf, Tensor) and leaf.layout is torch.strided:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from fedomc.errors import OMCError, PolicyError
 from fedomc.memory.liveness import KINDS, FunctionTracker, MemoryBytes, ShapeMode, StorageTracker, VariableTracker
-from fedomc.methods.packed import Encoding
+from fedomc.methods import Encoding
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.model import compress_, decompress_
 from fedomc.training.policy import CompressionPolicy
@@ -123,8 +123,7 @@ _Batch = dict[Any, Any] | tuple[Any, ...]
 def _label(format: str | CompressionPolicy) -> str:
     if isinstance(format, str):
         return format
-    names = "/".join(str(format.encoding(each)) for each in format.formats)
-    return names + (f"@{format.fraction:g}" if format.fraction < 1 else "")
+    return str(format)
 
 
 def _encodings(model: nn.Module, format: str | CompressionPolicy) -> _Encodings:
@@ -133,10 +132,7 @@ def _encodings(model: nn.Module, format: str | CompressionPolicy) -> _Encodings:
         return {}
     if format == AS_IS:
         return {name: p.encoding for name, p in model.named_parameters() if is_compressed(p)}
-    if isinstance(format, str):
-        base, plus, update = format.partition("+")
-        format = CompressionPolicy(base, update_format=update if plus else None)
-    return format.select(model)
+    return CompressionPolicy.parse(format).select(model)
 
 
 def _own_loss(output: Any) -> Tensor:

@@ -1,1 +1,22 @@
-"""What a code means: number formats and the transformation of a variable."""
+"""What the bits of a compressed variable mean: the interface of a method, the methods, a packed variable."""
+
+from fedomc.methods.encoding import Encoding
+from fedomc.methods.floats import FloatFormat
+from fedomc.methods.method import Field, Method, Writing
+from fedomc.methods.packed import Packed, encode
+from fedomc.methods.registry import method_from_header, parse_method, register, registered, unregister
+
+__all__ = [
+    "Encoding",
+    "Field",
+    "FloatFormat",
+    "Method",
+    "Packed",
+    "Writing",
+    "encode",
+    "method_from_header",
+    "parse_method",
+    "register",
+    "registered",
+    "unregister",
+]

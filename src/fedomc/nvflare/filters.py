@@ -28,7 +28,7 @@ from nvflare.recipe.spec import Recipe
 from torch import Tensor
 
 from fedomc.errors import PayloadError, PolicyError
-from fedomc.methods.packed import Encoding, encode
+from fedomc.methods import Encoding, encode
 from fedomc.serialization import frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.training.module_state import is_finite, some

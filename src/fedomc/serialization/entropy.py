@@ -7,9 +7,9 @@ the bits below are planes that stay as they are. Updates and differences are mos
 a byte with the same bit of 8 neighbours says more. Neither is always better, so a sample of the variable chooses.
 
 [Note: differences]
-A client's codes differ little from those that it was sent. Codes are in the order of their values once sign and
-magnitude become one whole number, -0 just below 0; neighbouring values have then neighbouring numbers, and a small
-step is a small difference, whatever its sign and binade.
+A client's codes differ little from those that it was sent. They are numbered in the order of their values first, so
+that a small step is a small difference, whatever its sign and binade. Two's complement and ascending tables are in that
+order; codes of sign and magnitude become so as one integer, with -0 just below 0.
 """
 
 import itertools
@@ -55,14 +55,17 @@ def require() -> None:
         raise PolicyError("the lossless stage needs zstandard: pip install 'fedomc[lossless]', or set lossless='none'")
 
 
-def compress(words: Tensor, numel: int, bits: int, sent: Tensor | None = None) -> tuple[int, bool, bytes] | None:
+def compress(
+    words: Tensor, numel: int, bits: int, sent: Tensor | None = None, order: str = "sign-magnitude"
+) -> tuple[int, bool, bytes] | None:
     """Write packed codes in fewer bytes.
 
     Args:
         words: int32 ``[words_of(numel, bits)]`` on the CPU, as ``codec.layout`` says.
         numel: how many codes.
         bits: of a code.
-        sent: words of as many codes of the same format, which the reader has too.
+        sent: words of as many codes of the same method, which the reader has too.
+        order: how codes are ordered, as ``Method.code_order`` says.
 
     Returns:
         ``BYTES`` or ``BITS``, whether it is the differences to ``sent``, and the bytes; None if they were not fewer.
@@ -76,9 +79,9 @@ def compress(words: Tensor, numel: int, bits: int, sent: Tensor | None = None) -
     zstd = zstandard.ZstdCompressor(level=LEVEL)
     begin = max(0, numel - SAMPLE) // 2 // codec.BLOCK * codec.BLOCK
     count = min(SAMPLE, numel - begin)
-    samples = {False: _symbols(words, begin, count, bits, None)}
+    samples = {False: _symbols(words, begin, count, bits, None, order)}
     if sent is not None:
-        samples[True] = _symbols(words, begin, count, bits, sent)
+        samples[True] = _symbols(words, begin, count, bits, sent, order)
     ways = [(way, difference) for difference in samples for way in (BYTES, BITS)]
     way, difference = min(ways, key=lambda pair: len(_segment(samples[pair[1]], bits, pair[0], zstd)))
     if not difference:
@@ -86,7 +89,7 @@ def compress(words: Tensor, numel: int, bits: int, sent: Tensor | None = None) -
     pieces = [] if sent is None else [_LENGTH.pack(checksum(sent))]
     left = words.nbytes - sum(map(len, pieces))
     for start in range(0, numel, SEGMENT):
-        symbols = _symbols(words, start, min(SEGMENT, numel - start), bits, sent)
+        symbols = _symbols(words, start, min(SEGMENT, numel - start), bits, sent, order)
         piece = _segment(symbols, bits, way, zstd)
         left -= len(piece)
         if left <= 0:
@@ -96,7 +99,14 @@ def compress(words: Tensor, numel: int, bits: int, sent: Tensor | None = None) -
 
 
 def decompress(
-    data: memoryview, way: int, difference: bool, numel: int, bits: int, sent: Tensor | None, name: str
+    data: memoryview,
+    way: int,
+    difference: bool,
+    numel: int,
+    bits: int,
+    sent: Tensor | None,
+    name: str,
+    order: str = "sign-magnitude",
 ) -> Tensor:
     """Read what ``compress`` wrote; the lengths of all pieces are checked before anything is allocated.
 
@@ -108,6 +118,7 @@ def decompress(
         bits: of a code.
         sent: words of as many codes of the same format, or None if there are none.
         name: of the variable, for errors.
+        order: how codes are ordered, as ``Method.code_order`` says.
 
     Returns:
         The words, int32 ``[words_of(numel, bits)]``; bits that belong to no value are zero.
@@ -131,7 +142,7 @@ def decompress(
         symbols = _joined([_unzipped(piece, size, name) for piece, size in planes], count, bits, way, name)
         if difference:
             assert sent is not None
-            symbols = _added(symbols, _codes(sent, start, count, bits), bits)
+            symbols = _added(symbols, _codes(sent, start, count, bits), bits, order)
         codec.pack(symbols, bits, _stretch(words, start, count, bits))
     return words
 
@@ -153,26 +164,28 @@ def _codes(words: Tensor, start: int, count: int, bits: int) -> Tensor:
     return codec.unpack(_stretch(words, start, count, bits), count, bits)
 
 
-def _symbols(words: Tensor, start: int, count: int, bits: int, sent: Tensor | None) -> Tensor:
+def _symbols(words: Tensor, start: int, count: int, bits: int, sent: Tensor | None, order: str) -> Tensor:
     """Return ``count`` codes, or their differences to those sent as 0, -1, 1, -2, ...: int32 ``[count]``."""
     codes = _codes(words, start, count, bits)
     if sent is None:
         return codes
-    step = _ordered(codes, bits).sub_(_ordered(_codes(sent, start, count, bits), bits))
+    step = _numbered(codes, bits, order).sub_(_numbered(_codes(sent, start, count, bits), bits, order))
     step = _signed(step, bits)
     return (step << 1).bitwise_xor_(step >> 31).bitwise_and_(_mask(bits))
 
 
-def _added(symbols: Tensor, sent: Tensor, bits: int) -> Tensor:
+def _added(symbols: Tensor, sent: Tensor, bits: int, order: str) -> Tensor:
     step = ((symbols >> 1) & 0x7FFFFFFF).bitwise_xor_((symbols & 1).neg_())
-    order = _signed(step.add_(_ordered(sent, bits)), bits)
-    return order.bitwise_xor_((order >> 31) & _mask(bits - 1)).bitwise_and_(_mask(bits))
+    numbers = _signed(step.add_(_numbered(sent, bits, order)), bits)
+    if order == "sign-magnitude":
+        numbers.bitwise_xor_((numbers >> 31) & _mask(bits - 1))
+    return numbers.bitwise_and_(_mask(bits))
 
 
-def _ordered(codes: Tensor, bits: int) -> Tensor:
-    """Number codes in the order of their values: magnitude m is m, or -1 - m if negative."""
+def _numbered(codes: Tensor, bits: int, order: str) -> Tensor:
+    """Number codes in the order of their values, modulo ``2**bits``; magnitude m is m, or -1 - m if negative."""
     signed = _signed(codes, bits)
-    return signed.bitwise_xor_((signed >> 31) & _mask(bits - 1))
+    return signed.bitwise_xor_((signed >> 31) & _mask(bits - 1)) if order == "sign-magnitude" else signed
 
 
 def _signed(values: Tensor, bits: int) -> Tensor:

@@ -1,25 +1,25 @@
-"""One compressed variable as bytes: a fixed header, the dimensions, the codes; little-endian.
+"""One compressed variable as bytes, little-endian.
 
     offset  size
     0       4     magic "FOMC"
-    4       1     version, 3
+    4       1     version, 4
     5       1     kind: 0 a variable (or base), 1 the update part of a variable, 2 a variable that is FP32 elsewhere
-    6       1     exponent bits
-    7       1     mantissa bits
-    8       4     factor, float32
-    12      4     offset, float32
-    16      4     checksum of all other bytes of the frame: the low half of their XXH3, 64 bits
-    20      1     number of dimensions
-    21      1     coding: 0 the codes themselves, 1 planes of bytes and bits, 2 planes of bits
-    22      1     whether the planes are of differences to codes that were sent
-    23      1     0
-    24      8*d   dimensions
-    ...           codes: 32-bit words as ``codec.layout`` says, on a multiple of 4 bytes; or planes, see ``entropy``
+    6       1     method, by its tag
+    7       1     h, the length of the method's header, at most 16
+    8       4     checksum of all other bytes of the frame: the low half of their XXH3, 64 bits
+    12      1     d, the number of dimensions, at most 8
+    13      1     coding of the first field: 0 as it is, 1 planes of bytes and bits, 2 planes of bits
+    14      1     whether the planes are of differences to codes that were sent
+    15      1     f, the number of fields, at most 8
+    16      8*d   dimensions
+            8*f   bytes of each field as it lies here
+            h     the method's header, filled up with zeros to a multiple of 8
+            ...   the fields, each filled up with zeros to a multiple of 4: 32-bit words of codes, as ``codec.layout``
+                  says, or planes, see ``entropy``; then what the codes' values depend on, such as scales
 
 The codes themselves are what is in memory: a base may be used where the message lies.
 """
 
-import functools
 import math
 import struct
 import sys
@@ -33,24 +33,23 @@ import xxhash
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fedomc.codec import words_of
-from fedomc.codec.elements import FloatFormat
 from fedomc.errors import FormatError, OMCError, PayloadError
-from fedomc.methods.packed import Encoding, Packed, stays_finite
-from fedomc.serialization import entropy as planes
+from fedomc.methods import Encoding, Field, Method, Packed, method_from_header, parse_method
+from fedomc.serialization import entropy
 
 MAGIC = b"FOMC"
-VERSION = 3
+VERSION = 4
 VARIABLE, UPDATE, DENSE = 0, 1, 2
 MAX_DIMENSIONS = 8
+MAX_FIELDS = 8
+MAX_METHOD_HEADER = 16
 
-MOST_EXPANSION = 256
+MAX_EXPANSION = 256
 """Who does not know the shape expects at most as many bytes of codes for each byte of a frame."""
 
-_HEADER = struct.Struct("<4sBBBBffIBBBB")
-_CHECKSUM = slice(16, 20)
+_HEADER = struct.Struct("<4sBBBBIBBBB")
+_CHECKSUM = slice(8, 12)
 _MAX_NUMEL = 2**48
-_format = functools.cache(FloatFormat)  # there are few, and a reply has hundreds of frames
 
 
 @dataclass(frozen=True)
@@ -84,32 +83,38 @@ def to_bytes(
         shape: its shape.
         kind: ``VARIABLE``, ``UPDATE`` or ``DENSE``, which the receiver decodes as it arrives.
         name: of the variable, for errors.
-        lossless: whether the codes go through the lossless stage, if that makes them smaller.
-        sent: what the receiver has of the variable; the lossless stage may write the difference to its codes.
+        lossless: whether the codes are entropy-coded, if that makes them smaller.
+        sent: what the receiver has of the variable; entropy coding may write the difference to its codes.
 
     Raises:
         PayloadError: more than 8 dimensions.
-        PolicyError: the lossless stage is wanted, but zstd is not installed.
+        PolicyError: entropy coding is wanted, but zstd is not installed.
     """
     if len(shape) > MAX_DIMENSIONS:
         raise PayloadError(f"{name} has {len(shape)} dimensions and cannot become a frame: {MAX_DIMENSIONS} at most")
-    scale, offset = packed.affine.tolist()
-    fmt = packed.format
-    words = packed.codes.detach().cpu().contiguous()
-    plain: tuple[int, bool, Any] = planes.PLAIN, False, words.numpy().astype("<i4", copy=False).data
-    smaller = lossless and planes.compress(words, packed.numel, fmt.bits, _reference(sent, fmt, packed.numel))
-    coding, difference, body = smaller or plain
-    fixed = (MAGIC, VERSION, kind, fmt.exponent_bits, fmt.mantissa_bits, scale, offset)
-    described = (len(shape), coding, difference, 0)
-    dimensions = struct.pack(f"<{len(shape)}Q", *shape)
-    header = _HEADER.pack(*fixed, 0, *described) + dimensions
-    header = _HEADER.pack(*fixed, _checksum(header, body), *described) + dimensions
-    return b"".join((header, body))
+    method, fields = packed.method, [field.detach().cpu().contiguous() for field in packed.fields]
+    coding, difference, first = entropy.PLAIN, False, _raw(fields[0])
+    if lossless:
+        reference = _reference(sent, method, packed.numel)
+        smaller = entropy.compress(fields[0], packed.numel, method.code_bits, reference, method.code_order)
+        coding, difference, first = smaller or (coding, difference, first)
+    bodies = [first, *map(_raw, fields[1:])]
+    lengths = [len(body) for body in bodies]
+    header = method.header()
+    described = struct.pack(f"<{len(shape)}Q{len(bodies)}Q", *shape, *lengths) + _filled(header, 8)
+    padded = [part for body in bodies for part in (body, bytes(-len(body) % 4))]
+
+    def fixed(checksum: int) -> bytes:
+        counts = (len(shape), coding, difference, len(bodies))
+        return _HEADER.pack(MAGIC, VERSION, kind, method.tag, len(header), checksum, *counts)
+
+    return b"".join((fixed(_checksum(fixed(0), described, *padded)), described, *padded))
 
 
 def size_of(packed: Packed, shape: Sequence[int]) -> int:
-    """Count the bytes of a variable's frame without the lossless stage, which never makes it larger."""
-    return _HEADER.size + 8 * len(shape) + packed.codes.nbytes
+    """Count the bytes of a variable's frame without entropy coding, which never makes it larger."""
+    fields = packed.method.fields(packed.numel)
+    return _begin(len(shape), len(fields), len(packed.method.header())) + sum(_filled_size(f.nbytes, 4) for f in fields)
 
 
 def from_bytes(
@@ -125,9 +130,9 @@ def from_bytes(
     Args:
         data: the whole frame and nothing else.
         name: of the variable, for errors.
-        copy: whether the codes get memory of their own; otherwise they lie in ``data`` and must not be written, if
-            they did not go through the lossless stage.
-        shape: what the variable's must be; None takes any, but no small frame that becomes huge.
+        copy: whether the fields get memory of their own; otherwise they lie in ``data`` and must not be written, if
+            they were not entropy-coded.
+        shape: the shape that the variable must have; None takes any, but no small frame that becomes huge.
         sent: what was sent of the variable, to which its codes may be a difference.
 
     Raises:
@@ -136,7 +141,7 @@ def from_bytes(
     view = memoryview(data)
     if len(view) < _HEADER.size:
         raise PayloadError(f"{name}: {len(view)} bytes are too few for a frame, whose header takes {_HEADER.size}")
-    magic, version, kind, e, m, scale, offset, checksum, ndim, coding, difference, zero = _HEADER.unpack_from(view)
+    magic, version, kind, tag, header_size, checksum, ndim, coding, difference, count = _HEADER.unpack_from(view)
     if magic != MAGIC:
         raise PayloadError(f"{name}: not a compressed variable: it begins with {magic!r} instead of {MAGIC!r}")
     if version != VERSION:
@@ -145,48 +150,80 @@ def from_bytes(
         )
     if kind not in (VARIABLE, UPDATE, DENSE):
         raise PayloadError(f"{name}: kind {kind} is unknown")
-    if coding not in (planes.PLAIN, planes.BYTES, planes.BITS) or difference > (coding != planes.PLAIN) or zero:
-        raise PayloadError(f"{name}: coding {coding}, {difference}, {zero} is unknown")
+    if coding not in (entropy.PLAIN, entropy.BYTES, entropy.BITS) or difference > (coding != entropy.PLAIN):
+        raise PayloadError(f"{name}: coding {coding}, {difference} is unknown")
+    if ndim > MAX_DIMENSIONS or count > MAX_FIELDS or header_size > MAX_METHOD_HEADER:
+        raise PayloadError(
+            f"{name}: {ndim} dimensions, {count} fields, {header_size} bytes of method: "
+            f"{MAX_DIMENSIONS}, {MAX_FIELDS} and {MAX_METHOD_HEADER} at most"
+        )
+    begin = _begin(ndim, count, header_size)
+    if len(view) < begin:
+        raise PayloadError(f"{name}: cut off within its header of {begin} bytes")
+    numbers = struct.unpack_from(f"<{ndim}Q{count}Q", view, _HEADER.size)
+    dimensions, lengths = numbers[:ndim], numbers[ndim:]
+    method = _method(view, tag, _HEADER.size + 8 * (ndim + count), header_size, begin, name)
+    numel = math.prod(dimensions)
+    if (numel or math.prod(size or 1 for size in dimensions)) > _MAX_NUMEL:
+        raise PayloadError(f"{name}: shape {dimensions} is too large")
+    if shape is not None and dimensions != tuple(shape):
+        raise PayloadError(f"{name}: the frame has shape {dimensions}, {tuple(shape)} expected")
+    fields = method.fields(numel)
+    expected = tuple(field.nbytes for field in fields)
+    coded = coding != entropy.PLAIN
+    if len(lengths) != len(expected) or lengths[coded:] != expected[coded:] or (coded and lengths[0] >= expected[0]):
+        raise PayloadError(
+            f"{name}: fields of {lengths} bytes{' in planes' * coded}, "
+            f"but {method} codes of shape {dimensions} make {expected}"
+        )
+    if len(view) != begin + sum(_filled_size(length, 4) for length in lengths):
+        raise PayloadError(f"{name}: {len(view)} bytes do not hold fields of {lengths} bytes after {begin}")
+    if shape is None and sum(expected) > MAX_EXPANSION * len(view):
+        raise PayloadError(f"{name}: {len(view)} bytes would become {sum(expected)}: say which shape is expected")
+    if checksum != _checksum(view[: _HEADER.size], view[_HEADER.size :]):
+        raise PayloadError(f"{name}: checksum does not match: the bytes were damaged on the way")
+    tensors: list[Tensor] = []
+    for field, length in zip(fields, lengths, strict=True):
+        if coded and not tensors:
+            codes = entropy.decompress(
+                view[begin : begin + length], coding, bool(difference), numel, method.code_bits,
+                _reference(sent, method, numel), name, method.code_order,
+            )  # fmt: skip
+            tensors.append(codes)
+        else:
+            tensors.append(_tensor(data, field, begin, copy))
+        begin += _filled_size(length, 4)
+    wrong = method.validate(tuple(tensors), numel)
+    if wrong is not None:
+        raise PayloadError(f"{name}: {wrong}")
+    return Frame(Packed(method, numel, tuple(tensors)), dimensions, kind)
+
+
+def _begin(dimensions: int, fields: int, method_header: int) -> int:
+    """Return where the fields begin."""
+    return _HEADER.size + 8 * (dimensions + fields) + _filled_size(method_header, 8)
+
+
+def _filled_size(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _filled(data: bytes, multiple: int) -> bytes:
+    return data + bytes(-len(data) % multiple)
+
+
+def _method(view: memoryview, tag: int, begin: int, size: int, end: int, name: str) -> Method:
     try:
-        fmt = _format(e, m)
+        if any(view[begin + size : end]):
+            raise PayloadError(f"{name}: what fills up the method's header is not zero")
+        return method_from_header(tag, bytes(view[begin : begin + size]))
     except FormatError as error:
         raise PayloadError(f"{name}: {error}") from None
-    if ndim > MAX_DIMENSIONS:
-        raise PayloadError(f"{name}: {ndim} dimensions, {MAX_DIMENSIONS} at most")
-    begin = _HEADER.size + 8 * ndim
-    if len(view) < begin:
-        raise PayloadError(f"{name}: cut off within its {ndim} dimensions")
-    found = struct.unpack_from(f"<{ndim}Q", view, _HEADER.size)
-    numel = math.prod(found)
-    if (numel or math.prod(size or 1 for size in found)) > _MAX_NUMEL:
-        raise PayloadError(f"{name}: shape {found} is too large")
-    if shape is not None and found != tuple(shape):
-        raise PayloadError(f"{name}: the frame has shape {found}, {tuple(shape)} expected")
-    expected = begin + 4 * words_of(numel, fmt.bits)
-    if coding == planes.PLAIN and len(view) != expected:
-        raise PayloadError(f"{name}: {len(view)} bytes, but {fmt} codes of shape {found} make {expected}")
-    if coding != planes.PLAIN and len(view) >= expected:
-        raise PayloadError(f"{name}: {len(view)} bytes of planes, but {fmt} codes of shape {found} make {expected}")
-    if shape is None and expected > MOST_EXPANSION * len(view):
-        raise PayloadError(f"{name}: {len(view)} bytes would become {expected}: say which shape is expected")
-    if not (math.isfinite(scale) and math.isfinite(offset)):
-        raise PayloadError(f"{name}: factor {scale} or offset {offset} is not finite")
-    if not stays_finite(fmt, scale, offset):
-        raise PayloadError(f"{name}: factor {scale} and offset {offset} leave the range of float32")
-    body = view[begin:]
-    if checksum != _checksum(view[:begin], body):
-        raise PayloadError(f"{name}: checksum does not match: the bytes were damaged on the way")
-    if coding == planes.PLAIN:
-        codes = _codes(data, begin, copy)
-    else:
-        reference = _reference(sent, fmt, numel)
-        codes = planes.decompress(body, coding, bool(difference), numel, fmt.bits, reference, name)
-    return Frame(Packed(codes, torch.tensor([scale, offset]), fmt, numel), found, kind)
 
 
-def _reference(sent: Packed | None, format: FloatFormat, numel: int) -> Tensor | None:
-    """Return the codes that others may differ from: only of the same format are they near each other."""
-    if sent is None or sent.format != format or sent.numel != numel:
+def _reference(sent: Packed | None, method: Method, numel: int) -> Tensor | None:
+    """Return the codes that others may differ from: only of the same method are they near each other."""
+    if sent is None or sent.method != method or sent.numel != numel:
         return None
     return sent.codes.detach().cpu()
 
@@ -214,8 +251,8 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
         if type(seed) is not int:
             raise PayloadError(f"seed={seed!r} is not a whole number")
         return Encoding(
-            FloatFormat.parse(fields["format"]),
-            None if update is None else FloatFormat.parse(update),
+            parse_method(fields["format"]),
+            None if update is None else parse_method(update),
             fields["transform"],
             fields["rounding"],
             seed,
@@ -226,18 +263,27 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
         raise PayloadError(f"the encoding is wrong: {error}") from None
 
 
-def _codes(data: bytes | bytearray | memoryview, begin: int, copy: bool) -> Tensor:
-    if len(data) == begin:
-        return torch.empty(0, dtype=torch.int32)
+def _tensor(data: bytes | bytearray | memoryview, field: Field, begin: int, copy: bool) -> Tensor:
+    if not field.length:
+        return torch.empty(0, dtype=field.dtype, device="cpu")
     # The memory of a message is read-only, and so is a base by construction: torch does not mind if it comes so.
-    codes = from_dlpack(np.frombuffer(data, np.int32, offset=begin))
+    raw = from_dlpack(np.frombuffer(data, np.uint8, field.nbytes, begin))
     if sys.byteorder == "big":
-        return torch.from_numpy(codes.numpy().byteswap())
-    return codes.clone() if copy else codes
+        raw = raw.view(-1, field.dtype.itemsize).flip(1).reshape(-1)
+    values = raw.view(field.dtype) if raw.data_ptr() % field.dtype.itemsize == 0 else raw.clone().view(field.dtype)
+    return values.clone() if copy else values
 
 
-def _checksum(header: Any, codes: Any) -> int:
+def _raw(field: Tensor) -> Any:
+    raw = field.view(torch.uint8)
+    if sys.byteorder == "big":
+        raw = raw.view(-1, field.dtype.itemsize).flip(1).reshape(-1)
+    return raw.numpy().data
+
+
+def _checksum(header: Any, *parts: Any) -> int:
     found = xxhash.xxh3_64(header[: _CHECKSUM.start])
     found.update(header[_CHECKSUM.stop :])
-    found.update(codes)
+    for part in parts:
+        found.update(part)
     return found.intdigest() & 0xFFFFFFFF

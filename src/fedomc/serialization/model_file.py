@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fedomc.codec.elements import FloatFormat
 from fedomc.errors import NonFiniteError, PayloadError
-from fedomc.methods.packed import Encoding, Packed
+from fedomc.methods import Encoding, Method, Packed
 from fedomc.serialization import frame
 from fedomc.serialization.atomic_file import replacing
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
@@ -189,7 +188,7 @@ def _pieces(name: str, tensor: Tensor) -> Iterator[Piece]:
         yield dense_piece(name, tensor, lambda: _dense(name, tensor))
         return
     yield _framed(name, name, tensor, tensor.base, frame.VARIABLE)
-    if tensor.update is not None and tensor.update.rewrites:  # before the first step it is zero
+    if tensor.update is not None and not tensor.update.is_zero:
         yield _framed(name + _UPDATE, name, tensor, tensor.update, frame.UPDATE)
 
 
@@ -222,7 +221,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 def _describe(tensor: CompressedTensor) -> dict[str, Any]:
     fields = frame.encoding_fields(tensor.encoding)
-    return {**fields, "shape": list(tensor.shape), "rewrites": [part.rewrites for part in tensor.parts]}
+    return {**fields, "shape": list(tensor.shape), "draws": [part.draws for part in tensor.parts]}
 
 
 def to_json(content: Any) -> str:
@@ -239,12 +238,12 @@ class _Described:
 
     encoding: Encoding
     shape: tuple[int, ...]
-    rewrites: list[int]
+    draws: list[int]
 
     @property
     def updated(self) -> bool:
         """Whether there is a frame of its update."""
-        return self.rewrites[-1] > 0 and self.encoding.update_format is not None
+        return self.draws[-1] > 0 and self.encoding.update_format is not None
 
 
 class _File:
@@ -272,22 +271,22 @@ class _File:
         if how is None:
             return self._tensor(name, name)
         base = self._packed(name, name, how, frame.VARIABLE, how.encoding.format)
-        base.rewrites = how.rewrites[0]
+        base.state = base.state._replace(draws=how.draws[0])
         if not how.updated:
             return CompressedTensor.from_packed(base, how.encoding, how.shape, name)
         assert how.encoding.update_format is not None
         update = self._packed(name + _UPDATE, name, how, frame.UPDATE, how.encoding.update_format)
-        update.rewrites = how.rewrites[1]
+        update.state = update.state._replace(draws=how.draws[1])
         return CompressedTensor(base, update, how.encoding, how.shape, name)
 
-    def _packed(self, key: str, name: str, how: _Described, kind: int, format: FloatFormat) -> Packed:
+    def _packed(self, key: str, name: str, how: _Described, kind: int, format: Method) -> Packed:
         data = self._tensor(key, name)
         if data.dtype is not torch.uint8 or data.dim() != 1:
             raise PayloadError(f"{name}: the bytes of a frame expected, not {data.dtype} {tuple(data.shape)}")
         found = frame.from_bytes(data.numpy().data, name)
-        if (found.kind, found.shape, found.packed.format) != (kind, how.shape, format):
+        if (found.kind, found.shape, found.packed.method) != (kind, how.shape, format):
             raise PayloadError(
-                f"{name}: a frame of kind {found.kind}, shape {found.shape} and format {found.packed.format}, "
+                f"{name}: a frame of kind {found.kind}, shape {found.shape} and format {found.packed.method}, "
                 f"but the metadata say {kind}, {how.shape} and {format}"
             )
         return found.packed
@@ -334,10 +333,10 @@ def _described(name: str, fields: Any) -> _Described:
         encoding = frame.read_encoding(fields)
     except PayloadError as error:
         raise PayloadError(f"{name}: {error}") from None
-    shape, rewrites = fields.get("shape"), fields.get("rewrites")
-    if not _counts(shape) or not _counts(rewrites) or len(rewrites) != 1 + (encoding.update_format is not None):
-        raise PayloadError(f"{name}: the metadata give shape {shape!r} and rewrites {rewrites!r}")
-    return _Described(encoding, tuple(shape), rewrites)
+    shape, draws = fields.get("shape"), fields.get("draws")
+    if not _counts(shape) or not _counts(draws) or len(draws) != 1 + (encoding.update_format is not None):
+        raise PayloadError(f"{name}: the metadata give shape {shape!r} and draws {draws!r}")
+    return _Described(encoding, tuple(shape), draws)
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:

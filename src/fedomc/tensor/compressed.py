@@ -10,7 +10,6 @@ again, and its views write through. Slower, never wrong.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -18,9 +17,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fedomc import codec
-from fedomc.codec.elements import FloatFormat
 from fedomc.codec.workspace import PANEL_BYTES, workspace
-from fedomc.methods.packed import Encoding, Packed, encode
+from fedomc.methods import Encoding, Method, Packed, encode, parse_method, registered
+from fedomc.methods.packed import State
+
+_PARTS = ("base", "update")
 
 
 class CompressedTensor(Tensor):
@@ -62,11 +63,11 @@ class CompressedTensor(Tensor):
     def from_dense(
         cls,
         values: Tensor,
-        format: str | FloatFormat,
+        format: str | Method,
         *,
-        update_format: str | FloatFormat | None = None,
-        transform: str = "scaled-affine",
-        rounding: str = "nearest",
+        update_format: str | Method | None = None,
+        transform: str = "",
+        rounding: str = "",
         seed: int = 0,
         name: str = "variable",
     ) -> "CompressedTensor":
@@ -74,41 +75,41 @@ class CompressedTensor(Tensor):
 
         Args:
             values: of any shape, finite.
-            format: such as ``S1E3M7``.
-            update_format: keeps in-place updates in a part of their own, in this format.
-            transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``.
-            rounding: ``nearest`` or ``stochastic``.
+            format: a method, such as ``S1E3M7`` or ``NF4``.
+            update_format: holds in-place updates in a part of their own, in this format.
+            transform: as ``Encoding`` has it.
+            rounding: as ``Encoding`` has it.
             seed: of stochastic rounding.
             name: for errors.
 
         Raises:
             FormatError: no such format.
+            PolicyError: an unknown transformation or rounding.
             NonFiniteError: a value is NaN or infinite.
         """
-        parsed = None if update_format is None else FloatFormat.parse(update_format)
-        return compress(values, Encoding(FloatFormat.parse(format), parsed, transform, rounding, seed), name)
+        update = None if update_format is None else parse_method(update_format)
+        return compress(values, Encoding(parse_method(format), update, transform, rounding, seed), name)
 
     @classmethod
     def from_packed(
         cls, base: Packed, encoding: Encoding, shape: Sequence[int], name: str = "variable"
     ) -> "CompressedTensor":
-        """Take packed codes as they are; with an ``update_format``, an update of zeros is added.
+        """Take a packed variable as it is; with an ``update_format``, an update of zeros is added.
 
         Args:
-            base: the codes.
-            encoding: all but the format, which is that of the codes.
+            base: the packed variable.
+            encoding: all but the format, which is that of the packed variable.
             shape: of the variable.
             name: of the variable, for errors.
         """
-        if encoding.format != base.format:
-            encoding = replace(encoding, format=base.format)
-        fmt = encoding.update_format
-        update = None if fmt is None else Packed.empty(fmt, base.numel, base.codes.device)
+        encoding = encoding.with_format(base.method)
+        method = encoding.update_format
+        update = None if method is None else Packed.zeros(method, base.numel, base.codes.device)
         return cls(base, update, encoding, shape, name)
 
     @property
-    def format(self) -> FloatFormat:
-        """The format of the variable, or of its base."""
+    def format(self) -> Method:
+        """The method of the variable, or of its base."""
         return self.encoding.format
 
     @property
@@ -214,8 +215,8 @@ class CompressedTensor(Tensor):
         return self._decode_into(self.empty(start, stop), start)
 
     def _decode_into(self, values: Tensor, start: int) -> Tensor:
-        if self.update is None or not (self.update.rewrites or self.update.codes.is_shared()):  # type: ignore[no-untyped-call]
-            return self.base.decode(values, start)  # before the first step, here or in another process, it is zero
+        if self.update is None or self.update.is_zero:
+            return self.base.decode(values, start)
         return self.base.decode_with(self.update, values, start)
 
     def like(self, parts: Sequence[Packed]) -> "CompressedTensor":
@@ -264,25 +265,34 @@ class CompressedTensor(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Name the inner tensors; see ``torch.utils._python_dispatch``."""
-        names = [f"{part}_{tensor}" for part in ("base", "update")[: len(self.parts)] for tensor in ("codes", "affine")]
-        return names, (self.encoding, tuple(self.shape), self.variable, tuple(part.rewrites for part in self.parts))
+        names = [
+            f"{part}_{field.name}"
+            for part, packed in zip(_PARTS, self.parts, strict=False)
+            for field in packed.method.fields(packed.numel)
+        ]
+        counts = tuple((part.draws, part.state.is_zero) for part in self.parts)
+        return names, (self.encoding, tuple(self.shape), self.variable, counts)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> "CompressedTensor":
         """Build the tensor again from its inner tensors."""
-        encoding, shape, name, rewrites = meta
+        encoding, shape, name, counts = meta
         numel = torch.Size(shape).numel()
-        formats = (encoding.format, encoding.update_format)
-        parts = [
-            Packed(inner[f"{part}_codes"], inner[f"{part}_affine"], fmt, numel, count)
-            for part, fmt, count in zip(("base", "update"), formats, rewrites, strict=False)
-        ]
+        parts = []
+        for part, method, (draws, is_zero) in zip(_PARTS, encoding.methods, counts, strict=False):
+            fields = tuple(inner[f"{part}_{field.name}"] for field in method.fields(numel))
+            parts.append(Packed(method, numel, fields, draws, is_zero=is_zero))
         return CompressedTensor(parts[0], parts[1] if len(parts) > 1 else None, encoding, shape, name)
 
-    base_codes = property(lambda self: self.base.codes)
-    base_affine = property(lambda self: self.base.affine)
-    update_codes = property(lambda self: self.update.codes)
-    update_affine = property(lambda self: self.update.affine)
+    def __getattr__(self, name: str) -> Any:
+        """Find an inner tensor by the name that ``__tensor_flatten__`` gives it, such as ``base_codes``."""
+        part, _, field_name = name.partition("_")
+        if part in _PARTS and field_name:
+            packed = getattr(self, part)
+            for field, tensor in zip(packed.method.fields(packed.numel), packed.fields, strict=True):
+                if field.name == field_name:
+                    return tensor
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     @classmethod
     def __torch_function__(
@@ -349,4 +359,4 @@ def is_compressed(x: Any) -> TypeGuard[CompressedTensor]:
 
 
 # A state_dict of compressed tensors can be loaded with weights_only=True.
-torch.serialization.add_safe_globals([CompressedTensor, Packed, Encoding, FloatFormat])
+torch.serialization.add_safe_globals([CompressedTensor, Packed, State, Encoding, *registered()])

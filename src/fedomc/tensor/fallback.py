@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fedomc.methods.packed import State
 from fedomc.tensor.compressed import FALLBACK, METHODS, CompressedTensor, is_compressed
 
 
@@ -36,13 +37,12 @@ class _DecodedCopy:
         self.owner.rewrite_from(self.values)
         self.refresh()
 
-    def _look(self) -> list[tuple[int, "weakref.ref[Tensor]"]]:
-        return [(part.rewrites, weakref.ref(part.codes)) for part in self.owner.parts]
+    def _look(self) -> list[State]:
+        return [part.state for part in self.owner.parts]
 
     def _is_current(self) -> bool:
-        """Tell whether no part was rewritten, nor got the codes and the count of another variable."""
-        looks = zip(self.owner.parts, self.seen, strict=True)
-        return all(part.rewrites == rewrites and part.codes is codes() for part, (rewrites, codes) in looks)
+        """Tell whether no part was changed."""
+        return all(part.state is seen for part, seen in zip(self.owner.parts, self.seen, strict=True))
 
 
 _decoded_copies: "weakref.WeakValueDictionary[int, _DecodedCopy]" = weakref.WeakValueDictionary()
@@ -173,8 +173,8 @@ def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 def _share_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Move the codes to memory that processes share."""
     for part in args[0].parts:
-        part.codes.share_memory_()
-        part.affine.share_memory_()
+        for field in part.fields:
+            field.share_memory_()
     return args[0]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.methods.packed import Packed, stays_finite
+from fedomc.methods import Packed
 from fedomc.tensor.compressed import OPERATORS, CompressedTensor, is_compressed
 
 _aten = torch.ops.aten
@@ -35,13 +35,13 @@ def _share(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0].like([_copied(part, part.codes.device) for part in args[0].parts])
+    return args[0].like([part.to(part.codes.device) for part in args[0].parts])
 
 
 def _move(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs.get("dtype") not in (None, torch.float32):
         return NotImplemented
-    return args[0].like([_copied(part, kwargs.get("device") or args[0].device) for part in args[0].parts])
+    return args[0].like([part.to(kwargs.get("device") or args[0].device) for part in args[0].parts])
 
 
 def _empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -49,16 +49,11 @@ def _empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     if device is None or kwargs.get("dtype") not in (None, torch.float32):
         return _new_like(func, args, kwargs)
-    return args[0].like([Packed.empty(part.format, part.numel, device) for part in args[0].parts])
+    return args[0].like([Packed.zeros(part.method, part.numel, device) for part in args[0].parts])
 
 
 def _new_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(torch.empty(args[0].shape, device=args[0].device), *args[1:], **kwargs)
-
-
-def _copied(part: Packed, device: torch.device) -> Packed:
-    codes, affine = (tensor.to(device, copy=True) for tensor in (part.codes, part.affine))
-    return Packed(codes, affine, part.format, part.numel, part.rewrites)
 
 
 def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,28 +130,18 @@ def _copy_codes(target: CompressedTensor, source: Any) -> bool:
     """Copy codes as they are; False if that would not be the same variable."""
     if not is_compressed(source) or target.encoding != source.encoding or target.shape != source.shape:
         return False
-    for mine, its in zip(target.parts, source.parts, strict=True):
-        # Not into the present codes: those of a base may be the memory of a message.
-        mine.codes = its.codes.clone()
-        mine.affine = its.affine.clone()
-        mine.rewrites = its.rewrites  # the draws of stochastic rounding go on as they would have there
+    for mine, other in zip(target.parts, source.parts, strict=True):
+        mine.take(other)
     return True
 
 
 def _scale(target: CompressedTensor, factor: Any) -> bool:
-    """Multiply by a number: the transformation changes, the codes do not; False where that is not possible."""
+    """Multiply by a number: the scale changes, the codes do not; False where that is not possible."""
     if target.update is not None or target.encoding.transform == "none":
         return False
     if isinstance(factor, Tensor) and factor.dim():
         return False
-    affine: Tensor = target.base.affine * (factor.dequantize() if is_compressed(factor) else factor)
-    scale, offset = affine.tolist()
-    # A factor near zero would leave the range of normal floats; the general way rounds that rightly.
-    if not (2.0**-120 < abs(scale) and stays_finite(target.format, scale, offset)):
-        return False
-    target.base.affine.copy_(affine)
-    target.base.rewrites += 1
-    return True
+    return target.base.multiply_(factor.dequantize() if is_compressed(factor) else factor)
 
 
 OPERATORS.update(dict.fromkeys((_aten.detach.default, _aten.alias.default), _share))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedomc.errors import PolicyError
-from fedomc.methods.packed import Encoding
+from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fedomc.codec import CHUNK
 from fedomc.errors import PayloadError, PolicyError
-from fedomc.methods.packed import Encoding
+from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress, is_compressed
 from fedomc.training.model import replace_parameters
 
@@ -105,7 +105,7 @@ def fill_(
 
 def is_finite(tensor: Tensor) -> bool:
     """Tell whether all values are finite, a chunk at a time."""
-    if is_compressed(tensor) and (tensor.update is None or not tensor.update.rewrites):
+    if is_compressed(tensor) and (tensor.update is None or tensor.update.is_zero):
         return True  # no code of one part decodes to anything else; only a sum of two may leave the range
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
@@ -203,8 +203,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return False
     if is_compressed(a) and is_compressed(b):
         return a.encoding == b.encoding and all(
-            torch.equal(x.codes, y.codes) and torch.equal(x.affine, y.affine)
-            for x, y in zip(a.parts, b.parts, strict=True)
+            torch.equal(x, y)
+            for one, other in zip(a.parts, b.parts, strict=True)
+            for x, y in zip(one.fields, other.fields, strict=True)
         )
     return torch.equal(a, b)
 

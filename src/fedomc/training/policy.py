@@ -10,10 +10,8 @@ from typing import Any, SupportsIndex
 
 from torch import nn
 
-from fedomc import codec
-from fedomc.codec.elements import FloatFormat
 from fedomc.errors import PolicyError
-from fedomc.methods.packed import Encoding
+from fedomc.methods import Encoding, Method, parse_method
 
 
 class Selection(Mapping[str, Encoding]):
@@ -68,8 +66,8 @@ class CompressionPolicy:
         PolicyError: a fraction outside 0..1, an unknown transformation or rounding.
     """
 
-    format: str | FloatFormat
-    update_format: str | FloatFormat | None = None
+    format: str | Method
+    update_format: str | Method | None = None
     transform: str | None = None
     weight_matrices_only: bool = True
     fraction: float = 1.0
@@ -77,12 +75,40 @@ class CompressionPolicy:
     seed: int = 0
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
-    format_by_name: Mapping[str, str | FloatFormat] | Sequence[tuple[str, str | FloatFormat]] = ()
+    format_by_name: Mapping[str, str | Method] | Sequence[tuple[str, str | Method]] = ()
+
+    @classmethod
+    def parse(cls, text: "str | CompressionPolicy", **kwargs: Any) -> "CompressionPolicy":
+        """Read ``S1E3M7``, ``S1E2M3+S1E2M1`` for two parts, or ``S1E3M7@0.9`` for a fraction; a policy passes through.
+
+        Args:
+            text: what to read.
+            **kwargs: further attributes.
+
+        Raises:
+            FormatError: a format that does not exist.
+            PolicyError: what follows ``@`` is not a number from 0 to 1.
+        """
+        if isinstance(text, CompressionPolicy):
+            return text
+        formats, at, fraction = text.partition("@")
+        encoding = Encoding.parse(formats)
+        if at:
+            try:
+                kwargs["fraction"] = float(fraction)
+            except ValueError:
+                raise PolicyError(f"{text!r}: what follows @ is the share to compress, as in S1E3M7@0.9") from None
+        return cls(encoding.format, encoding.update_format, **kwargs)
+
+    def __str__(self) -> str:
+        """Return the formats and the fraction, as ``parse`` reads them."""
+        formats = "/".join(str(self.encoding(each)) for each in self.formats)
+        return formats + (f"@{self.fraction:g}" if self.fraction < 1 else "")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format", FloatFormat.parse(self.format))
+        object.__setattr__(self, "format", parse_method(self.format))
         if self.update_format is not None:
-            object.__setattr__(self, "update_format", FloatFormat.parse(self.update_format))
+            object.__setattr__(self, "update_format", parse_method(self.update_format))
         if not 0 <= self.fraction <= 1:  # also false for NaN
             raise PolicyError(f"fraction={self.fraction} is impossible: it must lie in 0..1")
         for name in ("include", "exclude"):
@@ -93,18 +119,16 @@ class CompressionPolicy:
         self.encoding()
 
     @property
-    def formats(self) -> tuple[FloatFormat, ...]:
+    def formats(self) -> tuple[Method, ...]:
         """The formats that variables, or their bases, may have, each once."""
-        return tuple(
-            dict.fromkeys(FloatFormat.parse(fmt) for fmt in [self.format, *dict(self.format_by_name).values()])
-        )
+        return tuple(dict.fromkeys(parse_method(fmt) for fmt in [self.format, *dict(self.format_by_name).values()]))
 
-    def format_of(self, name: str) -> FloatFormat:
+    def format_of(self, name: str) -> Method:
         """Return the format of a variable, or of its base."""
         own = (fmt for pattern, fmt in dict(self.format_by_name).items() if fnmatch.fnmatchcase(name, pattern))
-        return FloatFormat.parse(next(own, self.format))
+        return parse_method(next(own, self.format))
 
-    def encoding(self, format: FloatFormat | None = None, *, round: int = 0, client: str | int = "") -> Encoding:
+    def encoding(self, format: Method | None = None, *, round: int = 0, client: str | int = "") -> Encoding:
         """Return the encoding of those of a client's variables that have a format.
 
         Args:
@@ -112,14 +136,10 @@ class CompressionPolicy:
             round: number of the round.
             client: name or number of the client; stochastic rounding is the round's and the client's own.
         """
-        rounding, transform = self.rounding, self.transform
-        if rounding is None:
-            rounding = "nearest" if self.update_format is None else "stochastic"
-        if transform is None:
-            transform = "scaled" if rounding == "stochastic" else "scaled-affine"
         seed = _hash(self.seed, "rounding", round, client)
-        update = None if self.update_format is None else FloatFormat.parse(self.update_format)
-        return Encoding(FloatFormat.parse(format or self.format), update, transform, rounding, seed)
+        update = None if self.update_format is None else parse_method(self.update_format)
+        method = parse_method(format or self.format)
+        return Encoding(method, update, self.transform or "", self.rounding or "", seed)
 
     def compressible(self, variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Return the names and sizes of all variables that the policy may compress, in the model's order.
@@ -183,9 +203,9 @@ class CompressionPolicy:
 
     def _padding_eats_savings(self, name: str, shape: Sequence[int]) -> bool:
         """Tell whether a variable would hold no less than in FP32; never of formats that save nothing at any size."""
-        how = self.encoding(self.format_of(name))
-        bits = [fmt.bits for fmt in (how.format, how.update_format) if fmt is not None]
-        return sum(bits) < 32 and held_bytes({"": shape}, {"": how}) >= held_bytes({"": shape}, None)
+        encoding, numel = self.encoding(self.format_of(name)), math.prod(shape)
+        bits = sum(method.code_bits for method in encoding.methods)
+        return bits < 32 and encoding.nbytes(numel) >= 4 * numel
 
     def _left_in_full_precision(self, sizes: Mapping[str, int], round: int, client: str | int) -> set[str]:
         target = (1 - self.fraction) * sum(sizes.values())
@@ -267,10 +287,8 @@ def held_bytes(variables: nn.Module | Mapping[str, Sequence[int]], selection: Ma
     """Count the bytes that parameters hold under a selection, in training; None holds them all in FP32."""
     total = 0
     for name, shape in shapes_of(variables).items():
-        numel, how = math.prod(shape), (selection or {}).get(name)
-        formats = [] if how is None else [fmt for fmt in (how.format, how.update_format) if fmt is not None]
-        packed = sum(4 * codec.words_of(numel, fmt.bits) + 8 for fmt in formats)  # codes, and scale and offset
-        total += packed if formats else 4 * numel
+        numel, encoding = math.prod(shape), (selection or {}).get(name)
+        total += 4 * numel if encoding is None else encoding.nbytes(numel)
     return total
 
 
@@ -284,7 +302,7 @@ def shapes_of(variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, t
     return {name: tuple(shape) for name, shape in named.items()}
 
 
-def _by_pattern(formats: Any) -> tuple[tuple[str, FloatFormat], ...]:
+def _by_pattern(formats: Any) -> tuple[tuple[str, Method], ...]:
     """Parse formats by name pattern; as pairs they can be hashed."""
     try:
         pairs = list(dict(formats).items())
@@ -293,7 +311,7 @@ def _by_pattern(formats: Any) -> tuple[tuple[str, FloatFormat], ...]:
     for pattern, _ in pairs:
         if not isinstance(pattern, str):
             raise PolicyError(f"format_by_name={formats!r} must map name patterns to formats")
-    return tuple((pattern, FloatFormat.parse(fmt)) for pattern, fmt in pairs)
+    return tuple((pattern, parse_method(fmt)) for pattern, fmt in pairs)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -1,0 +1,110 @@
+// Values to codes of floats: to nearest and stochastically.
+#pragma once
+
+#include "float_values.hpp"
+#include "random.hpp"
+
+namespace fedomc::FEDOMC_LEVEL {
+namespace {
+
+// A code, and its value.
+struct Rounded {
+  U code;
+  F value;
+};
+
+// Rounds to nearest, ties to the even code, where the code fits into a significand: adding 2**23 steps of a value's
+// binade, and the code of the binade's beginning on top, leaves the code itself in the lowest bits of the sum.
+struct NearestBySum {
+  static constexpr bool kWide = false;
+  Count drop, sign;
+  std::uint32_t first_binade, begin, mask;
+  float most;
+
+  NearestBySum(Format format, const Rounding&, std::uint64_t)
+      : drop(count(static_cast<int>(23 - format.mantissa_bits))),
+        sign(count(static_cast<int>(32 - format.bits()))),
+        first_binade(static_cast<std::uint32_t>(128 - format.working_bias()) << 23),
+        begin(((23 - format.mantissa_bits) << 23) - (first_binade >> (23 - format.mantissa_bits))),
+        mask((1u << (format.bits() - 1)) - 1),
+        most(cast<float>((format.max_code() << (23 - format.mantissa_bits)) + first_binade - kOneExponent)) {}
+
+  inline Rounded operator()(F value, std::size_t) const {
+    const U bits = cast<U>(value);
+    const U magnitude = cast<U>(min(cast<F>(bits & ~kSign), splat(most)));
+    const U binade = max(magnitude & kExponent, splat(first_binade));
+    const F steps = cast<F>(binade + (binade >> drop) + begin);
+    const F sum = cast<F>(magnitude) + steps;
+    return {(cast<U>(sum) & mask) | ((bits >> sign) & ~mask), cast<F>(cast<U>(sum - steps) | (bits & kSign))};
+  }
+};
+
+// The same for all formats.
+template <bool Wide>
+struct Nearest {
+  static constexpr bool kWide = Wide;
+  Count drop, sign_bit;
+  std::uint32_t half, lsb, limit, rebias, first_normal;
+  float magic;
+  Represent represent;
+
+  Nearest(Format format, const Rounding&, std::uint64_t)
+      : drop(count(static_cast<int>(23 - format.mantissa_bits))),
+        sign_bit(count(static_cast<int>(format.bits()) - 1)),
+        half(format.mantissa_bits < 23 ? (1u << (22 - format.mantissa_bits)) - 1 : 0),
+        lsb(format.mantissa_bits < 23 ? 1 : 0),
+        limit(format.max_code()),
+        rebias(static_cast<std::uint32_t>(127 - format.working_bias()) << format.mantissa_bits),
+        first_normal(static_cast<std::uint32_t>(128 - format.working_bias()) << 23),
+        magic(Wide ? 0.0f : power_of_two(24 - format.working_bias() - static_cast<int>(format.mantissa_bits))),
+        represent(format, format.working_bias(), 1.0f, 0.0f) {}
+
+  inline Rounded operator()(F value, std::size_t) const {
+    const U bits = cast<U>(value), magnitude = bits & ~kSign;
+    U code = ((magnitude + half + ((magnitude >> drop) & lsb)) >> drop) - rebias;
+    if constexpr (!Wide) {
+      const U subnormal = cast<U>(cast<F>(magnitude) + magic) - cast<std::uint32_t>(magic);
+      code = below(magnitude, splat(first_normal)) ? subnormal : code;
+    }
+    code = min(code, splat(limit)) | (bits >> 31) << sign_bit;
+    return {code, represent.signed_value<Wide>(code << represent.align)};
+  }
+};
+
+// Rounds up with the probability of the part that is dropped, by 30 random bits.
+template <bool Wide>
+struct Stochastic {
+  static constexpr bool kWide = Wide;
+  Count sign_bit;
+  int drop, move;
+  std::uint32_t limit;
+  RandomBits random;
+  Represent represent;
+
+  Stochastic(Format format, const Rounding& rounding, std::uint64_t at)
+      : sign_bit(count(static_cast<int>(format.bits()) - 1)),
+        drop(static_cast<int>(23 - format.mantissa_bits)),
+        move(format.working_bias() - 127),
+        limit(format.max_code()),
+        random(rounding.seed, at),
+        represent(format, format.working_bias(), 1.0f, 0.0f) {}
+
+  inline Rounded operator()(F value, std::size_t i) const {
+    const U bits = cast<U>(value), magnitude = bits & ~kSign;
+    const U field = max(magnitude >> 23, splat(1u));
+    const U significand = magnitude - ((field - 1) << 23);
+    const I target = cast<I>(field) + move;
+    const I normal = target > 1 ? target : I{} + 1;
+    const U shift = cast<U>(normal - target) + static_cast<std::uint32_t>(drop);
+    U integer = significand + (cast<U>(normal - 1) << 23);
+    integer >>= min(max(shift, splat(30u)) - 30u, splat(31u));
+    const U dropped = min(shift, splat(30u));
+    const U noise = random(i) & 0x3FFFFFFFu;
+    U code = (integer + (noise >> (30u - dropped))) >> dropped;
+    code = min(code, splat(limit)) | (bits >> 31) << sign_bit;
+    return {code, represent.signed_value<Wide>(code << represent.align)};
+  }
+};
+
+}  // namespace
+}  // namespace fedomc::FEDOMC_LEVEL

@@ -1,0 +1,162 @@
+"""The codec of blockwise methods in PyTorch operations: codes of a few bits that share a scale by block.
+
+A block of 32, 64, 128 or 256 neighbouring values has one scale. Rows of the bit layout are 32 values, so that a scale
+belongs to whole rows, and a granule of the layout to whole blocks.
+
+[Note: scales]
+Decoding what was encoded and encoding it again must give the same values: a step of nothing changes nothing. The
+largest value of a block decides its scale, so that it must come back exactly. In NF4 the scale is that value itself.
+Integers divide it by their largest code; the quotient is cut off after 16 significant bits, so that the product with
+the code is exact in float32, and the largest value loses at most ``2**-15`` of itself. OCP scales are powers of two.
+Rounding to nearest follows the specification: the largest value comes into the top binade, where it may saturate.
+Rounding at random must not saturate, which would bias it, and takes one binade more where a value is above the largest.
+A block whose largest value is below ``2**-90`` becomes zeros: whatever is decoded is zero or a normal float32.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fedomc.codec.elements import BlockElement, IntegerElement, NormalFloat, OCPElement
+from fedomc.codec.layout import BLOCK
+from fedomc.codec.random import random_bits
+from fedomc.codec.reference import chunks_of, flushed, magnitudes, pack, round_to, stretch, unpack, values_of
+
+INTEGER, NORMAL_FLOAT, OCP = 0, 1, 2
+"""How an element is written in the operators' arguments, beside two numbers of its own."""
+
+LEAST = 2.0**-90
+"""The smallest magnitude that decides a scale."""
+
+_MANTISSA_KEPT = -(1 << 8)  # 16 significant bits of a float32
+
+
+def block_element(kind: int, e: int, m: int) -> BlockElement:
+    """Make an element from the operators' arguments: (0, bits, 0), (1, 0, 0), or (2, exponent bits, mantissa bits)."""
+    if kind == INTEGER:
+        return IntegerElement(e)
+    if kind == NORMAL_FLOAT:
+        return NormalFloat()
+    return OCPElement(e, m, {(4, 3): 1, (5, 2): 4}.get((e, m), 0))
+
+
+# The functions from here to the next line of dashes are the codec's operators on any device; see codec/__init__.py.
+
+
+def block_decode(words: Tensor, scales: Tensor, kind: int, e: int, m: int, block: int, out: Tensor) -> None:
+    """Decode ``scale * Q`` into ``out``."""
+    element = block_element(kind, e, m)
+    for at, part in chunks_of(out):
+        part.copy_(_decoded(words, scales, element, block, at, part))
+
+
+def block_encode(
+    values: Tensor, kind: int, e: int, m: int, block: int, seed: int | None, start: int,
+    words: Tensor, scales: Tensor, status: Tensor,
+) -> None:  # fmt: skip
+    """Choose the scale of each block and encode ``Q(V / scale)``."""
+    element = block_element(kind, e, m)
+    status.copy_(torch.tensor([0, 1]))
+    for at, part in chunks_of(values):
+        _encode_chunk(flushed(part), element, block, seed, start + at, at, words, scales, status)
+
+
+def block_update(
+    words: Tensor, scales: Tensor, kind: int, e: int, m: int, block: int, gradient: Tensor, alpha: float,
+    seed: int | None, out: Tensor, out_scales: Tensor, status: Tensor,
+) -> None:  # fmt: skip
+    """Encode the decoded values plus ``alpha`` times the gradient."""
+    element = block_element(kind, e, m)
+    status.zero_()
+    for at, part in chunks_of(gradient):
+        former = _decoded(words, scales, element, block, at, part)
+        values = flushed(former.add(flushed(part), alpha=alpha))
+        status[1] |= (values != former).any()
+        _encode_chunk(values, element, block, seed, at, at, out, out_scales, status)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _decoded(words: Tensor, scales: Tensor, element: BlockElement, block: int, at: int, part: Tensor) -> Tensor:
+    numel = part.numel()
+    codes = unpack(stretch(words, element.bits, at, part), -(-numel // BLOCK), element.bits).view(-1)[:numel]
+    factors = scale_values(scales[at // block : -(-(at + numel) // block)])
+    return _element_values(codes, element) * factors.repeat_interleave(block)[:numel]
+
+
+def scale_values(scales: Tensor) -> Tensor:
+    """Return scales as float32: those of the OCP specification, uint8, are exponents with a bias of 127."""
+    if scales.dtype is torch.float32:
+        return scales
+    exponents = scales.to(torch.int32)
+    return torch.where(exponents > 0, exponents << 23, 1 << 22).view(torch.float32)
+
+
+def _element_values(codes: Tensor, element: BlockElement) -> Tensor:
+    if isinstance(element, OCPElement):
+        return values_of(codes, element)
+    if isinstance(element, IntegerElement):
+        return ((codes << (32 - element.bits)) >> (32 - element.bits)).to(torch.float32)
+    return _table(codes.device)[codes.to(torch.int64)]
+
+
+@functools.lru_cache(maxsize=8)
+def _table(device: torch.device) -> Tensor:
+    return torch.tensor(NormalFloat.values, dtype=torch.float32, device=device)
+
+
+def _encode_chunk(
+    values: Tensor, element: BlockElement, block: int, seed: int | None, start: int, at: int,
+    words: Tensor, scales: Tensor, status: Tensor,
+) -> None:  # fmt: skip
+    numel = values.numel()
+    blocks = torch.nn.functional.pad(values, (0, -numel % block)).view(-1, block)  # [B, block]
+    largest = magnitudes(blocks).amax(1)
+    torch.maximum(status[0], largest.max(), out=status[0])
+    nothing = ~(largest.view(torch.float32) >= LEAST)
+    stored = _scales(largest.view(torch.float32), nothing, element, seed is not None)
+    scales[at // block : at // block + len(stored)] = stored
+    divisors = torch.where(nothing, math.inf, scale_values(stored))
+    quotients = (blocks / divisors[:, None]).view(-1)[:numel]
+    codes = _codes(quotients, element, seed, start) & ((1 << element.bits) - 1)
+    whole = -(-numel // BLOCK) * BLOCK
+    pack(torch.nn.functional.pad(codes, (0, whole - numel)), element.bits, stretch(words, element.bits, at, values))
+
+
+def _scales(largest: Tensor, nothing: Tensor, element: BlockElement, stochastic: bool) -> Tensor:
+    """Return the scale of each block as it is stored; see the note on scales."""
+    if isinstance(element, OCPElement):
+        exponent = (largest.view(torch.int32) >> 23) - element.top_exponent
+        if stochastic:
+            limit = torch.tensor(element.max_value, dtype=torch.float32, device=largest.device).view(torch.int32)
+            significand = (largest.view(torch.int32) & 0x7FFFFF) | (limit & (0xFF << 23))
+            exponent += significand > limit
+        return torch.where(nothing, 127, exponent).clamp_(1, 254).to(torch.uint8)
+    scale = largest / element.max_value
+    if isinstance(element, IntegerElement):
+        scale = (scale.view(torch.int32) & _MANTISSA_KEPT).view(torch.float32)
+    return torch.where(nothing, 0.0, scale)
+
+
+def _codes(quotients: Tensor, element: BlockElement, seed: int | None, start: int) -> Tensor:
+    if isinstance(element, OCPElement):
+        return round_to(quotients, element, element.bias, seed, start)
+    uniform = None
+    if seed is not None:  # 24 bits, exact in float32
+        noise = random_bits(seed, start, quotients.numel(), quotients.device)
+        uniform = ((noise >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+    if isinstance(element, IntegerElement):
+        limit = float(element.max_value)
+        if uniform is None:
+            return quotients.clamp(-limit, limit).round().to(torch.int32)
+        floor = quotients.floor()
+        return (floor + (uniform < quotients - floor)).clamp_(-limit, limit).to(torch.int32)
+    table = _table(quotients.device)
+    if uniform is None:
+        return torch.bucketize(quotients, (table[1:] + table[:-1]) * 0.5).to(torch.int32)
+    below = torch.bucketize(quotients, table[1:-1], right=True)  # [n], 0..14
+    share = (quotients - table[below]) * (1.0 / (table[1:] - table[:-1]))[below]
+    return (below + (uniform < share)).to(torch.int32)

@@ -1,0 +1,159 @@
+"""``Blockwise``: codes of a few bits that share a scale by block of neighbouring values, for large outliers' sake."""
+
+import math
+import re
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from fedomc import codec
+from fedomc.codec import INFINITY_BITS, Outcome
+from fedomc.codec.elements import BlockElement
+from fedomc.errors import FormatError
+from fedomc.methods.method import Field, Fields, Method, Source, Writing
+
+BLOCKS = (32, 64, 128, 256)
+"""How many neighbouring values may have one scale; a row of the bit layout is 32."""
+
+
+@dataclass(frozen=True)
+class Blockwise(Method):
+    """A method whose values are ``scale * Q(V / scale)``, with a scale for each block of neighbouring values.
+
+    Neighbours are values of the flat variable; the last block may be shorter. How the scales are chosen is told in
+    ``codec.reference_blocks``.
+
+    Attributes:
+        block: values that share a scale: 32, 64, 128 or 256.
+
+    Raises:
+        FormatError: another size of block.
+    """
+
+    scale_dtype: ClassVar[torch.dtype] = torch.float32
+
+    block: int
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS or type(self.block) is not int:
+            raise FormatError(f"{self}: blocks have {', '.join(map(str, BLOCKS))} values: {self.block} is none of them")
+
+    @property
+    @abstractmethod
+    def element(self) -> BlockElement:
+        """What a code is."""
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code."""
+        return self.element.bits
+
+    def fields(self, numel: int) -> tuple[Field, ...]:
+        """Name the fields: the codes, and a scale for each block."""
+        codes = Field("codes", torch.int32, codec.words_of(numel, self.code_bits))
+        return codes, Field("scales", self.scale_dtype, -(-numel // self.block))
+
+    def header(self) -> bytes:
+        """Return the size of a block, as its binary logarithm in a byte."""
+        return bytes((self.block.bit_length() - 1,))
+
+    def decode(self, fields: Fields, out: Tensor) -> Tensor:
+        """Decode a stretch of values into float32 ``out``."""
+        return codec.block_decode(fields[0], fields[1], self.element, self.block, out)
+
+    def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:
+        """Encode a stretch of float32 values into its fields."""
+        codec.block_encode(values, self.element, self.block, fields[0], fields[1], start=start, seed=writing.seed)
+
+    def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
+        """Encode a whole variable, looking at each value once."""
+        largest = 0
+        for start, values in source.stretches():
+            part = self.stretch(fields, source.numel, start, len(values))
+            found = codec.block_encode(
+                values, self.element, self.block, part[0], part[1], start=start, seed=writing.seed
+            )
+            largest = max(largest, found.absmax_bits)
+            if largest >= INFINITY_BITS:
+                break
+        return Outcome(largest, True)
+
+    def update(
+        self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing, was_zero: bool
+    ) -> Outcome:
+        """Add ``alpha`` times a gradient in one pass, with no dense copy of the values."""
+        return codec.block_update(
+            present[0], present[1], self.element, self.block, gradient, alpha, out[0], out[1], seed=writing.seed
+        )
+
+    def validate(self, fields: Fields, numel: int) -> str | None:
+        """Check that every code decodes to a finite value."""
+        scales = fields[1]
+        if not len(scales):
+            return None
+        largest = float(scales.abs().max())
+        if not (bool(torch.isfinite(scales).all()) and math.isfinite(largest * self.element.max_value)):
+            return "a scale is not finite, or its values are beyond the range of float32"
+        return None
+
+    def bound(self, fields: Fields, numel: int) -> float:
+        """Return a magnitude that no value exceeds."""
+        return float(fields[1].abs().max()) * self.element.max_value if numel else 0.0
+
+
+def parse_block(text: str, name: str, default: int) -> int | None:
+    """Read the block of a name such as ``INT8`` or ``INT8/128``; None if the text has another name.
+
+    Raises:
+        FormatError: it has the name, but not the size of a block.
+    """
+    match = re.fullmatch(re.escape(name) + r"(?:/(\d{1,6}))?", text)
+    if match is None:
+        return None
+    block = int(match[1] or default)
+    if block not in BLOCKS:
+        raise FormatError(f"{text}: blocks have {', '.join(map(str, BLOCKS))} values, as in {name}/{default}")
+    return block
+
+
+def read_block(data: bytes) -> int:
+    """Read the header of a blockwise method.
+
+    Raises:
+        FormatError: it is not the size of a block.
+    """
+    if len(data) != 1 or not 5 <= data[0] <= 8:
+        raise FormatError(f"{data.hex() or 'nothing'} is not the size of a block")
+    return int(2 ** data[0])
+
+
+class WithBlocks(Blockwise):
+    """A blockwise method that has no parameter but its block; ``NAME/block`` is its name."""
+
+    name: ClassVar[str]
+    default_block: ClassVar[int] = 64
+
+    @classmethod
+    def from_name(cls, text: str) -> Self | None:
+        """Read a name such as ``INT8`` or ``INT8/128``.
+
+        Raises:
+            FormatError: there is no such block.
+        """
+        block = parse_block(text, cls.name, cls.default_block)
+        return None if block is None else cls(block)
+
+    @classmethod
+    def from_header(cls, data: bytes) -> Self:
+        """Read the size of a block.
+
+        Raises:
+            FormatError: there is no such block.
+        """
+        return cls(read_block(data))
+
+    def __str__(self) -> str:
+        return self.name if self.block == self.default_block else f"{self.name}/{self.block}"

@@ -1,0 +1,93 @@
+"""``Encoding``: how a variable is held while it trains."""
+
+from dataclasses import dataclass, replace
+
+from fedomc.errors import PolicyError
+from fedomc.methods.method import ROUNDINGS, Method
+from fedomc.methods.registry import parse_method
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a variable is held: in one part, or with ``update_format`` in two, a base and the sum of the local steps.
+
+    Attributes:
+        format: the method of the variable, or of its base.
+        update_format: the method of the update part; None holds the variable in one part.
+        transform: the transformation before rounding, of the methods that have any: ``none``, ``affine``, ``scaled``
+            or ``scaled-affine`` for floats. Empty, it is the one that suits the rounding.
+        rounding: ``nearest`` or ``stochastic``: of the variable, or of its update part; a base is rounded to nearest.
+            Empty, it is ``nearest`` in one part and ``stochastic`` in two, which ``docs/results`` explains.
+        seed: of stochastic rounding.
+
+    Raises:
+        FormatError: no such format.
+        PolicyError: an unknown transformation or rounding.
+
+    Example:
+        >>> str(Encoding.parse("S1E2M3+S1E2M1"))
+        'S1E2M3+S1E2M1'
+    """
+
+    format: Method
+    update_format: Method | None = None
+    transform: str = ""
+    rounding: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", parse_method(self.format))
+        if self.update_format is not None:
+            object.__setattr__(self, "update_format", parse_method(self.update_format))
+        if not self.rounding:
+            object.__setattr__(self, "rounding", "nearest" if self.update_format is None else "stochastic")
+        if self.rounding not in ROUNDINGS:
+            raise PolicyError(f"rounding={self.rounding!r} is unknown: use one of {', '.join(ROUNDINGS)}")
+        known = list(dict.fromkeys(name for method in self.methods for name in method.transforms))
+        if not self.transform:
+            own = (method.default_transform(self.rounding) for method in self.methods if len(method.transforms) > 1)
+            object.__setattr__(self, "transform", next(own, known[0]))
+        if self.transform not in known:
+            raise PolicyError(f"transform={self.transform!r} is unknown to {self}: use one of {', '.join(known)}")
+
+    @classmethod
+    def parse(cls, text: "str | Encoding", *, seed: int = 0) -> "Encoding":
+        """Read ``S1E3M7``, or ``S1E2M3+S1E2M1`` for two parts; an encoding passes through.
+
+        Args:
+            text: the methods' names.
+            seed: of stochastic rounding.
+
+        Raises:
+            FormatError: a name is not that of a method, or there are more than two.
+        """
+        if isinstance(text, Encoding):
+            return text
+        base, plus, update = text.partition("+")
+        return cls(parse_method(base), parse_method(update) if plus else None, seed=seed)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The method of each part: the base's, and the update's if there is one."""
+        return (self.format,) if self.update_format is None else (self.format, self.update_format)
+
+    @property
+    def base_rounding(self) -> str:
+        """How a variable is rounded when it is encoded as a whole: a base always to nearest."""
+        return self.rounding if self.update_format is None else "nearest"
+
+    def nbytes(self, numel: int) -> int:
+        """Count the bytes that a variable of so many values holds."""
+        return sum(method.nbytes(numel) for method in self.methods)
+
+    def with_format(self, format: Method) -> "Encoding":
+        """Return the same encoding with another method for the variable or base."""
+        if format == self.format:
+            return self
+        transform = self.transform
+        if transform not in format.transforms and self.update_format is None:
+            transform = ""
+        return replace(self, format=format, transform=transform)
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.methods))

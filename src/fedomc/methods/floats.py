@@ -1,0 +1,312 @@
+"""``FloatFormat``: low-precision floats SxEyMz with one scale and one offset, ``V^ = s * 2**-k * Q(2**k * V) + b``.
+
+[Note: the power of two]
+The paper fits s and b by least squares after quantization with the format's plain bias. But weights of N(0, 0.05)
+are almost all subnormal in S1E3M7, and no linear fit brings back bits that were never stored. ``scaled-affine``
+first moves max|V| into the top binade by an integer k, exactly, so that every bit of the format is used. ``scaled``
+does that alone: the fit pulls towards the mean what stochastic rounding has made noisy, so that the expected value of
+a code is no longer the value.
+"""
+
+import ctypes
+import functools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedomc import codec
+from fedomc.codec import INFINITY_BITS, Outcome
+from fedomc.codec.elements import FloatElement
+from fedomc.errors import FormatError
+from fedomc.methods.method import Field, Fields, Method, Source, Writing
+
+_SCALED = ("scaled", "scaled-affine")
+_FITTED = ("affine", "scaled-affine")
+
+_NAME = re.compile(r"S1E([0-9])M(0|[1-9][0-9]?)")
+
+
+@dataclass(frozen=True)
+class FloatFormat(FloatElement, Method):
+    """A low-precision float: one sign bit, then exponent bits, then mantissa bits; a variable has one scale and offset.
+
+    The element format of the OCP Microscaling specification, generalised: bias ``2**(e-1) - 1``, subnormals, both
+    zeros, and every code is finite. For ``e = 8`` the top exponent is unused, so that every code is a finite float32.
+
+    Attributes:
+        exponent_bits: 1 to 8.
+        mantissa_bits: 0 to 23.
+
+    Raises:
+        FormatError: a size out of range.
+
+    Example:
+        >>> FloatFormat.parse("S1E3M7").bits
+        11
+    """
+
+    tag: ClassVar[int] = 1
+    transforms: ClassVar[tuple[str, ...]] = ("none", "affine", "scaled", "scaled-affine")
+    code_order: ClassVar[str] = "sign-magnitude"
+
+    @classmethod
+    def parse(cls, text: "str | FloatFormat") -> "FloatFormat":
+        """Read a name such as ``S1E3M7``; a format passes through.
+
+        Raises:
+            FormatError: the text names no float format.
+        """
+        if isinstance(text, FloatFormat):
+            return text
+        found = cls.from_name(text) if isinstance(text, str) else None
+        if found is None:
+            raise FormatError(f"{text!r} is not a number format: write S1E<exponent bits>M<mantissa bits>, as in S1E3M7")
+        return found
+
+    @classmethod
+    def from_name(cls, text: str) -> "FloatFormat | None":
+        """Read a name such as ``S1E3M7``; None if it is not of that form.
+
+        Raises:
+            FormatError: a size that does not exist.
+        """
+        match = _NAME.fullmatch(text)
+        return None if match is None else _format(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"S1E{self.exponent_bits}M{self.mantissa_bits}"
+
+    def header(self) -> bytes:
+        """Return the numbers of exponent and mantissa bits, a byte each."""
+        return bytes((self.exponent_bits, self.mantissa_bits))
+
+    @classmethod
+    def from_header(cls, data: bytes) -> "FloatFormat":
+        """Read the numbers of exponent and mantissa bits.
+
+        Raises:
+            FormatError: there is no such format.
+        """
+        if len(data) != 2:
+            raise FormatError(f"a float format is described by 2 bytes, not {len(data)}")
+        return _format(*data)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code, sign included: 2 to 32."""
+        return self.bits
+
+    def fields(self, numel: int) -> tuple[Field, ...]:
+        """Name the fields: the codes, and a factor ``s * 2**-k`` and an offset ``b`` for all of them."""
+        codes = Field("codes", torch.int32, codec.words_of(numel, self.bits))
+        return codes, Field("scale_offset", torch.float32, 2, by_values=False)
+
+    def zeros(self, numel: int, device: torch.device | str) -> Fields:
+        """Make the fields of a variable of zeros, on the scale of the plain format."""
+        codes = torch.zeros(codec.words_of(numel, self.bits), dtype=torch.int32, device=device)
+        return codes, torch.tensor([1.0, 0.0], dtype=torch.float32, device=device)
+
+    def validate(self, fields: Fields, numel: int) -> str | None:
+        """Check that every code decodes to a finite value."""
+        scale, offset = fields[1].tolist()
+        if not (math.isfinite(scale) and math.isfinite(offset)):
+            return f"scale {scale} or offset {offset} is not finite"
+        if not self.stays_finite(scale, offset):
+            return f"scale {scale} and offset {offset} leave the range of float32"
+        return None
+
+    def stays_finite(self, scale: float, offset: float) -> bool:
+        """Tell whether every code decodes to a finite value, rounding in float32 as decoding does."""
+        return math.isfinite(_float32(_float32(abs(scale) * self.max_value) + abs(offset)))
+
+    def default_transform(self, rounding: str) -> str:
+        """Choose scaling and fit, and scaling alone with stochastic rounding, which the fit would bias."""
+        return "scaled" if rounding == "stochastic" else "scaled-affine"
+
+    def decode(self, fields: Fields, out: Tensor) -> Tensor:
+        """Decode a stretch of values into float32 ``out``."""
+        return codec.decode(fields[0], fields[1], self, out)
+
+    def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:
+        """Encode a stretch by itself, on a scale of its own; ``encode`` gives a variable one scale."""
+        self.encode(Source.of(values), fields, writing)
+
+    def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
+        """Encode a whole variable; see the module's note on the power of two."""
+
+        def encoded(exponent: int) -> tuple[Tensor, Outcome]:
+            tables, largest = [], 0
+            for start, values in source.stretches():
+                words, _ = self.stretch(fields, source.numel, start, len(values))
+                table, found = codec.encode(
+                    values, self, exponent, words, start=start, seed=writing.seed, sums=writing.transform in _FITTED
+                )
+                tables.append(table)
+                largest = max(largest, found.absmax_bits)
+                if largest >= INFINITY_BITS:
+                    break
+            sums = torch.cat(tables) if tables else torch.empty(0, codec.SUMS, dtype=torch.float64)
+            return sums, Outcome(largest, True)
+
+        def expected() -> int:
+            if present is not None:
+                return self._present_exponent(present)
+            return scaling_exponent(source.absmax_bits(), self)
+
+        return self._encode_scaled(encoded, expected, fields, source.numel, writing)
+
+    def update(
+        self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing, was_zero: bool
+    ) -> Outcome:
+        """Add ``alpha`` times a gradient in one pass, with no dense copy of the values."""
+
+        def encoded(exponent: int) -> tuple[Tensor, Outcome]:
+            return codec.update(
+                present[0],
+                present[1],
+                self,
+                gradient,
+                alpha,
+                exponent,
+                out[0],
+                seed=writing.seed,
+                sums=writing.transform in _FITTED,
+            )
+
+        def expected() -> int:
+            if not was_zero:
+                return self._present_exponent(present)
+            return scaling_exponent(_scaled_bits(codec.absmax_bits(gradient), alpha), self)
+
+        return self._encode_scaled(encoded, expected, out, len(gradient), writing)
+
+    def decode_sum(self, fields: Fields, update: Method, update_fields: Fields, out: Tensor) -> Tensor:
+        """Decode a base and add an update, in one pass if that is a float too."""
+        if isinstance(update, FloatFormat):
+            return codec.decode_sum(fields[0], fields[1], self, update_fields[0], update_fields[1], update, out)
+        return super().decode_sum(fields, update, update_fields, out)
+
+    def add_to(self, fields: Fields, out: Tensor, weight: float) -> Tensor:
+        """Add ``weight`` times a stretch of values to ``out``, in one pass."""
+        return codec.decode_add(fields[0], fields[1], self, weight, out)
+
+    def add_difference_to(
+        self, fields: Fields, subtrahend: Method, subtrahend_fields: Fields, out: Tensor, weight: float
+    ) -> Tensor:
+        """Add ``weight`` times the difference to another stretch, in one pass if that is of floats too."""
+        if isinstance(subtrahend, FloatFormat):
+            return codec.decode_add_difference(
+                fields[0], fields[1], self, subtrahend_fields[0], subtrahend_fields[1], subtrahend, weight, out
+            )
+        return super().add_difference_to(fields, subtrahend, subtrahend_fields, out, weight)
+
+    def bound(self, fields: Fields, numel: int) -> float:
+        """Return a magnitude that no value exceeds."""
+        scale, offset = fields[1].tolist()
+        return float(abs(scale) * self.max_value + abs(offset))
+
+    def scaled(self, fields: Fields, factor: Tensor | float) -> Fields | None:
+        """Multiply scale and offset; None where they would leave the range of normal floats."""
+        scaling: Tensor = fields[1] * factor
+        scale, offset = scaling.tolist()
+        return (fields[0], scaling) if 2.0**-120 < abs(scale) and self.stays_finite(scale, offset) else None
+
+    def _encode_scaled(
+        self,
+        encoded: Callable[[int], tuple[Tensor, Outcome]],
+        expected: Callable[[], int],
+        out: Fields,
+        numel: int,
+        writing: Writing,
+    ) -> Outcome:
+        """Encode with the power of two that fits, trying the expected one first; then write scale and offset."""
+        scaled = writing.transform in _SCALED
+        exponent = expected() if scaled else 0
+        while True:
+            sums, found = encoded(exponent)
+            if found.absmax_bits >= INFINITY_BITS:
+                return found
+            fitting = scaling_exponent(found.absmax_bits, self) if scaled else 0
+            if fitting == exponent:
+                break
+            exponent = fitting
+        s, b = fit(sums, numel) if writing.transform in _FITTED else (1.0, 0.0)
+        scale = s * 2.0**-exponent
+        if not self.stays_finite(scale, b):
+            scale, b = 2.0**-exponent, 0.0
+        out[1].copy_(torch.tensor([scale, b], dtype=torch.float32, device="cpu"))
+        return found
+
+    def _present_exponent(self, present: Fields) -> int:
+        scale = abs(float(present[1][0]))
+        return 0 if scale == 0 else _bounded(-round(math.log2(scale)), self)
+
+
+def scaling_exponent(magnitude_bits: int, element: FloatElement) -> int:
+    """Choose k so that the largest magnitude, given as float32 bits, comes into the format's top binade.
+
+    It is bounded so that every decoded value is zero or a normal float32; for e = 8, where nothing is gained, it is 0.
+    """
+    if magnitude_bits == 0:
+        return 0
+    field = magnitude_bits >> 23
+    binade = field - 127 if field else magnitude_bits.bit_length() - 150
+    return _bounded(element.top_exponent - binade, element)
+
+
+def _bounded(exponent: int, element: FloatElement) -> int:
+    least = min(0, element.top_exponent - 127)
+    most = max(0, 120 - element.bias - element.mantissa_bits)
+    return max(least, min(exponent, most))
+
+
+def fit(sums: Tensor, numel: int) -> tuple[float, float]:
+    """Fit s and b so that ``s * R + b`` is closest to V by least squares (paper, per-variable transformation).
+
+    Args:
+        sums: float64 ``[chunks, 5]``: of D, D*D, D*R, R*R and R by chunk, where ``D = V - R``. With D instead of V
+            nothing cancels: the fit is of what the codes miss. Each is good to 2**-19 of the sum of its terms'
+            magnitudes, as 32 of them are added in float32.
+        numel: how many values.
+
+    Returns:
+        s and b, rounded to float32. (1, 0) where that is as good; (1, mean error) where R hardly varies.
+    """
+    d, dd, dr, rr, r = (_total(column) for column in sums.T.tolist())
+    if dd == 0 or not math.isfinite(d + dd + dr + rr + r):
+        return 1.0, 0.0
+    spread = numel * rr - r * r
+    gain = (numel * dr - d * r) / spread if spread > 2.0**-12 * numel * rr else 0.0
+    s, b = _float32(1 + gain), _float32((d - gain * r) / numel)
+    if abs(b) < 2.0**-126:  # a subnormal, which flush-to-zero modes would not add
+        b = 0.0
+    gained = 2 * (s - 1) * dr + 2 * b * d - (s - 1) ** 2 * rr - numel * b * b - 2 * (s - 1) * b * r
+    # What the sums are uncertain by must not be what is gained, ...
+    change = abs(s - 1) * math.sqrt(rr) + abs(b) * math.sqrt(numel)
+    doubt = 2.0**-19 * change * (2 * math.sqrt(dd) + change)
+    # ... nor what rounding in float32 costs when s and b are applied: at most 2**-24 of each R, in the worst case all
+    # in the direction of D.
+    cost = 2.0**-22 * math.sqrt(dd * rr) + 2.0**-46 * rr
+    return (s, b) if gained > doubt + cost else (1.0, 0.0)
+
+
+def _scaled_bits(magnitude_bits: int, factor: float) -> int:
+    """Return the float32 bits of a magnitude, given as its bits, times a factor."""
+    magnitude = ctypes.c_float.from_buffer(ctypes.c_uint32(magnitude_bits)).value
+    return ctypes.c_uint32.from_buffer(ctypes.c_float(abs(magnitude * factor))).value
+
+
+def _total(values: list[float]) -> float:
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _float32(value: float) -> float:
+    return ctypes.c_float(value).value  # a tensor takes twenty times as long
+
+
+_format = functools.cache(FloatFormat)  # there are few, and a reply has hundreds of frames

@@ -1,0 +1,46 @@
+"""``INT8`` and ``INT4``: symmetric integers with a scale by block."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedomc.codec.elements import IntegerElement
+from fedomc.methods.blockwise import WithBlocks
+
+_INT8, _INT4 = IntegerElement(8), IntegerElement(4)
+
+
+@dataclass(frozen=True)
+class Int8(WithBlocks):
+    """Integers from -127 to 127 times the scale of their block: 8.5 bits a value in blocks of 64.
+
+    Example:
+        >>> str(Int8(64)), str(Int8(128))
+        ('INT8', 'INT8/128')
+    """
+
+    tag: ClassVar[int] = 2
+    name: ClassVar[str] = "INT8"
+    code_order: ClassVar[str] = "twos-complement"
+
+    block: int = 64
+
+    @property
+    def element(self) -> IntegerElement:
+        """A signed byte."""
+        return _INT8
+
+
+@dataclass(frozen=True)
+class Int4(WithBlocks):
+    """Integers from -7 to 7 times the scale of their block: 4.5 bits a value in blocks of 64."""
+
+    tag: ClassVar[int] = 3
+    name: ClassVar[str] = "INT4"
+    code_order: ClassVar[str] = "twos-complement"
+
+    block: int = 64
+
+    @property
+    def element(self) -> IntegerElement:
+        """Half a signed byte."""
+        return _INT4

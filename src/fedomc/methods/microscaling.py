@@ -1,0 +1,117 @@
+"""``MXFP8``, ``MXFP6`` and ``MXFP4``: the formats of the OCP Microscaling specification (v1.0, section 5).
+
+A block of 32 values has a power of two in common, in E8M0: eight bits of exponent with a bias of 127. Its elements are
+floats of 8, 6 or 4 bits. NaN, which the specification allows as scale and as element of MXFP8, is never written and is
+refused in what comes from outside.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from fedomc.codec.elements import OCPElement
+from fedomc.errors import FormatError
+from fedomc.methods.blockwise import Blockwise
+from fedomc.methods.method import Fields
+
+BLOCK = 32
+
+ELEMENTS = {
+    "MXFP8": OCPElement(4, 3, 1),
+    "MXFP8E5M2": OCPElement(5, 2, 4),
+    "MXFP6": OCPElement(2, 3),
+    "MXFP6E3M2": OCPElement(3, 2),
+    "MXFP4": OCPElement(2, 1),
+}
+"""The element of each format by name; of the two formats of 8 and 6 bits the more precise one has the short name."""
+
+_NAMES = {(element.exponent_bits, element.mantissa_bits): name for name, element in ELEMENTS.items()}
+_NAN_SCALE = 255
+
+
+@dataclass(frozen=True)
+class Microscaling(Blockwise):
+    """Floats of 8, 6 or 4 bits, and for each 32 of them a power of two: 8.25, 6.25 or 4.25 bits a value.
+
+    Attributes:
+        exponent_bits: of an element.
+        mantissa_bits: of an element.
+
+    Raises:
+        FormatError: not an element of the specification.
+
+    Example:
+        >>> Microscaling.from_name("MXFP4")
+        Microscaling(block=32, exponent_bits=2, mantissa_bits=1)
+    """
+
+    tag: ClassVar[int] = 5
+    code_order: ClassVar[str] = "sign-magnitude"
+    scale_dtype: ClassVar[torch.dtype] = torch.uint8
+
+    block: int = BLOCK
+    exponent_bits: int = 4
+    mantissa_bits: int = 3
+
+    def __post_init__(self) -> None:
+        if self.block != BLOCK or (self.exponent_bits, self.mantissa_bits) not in _NAMES:
+            raise FormatError(
+                f"E{self.exponent_bits}M{self.mantissa_bits} in blocks of {self.block} is no format of the OCP "
+                f"specification: use one of {', '.join(ELEMENTS)}"
+            )
+
+    @property
+    def element(self) -> OCPElement:
+        """The float that a code is."""
+        return ELEMENTS[str(self)]
+
+    @classmethod
+    def from_name(cls, text: str) -> Self | None:
+        """Read a name such as ``MXFP8`` or ``MXFP8E5M2``."""
+        element = ELEMENTS.get(text)
+        return None if element is None else cls(BLOCK, element.exponent_bits, element.mantissa_bits)
+
+    def __str__(self) -> str:
+        return _NAMES[self.exponent_bits, self.mantissa_bits]
+
+    def header(self) -> bytes:
+        """Return the numbers of exponent and mantissa bits, a byte each."""
+        return bytes((self.exponent_bits, self.mantissa_bits))
+
+    @classmethod
+    def from_header(cls, data: bytes) -> Self:
+        """Read the numbers of exponent and mantissa bits.
+
+        Raises:
+            FormatError: there is no such format.
+        """
+        if len(data) != 2:
+            raise FormatError(f"an element is described by 2 bytes, not {len(data)}")
+        return cls(BLOCK, *data)
+
+    def zeros(self, numel: int, device: torch.device | str) -> Fields:
+        """Make the fields of a variable of zeros, on the scale 1."""
+        codes, scales = super().zeros(numel, device)
+        return codes, scales.fill_(127)
+
+    def validate(self, fields: Fields, numel: int) -> str | None:
+        """Check that every scale is a number with which every code is a finite float32."""
+        scales = fields[1]
+        if not len(scales):
+            return None
+        largest = int(scales.max())
+        if largest == _NAN_SCALE:
+            return "a scale is NaN"
+        if largest - 127 + self.element.top_exponent > 127:
+            return f"a scale of 2**{largest - 127} takes values beyond the range of float32"
+        return None
+
+    def bound(self, fields: Fields, numel: int) -> float:
+        """Return a magnitude that no value exceeds."""
+        return 2.0 ** (int(fields[1].max()) - 127) * self.element.max_value if numel else 0.0
+
+    def scaled(self, fields: Fields, factor: Tensor | float) -> Fields | None:
+        """Return None: a factor is no power of two in general."""
+        return None
