@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.architectures import loss as loss_of
 from fedomc import (
+    CompressedTensor,
     CompressionPolicy,
     FormatError,
     MemoryBytes,
@@ -181,7 +182,7 @@ def test_activations_are_what_autograd_saves() -> None:
 def test_the_peak_is_what_the_allocator_says(
     name: str, in_backward: bool, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Workspace, "empty", lambda self, numel, device: torch.empty(numel, device=device))
+    monkeypatch.setattr(Workspace, "empty", lambda self, numel, device, exact=False: torch.empty(numel, device=device))
     model, batch = made(name)
     held = memory_report(model, batch, loss=loss_of, formats=[format], in_backward=in_backward, lr=0.01).measured[
         format
@@ -193,7 +194,11 @@ def test_the_peak_is_what_the_allocator_says(
         step_in_backward(model, torch.optim.SGD, lr=0.01)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
+    parts = [part for p in model.parameters() if isinstance(p, CompressedTensor) for part in p.parts]
+
     def train() -> None:
+        for part in parts:  # so that the profiler knows them, and sees them freed
+            part.state = part.to("cpu").state
         for _ in range(2):
             loss_of(model(batch)).backward()
             if not in_backward:
@@ -202,7 +207,8 @@ def test_the_peak_is_what_the_allocator_says(
 
     with torch.backends.mkldnn.flags(enabled=False):  # whose own temporaries are not counted
         levels = itertools.accumulate(allocations(train))
-    assert held.peak == pytest.approx(parameter_bytes(model).total + max(levels), rel=BOUND)
+    inside = sum(part.nbytes for part in parts)
+    assert held.peak == pytest.approx(parameter_bytes(model).total - inside + max(levels), rel=BOUND)
 
 
 @pytest.mark.parametrize("start", ["plain", "compressed", "stepped"])

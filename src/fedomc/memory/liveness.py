@@ -126,6 +126,22 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if storage._cdata in self._alive:
                 self._alive[storage._cdata][1].kind = kind
 
+    def follow(self, model: nn.Module) -> None:
+        """Count the new fields of changed variables as parameters, from when the former fields were gone."""
+        for name, parameter in model.named_parameters():
+            for storage in _storages(parameter):
+                life = self._alive[storage._cdata][1]
+                if life.kind == "parameters":
+                    continue
+                former = [one.death for one in self.lives if (one.kind, one.variable) == ("parameters", name)]
+                life.kind, life.death = (
+                    "transients",
+                    max((death for death in former if death is not None), default=life.birth),
+                )
+                held = Lifetime(life.nbytes, life.death + 1, None, "parameters", name)
+                self.lives.append(held)
+                self._alive[storage._cdata] = (self._alive[storage._cdata][0], held)
+
     def tag_alive(self, kind: str) -> None:
         """Say of which kind everything is that lives and has no kind yet."""
         for _, life in self._alive.values():

@@ -184,6 +184,7 @@ class _Training:
                 optimizers[0].step()
                 optimizers[0].zero_grad()
             lives.tag("released", [parameter.grad for parameter in trained])  # four bytes each, of no kind
+            lives.follow(model)
             lives.tag("optimizer", [list(state.values()) for each in optimizers for state in each.state.values()])
 
 

@@ -65,7 +65,9 @@ class FloatFormat(FloatElement, Method):
             return text
         found = cls.from_name(text) if isinstance(text, str) else None
         if found is None:
-            raise FormatError(f"{text!r} is not a number format: write S1E<exponent bits>M<mantissa bits>, as in S1E3M7")
+            raise FormatError(
+                f"{text!r} is not a number format: write S1E<exponent bits>M<mantissa bits>, as in S1E3M7"
+            )
         return found
 
     @classmethod

@@ -67,7 +67,7 @@ class CompressedTensor(Tensor):
         *,
         update_format: str | Method | None = None,
         transform: str = "",
-        rounding: str = "",
+        rounding: str = "nearest",
         seed: int = 0,
         name: str = "variable",
     ) -> "CompressedTensor":
@@ -78,7 +78,7 @@ class CompressedTensor(Tensor):
             format: a method, such as ``S1E3M7`` or ``NF4``.
             update_format: holds in-place updates in a part of their own, in this format.
             transform: as ``Encoding`` has it.
-            rounding: as ``Encoding`` has it.
+            rounding: ``nearest`` or ``stochastic``.
             seed: of stochastic rounding.
             name: for errors.
 
@@ -215,6 +215,8 @@ class CompressedTensor(Tensor):
         return self._decode_into(self.empty(start, stop), start)
 
     def _decode_into(self, values: Tensor, start: int) -> Tensor:
+        if torch.compiler.is_compiling():
+            self.base.codes[:1].tolist()  # the compiler, which has no values, breaks its graph here
         if self.update is None or self.update.is_zero:
             return self.base.decode(values, start)
         return self.base.decode_with(self.update, values, start)
