@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 import fedomc
 from fedomc.errors import PolicyError
+from fedomc.flower import OMCStrategy, collect, install
 from fedomc.flower import arrays as arrays_module
-from fedomc.flower import collect, install
 from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
 from fedomc.methods.packed import encode
 from fedomc.serialization import frame
+from tests.flower.test_aggregation import Nodes
 
 
 class Model(nn.Module):
@@ -59,6 +61,31 @@ def test_install_gives_the_model_that_was_collected(name: str) -> None:
             value.dequantize() if isinstance(value, fedomc.CompressedTensor) else value,
         ), key
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("how", [{}, {"lossless": "both"}, {"rest_format": "S1E5M10"}])
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_holds_values_is_real_also_where_new_tensors_are_made_on_the_meta_device(
+    name: str, how: dict[str, Any]
+) -> None:
+    """A whole round inside ``torch.device("meta")``, as a client that never leaves it would run it."""
+    plain, x = collect(Model()), torch.randn(4, 40)
+    strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0), POLICIES[name], **how)
+    with torch.device("meta"):
+        (message, other) = strategy.configure_train(1, plain, ConfigRecord(), Nodes(2))  # type: ignore[arg-type]
+        model = install(Model(), message)
+        assert not any(tensor.is_meta for tensor in model.state_dict().values())
+        model(x).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad)
+        replies = []
+        for each, record in ((message, collect(model, message)), (other, collect(install(Model(), other), other))):
+            content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 1})})
+            replies.append(Message(content, reply_to=each))
+        result, _ = strategy.aggregate_train(1, replies)
+    assert result is not None and strategy.traffic[-1].received == 2
+    assert not np.array_equal(result["inner.0.weight"].numpy(), plain["inner.0.weight"].numpy())
 
 
 def test_a_base_lies_in_the_message_and_one_part_does_not() -> None:

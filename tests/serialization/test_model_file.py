@@ -749,6 +749,24 @@ def test_filled_while_in_inference_mode_it_can_be_trained(path: Path) -> None:
         step(model, 0)
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_filled_where_new_tensors_are_made_on_the_meta_device(path: Path, name: str) -> None:
+    plain, saved, policy = trained("fp32"), trained(name), POLICIES[name]
+    selection = {} if policy is None else policy.select(plain)
+    expected = materialize_(on_meta(), state(plain), selection)
+    save_model(saved, path)
+    with torch.device("meta"):
+        models = [
+            load_model(Model(), path),
+            materialize_(Model(), path),
+            materialize_(Model(), state(plain), selection),
+        ]
+    for model, like in zip(models, (saved, saved, expected), strict=True):
+        assert snapshot(model) == snapshot(like)
+        with torch.device("meta"):
+            model(torch.arange(4, device="cpu")).square().mean().backward()
+
+
 def test_frozen_stays_frozen(path: Path) -> None:
     save_model(trained("one part"), path)
     model = on_meta()

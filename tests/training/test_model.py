@@ -168,3 +168,17 @@ def test_only_float32_and_only_selections_are_taken() -> None:
         compress_(layer, POLICY.select(layer))
     with pytest.raises(PolicyError, match="select"):
         compress_(layer, POLICY)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", [POLICY, CompressionPolicy("S1E2M3", update_format="S1E2M1")])
+def test_compressed_where_new_tensors_are_made_on_the_meta_device(policy: CompressionPolicy) -> None:
+    layer = nn.Linear(40, 60)
+    expected = compress_(copy.deepcopy(layer), policy.select(layer)).weight.dequantize()
+    with torch.device("meta"):
+        compress_(layer, policy.select(layer))
+        assert torch.equal(layer.weight.dequantize(), expected)
+        layer(torch.ones(2, 40, device="cpu")).sum().backward()
+        with torch.no_grad():
+            layer.weight.sub_(layer.weight.grad)
+            layer.weight.mul_(0.5)
+        assert not torch.equal(decompress_(layer).weight, expected)

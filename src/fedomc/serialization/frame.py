@@ -181,7 +181,9 @@ def from_bytes(
     else:
         reference = _reference(sent, fmt, numel)
         codes = planes.decompress(body, coding, bool(difference), numel, fmt.bits, reference, name)
-    return Frame(Packed(codes, torch.tensor([scale, offset]), fmt, numel), found, kind)
+    return Frame(
+        Packed(codes, torch.tensor([scale, offset], dtype=torch.float32, device="cpu"), fmt, numel), found, kind
+    )
 
 
 def _reference(sent: Packed | None, format: FloatFormat, numel: int) -> Tensor | None:
@@ -228,7 +230,7 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
 
 def _codes(data: bytes | bytearray | memoryview, begin: int, copy: bool) -> Tensor:
     if len(data) == begin:
-        return torch.empty(0, dtype=torch.int32)
+        return torch.empty(0, dtype=torch.int32, device="cpu")
     # The memory of a message is read-only, and so is a base by construction: torch does not mind if it comes so.
     codes = from_dlpack(np.frombuffer(data, np.int32, offset=begin))
     if sys.byteorder == "big":
