@@ -1,7 +1,7 @@
 """Online Model Compression: parameters stay bit-packed in memory, on the wire and on disk while a model trains."""
 
 from fedomc.codec.elements import FloatFormat
-from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
+from fedomc.errors import FolderLockedError, FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
 from fedomc.memory.liveness import MemoryBytes
 from fedomc.memory.report import MemoryReport, memory_report
 from fedomc.methods.packed import Encoding
@@ -18,6 +18,7 @@ __all__ = [
     "CompressionPolicy",
     "Encoding",
     "FloatFormat",
+    "FolderLockedError",
     "FormatError",
     "MemoryBytes",
     "MemoryReport",

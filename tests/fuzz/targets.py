@@ -31,6 +31,7 @@ from fedomc.serialization import frame
 from fedomc.training.module_state import is_finite, state_of
 from tests.conftest import randn, same_bits
 from tests.fuzz.mutations import FORMATS, damaged, forged_content, forged_frame, forged_planes
+from tests.serialization.forging import signed_again
 from tests.serialization.test_frame import HEADER
 
 Target = Callable[[Random], bool]
@@ -176,6 +177,8 @@ class File:
         data = rng.choice(self.good)
         for _ in range(rng.choice((1, 1, 2))):
             data = rng.choice((damaged, _forged_header, _forged_piece, _forged_piece))(rng, data, self.others)
+        if rng.random() < 0.8:
+            data = signed_again(data)
         self.path.unlink(missing_ok=True)  # the one before may still be mapped
         self.path.write_bytes(data)
         load = fedomc.materialize_ if rng.random() < 0.3 else fedomc.load_model
