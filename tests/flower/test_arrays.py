@@ -1,6 +1,7 @@
 """Messages: a model is filled from packed arrays and given back packed; what is wrong changes nothing."""
 
 import io
+import tracemalloc
 import weakref
 from typing import Any
 
@@ -18,6 +19,8 @@ from fedomc.flower import arrays as arrays_module
 from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
 from fedomc.methods.packed import encode
 from fedomc.serialization import frame
+from fedomc.training import module_state
+from tests.conftest import allocations
 from tests.flower.test_aggregation import Nodes
 
 
@@ -86,6 +89,29 @@ def test_what_holds_values_is_real_also_where_new_tensors_are_made_on_the_meta_d
         result, _ = strategy.aggregate_train(1, replies)
     assert result is not None and strategy.traffic[-1].received == 2
     assert not np.array_equal(result["inner.0.weight"].numpy(), plain["inner.0.weight"].numpy())
+
+
+def test_a_dense_variable_is_checked_and_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does numpy make a copy of its own, and the model's state is listed once."""
+    plain = nn.Linear(1024, 1024)
+    message = RecordDict({"arrays": collect(plain)})
+    listed, checked = [], []
+    of, is_finite = module_state.ModuleState.of, module_state.is_finite
+    monkeypatch.setattr(module_state.ModuleState, "of", lambda module: listed.append(module) or of(module))
+    monkeypatch.setattr(module_state, "is_finite", lambda tensor: checked.append(tensor.shape) or is_finite(tensor))
+    monkeypatch.setattr(arrays_module, "_all_finite", lambda values: checked.append(values.shape) or True)
+    with torch.device("meta"):
+        model = nn.Linear(1024, 1024)
+    tracemalloc.start()
+    made = [size for size in allocations(lambda: install(model, message)) if size >= 2**20]
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert listed == [model] and checked == [(1024, 1024), (1024,)]
+    assert made == [4 * 2**20] and numpy_peak < 2**20
+    assert torch.equal(model.weight, plain.weight)
+    with torch.no_grad():
+        model.weight.zero_()
+    assert np.array_equal(message["arrays"]["weight"].numpy(), plain.weight.detach().numpy())
 
 
 def test_a_base_lies_in_the_message_and_one_part_does_not() -> None:

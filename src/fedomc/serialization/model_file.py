@@ -24,7 +24,7 @@ from fedomc.serialization.tensor_file import (
     write_tensor_file,
 )
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
-from fedomc.training.module_state import check_names, fill_, is_finite, some, state_of
+from fedomc.training.module_state import ModuleState, is_finite, some
 
 KEY = "fedomc"
 """The entry of a file's metadata that describes its compressed variables and tied names."""
@@ -52,16 +52,16 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping
             metadata are not strings, or use a name that begins with ``fedomc``.
         OSError: the file cannot be written.
     """
-    state, aliases = state_of(model)
+    state = ModuleState.of(model)
     texts = dict(metadata or {})
     for name, text in texts.items():
         if not isinstance(name, str) or not isinstance(text, str):
             raise PayloadError(f"metadata {name!r}: {text!r} cannot be stored: name and value must be strings")
         if name.startswith(OURS):
             raise PayloadError(f"metadata {name!r} cannot be stored: names that begin with {OURS!r} are reserved")
-    described = {name: _describe(tensor) for name, tensor in state.items() if is_compressed(tensor)}
-    texts[KEY] = to_json({"version": VERSION, "variables": described, "tied": aliases})
-    write_tensor_file(path, texts, (piece for item in state.items() for piece in _pieces(*item)))
+    described = {name: _describe(tensor) for name, tensor in state.tensors.items() if is_compressed(tensor)}
+    texts[KEY] = to_json({"version": VERSION, "variables": described, "tied": state.aliases})
+    write_tensor_file(path, texts, (piece for item in state.tensors.items() for piece in _pieces(*item)))
 
 
 def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -119,10 +119,11 @@ def materialize_(
         with _open(source) as file:
             file.fill(model, selection, widen=True)
         return model
+    state = ModuleState.of(model)
     if isinstance(source, Mapping):
-        check_names(model, source.keys())
+        state.check_names(source.keys())
         source = source.items()
-    fill_(model, map(_copied, source), selection, widen=True)
+    state.fill(map(_copied, source), selection, widen=True)
     return model
 
 
@@ -202,9 +203,9 @@ class _ModelFile:
 
     def fill(self, model: nn.Module, selection: Mapping[str, Encoding] | None = None, *, widen: bool = False) -> None:
         """Replace a model's state, one variable after the other."""
-        names = sorted(self._file.keys - self._updates)
-        check_names(model, names, self._tied)
-        fill_(model, ((name, self._read(name)) for name in names), selection, tied=self._tied, widen=widen)
+        state, names = ModuleState.of(model), sorted(self._file.keys - self._updates)
+        state.check_names(names, self._tied)
+        state.fill(((name, self._read(name)) for name in names), selection, tied=self._tied, widen=widen)
 
     def _read(self, name: str) -> Tensor:
         variable = self._variables.get(name)
