@@ -24,7 +24,9 @@ from fedomc.serialization.tensor_file import (
     write_tensor_file,
 )
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.training.model import resolve_selection
 from fedomc.training.module_state import ModuleState, is_finite, some
+from fedomc.training.policy import CompressionPolicy
 
 KEY = "fedomc"
 """The entry of a file's metadata that describes its compressed variables and tied names."""
@@ -93,7 +95,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 def materialize_(
     model: nn.Module,
     source: str | os.PathLike[str] | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    selection: Mapping[str, Encoding] | None = None,
+    selection: Mapping[str, Encoding] | CompressionPolicy | str | None = None,
 ) -> nn.Module:
     """Fill a model on the meta device and compress each variable as it arrives, so that no FP32 model ever exists.
 
@@ -103,18 +105,20 @@ def materialize_(
         source: a file of ``save_model``; any other safetensors file; a state_dict; or pairs of name and tensor, which
             are taken one by one. float16 and bfloat16 values may fill float32 variables. Tied weights may come under
             one of their names or under several.
-        selection: encodings of the variables to compress, as ``CompressionPolicy.select`` returns them. The others
-            keep the form in which they come.
+        selection: a format, a policy or encodings by name, as ``compress_`` takes them; None compresses nothing. The
+            other variables keep the form in which they come.
 
     Returns:
         The model.
 
     Raises:
+        FormatError: the selection is a text that is not a format.
         PayloadError: a variable is missing, unknown, damaged, not finite, or has another shape or dtype; the model is
             unchanged.
         PolicyError: the selection does not fit the model, or names a variable that is compressed in the source.
         OSError: the file cannot be read.
     """
+    selection = None if selection is None else resolve_selection(model, selection)
     if isinstance(source, str | os.PathLike):
         with _open(source) as file:
             file.fill(model, selection, widen=True)
