@@ -111,7 +111,7 @@ def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -
             in place.
 
     Raises:
-        PolicyError: a parameter is stepped in backward, which would go on with the old one.
+        PolicyError: a parameter is stepped in backward.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places: dict[str, list[tuple[nn.Module, str]]] = {}
@@ -123,16 +123,25 @@ def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -
         owner, key = places[name][0]
         old = owner._parameters[key]
         assert old is not None
-        if old._post_accumulate_grad_hooks:
-            raise PolicyError(
-                f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
-                "returned, and step_in_backward again afterwards"
-            )
+        check_replaceable(name, old)
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         new.grad = old.grad
         for module, key in places[name]:
             setattr(module, key, new)
         del old  # not to be held while the next value is made
+
+
+def check_replaceable(name: str, parameter: Tensor) -> None:
+    """Refuse to replace a parameter whose optimizer would go on with the old one.
+
+    Raises:
+        PolicyError: the parameter is stepped in backward.
+    """
+    if parameter._post_accumulate_grad_hooks:
+        raise PolicyError(
+            f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
+            "returned, and step_in_backward again afterwards"
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fedomc import codec
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.methods.packed import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress, is_compressed
-from fedomc.training.model import replace_parameters
+from fedomc.training.model import check_replaceable, replace_parameters
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,7 @@ class ModuleState:
 
     def _check_replaceable(self) -> None:
         for name, old in self.tensors.items():
-            if old._post_accumulate_grad_hooks:
-                raise PolicyError(
-                    f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
-                    "returned, and step_in_backward again afterwards"
-                )
+            check_replaceable(name, old)
         known = self.tensors.keys() | self.aliases.keys()
         empty = [name for name, buffer in self.module.named_buffers() if buffer.is_meta and name not in known]
         if empty:
