@@ -184,10 +184,10 @@ class TensorFile:
         self._file, self.path = file, path
         self.keys = frozenset(file.keys())
         self.texts: dict[str, str] = dict(file.metadata() or {})
-        found = self.texts.pop(TEXT_DIGEST, None)
+        digest = self.texts.pop(TEXT_DIGEST, None)
         self._digests: dict[str, str] | None = None
-        if found is not None or any(name.startswith(OURS) for name in self.texts):
-            if found != _text_digest(self.texts):
+        if digest is not None or any(name.startswith(OURS) for name in self.texts):
+            if digest != _text_digest(self.texts):
                 raise PayloadError(f"{path} is damaged: its metadata do not match their digest")
             self._digests = self._read_digests()
 
