@@ -164,18 +164,39 @@ def read_frame(data: bytes, sent: list[int] | None = None) -> Frame:
     return Frame(kind, e, m, shape, values.reshape(shape))
 
 
+def tensor_digest(dtype: str, shape: list[int], data: bytes) -> str:
+    dimensions = ",".join(str(size) for size in shape)
+    return xxhash.xxh3_64_hexdigest(f"{dtype}[{dimensions}]".encode() + data)
+
+
+def text_digest(texts: dict[str, str]) -> str:
+    """The digest of all entries of the metadata but that of the digest itself."""
+    covered = b""
+    for name, text in sorted((name.encode(), text.encode()) for name, text in texts.items()):
+        covered += len(name).to_bytes(8, "little") + name + len(text).to_bytes(8, "little") + text
+    return xxhash.xxh3_64_hexdigest(covered)
+
+
 def read_model(data: bytes) -> dict[str, np.ndarray]:
     """Read a model file: every variable under each of its names."""
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length].decode("utf-8"))
-    described = json.loads(header.pop("__metadata__")["fedomc"])
-    if described["version"] != 1:
+    try:
+        header = json.loads(data[8 : 8 + length].decode("utf-8"))
+        texts = header.pop("__metadata__")
+        if texts.pop("fedomc.digest") != text_digest(texts):
+            raise Refused
+        described, digests = json.loads(texts["fedomc"]), json.loads(texts["fedomc.digests"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Refused from None
+    if described["version"] != 2 or digests.keys() != header.keys():
         raise Refused
     raw = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        stored = np.frombuffer(data[8 + length + begin : 8 + length + end], dtype=DTYPES[entry["dtype"]])
-        raw[name] = stored.reshape(entry["shape"])
+        stored = data[8 + length + begin : 8 + length + end]
+        if digests[name] != tensor_digest(entry["dtype"], entry["shape"], stored):
+            raise Refused
+        raw[name] = np.frombuffer(stored, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
     result = {}
     for name, how in described["variables"].items():
         base = read_frame(raw.pop(name).tobytes())

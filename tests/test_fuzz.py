@@ -20,8 +20,14 @@ def hungry(*args):
 
 lossless._unzipped = hungry
 frame.FormatError = KeyError  # so that it is not caught
-arrays.view_dense = lambda array, _: array.numpy()
-checkpoint.fill_ = lambda model, values, *_, **__: [*values]
+arrays.view_dense = lambda array, _, **__: array.numpy()
+
+class Forgetful(checkpoint.ModuleState):
+    def fill(self, values, *_, **__):
+        for _ in values:
+            pass
+
+checkpoint.ModuleState = Forgetful
 OMCStrategy._check_metrics = lambda *_: None
 sys.exit(__main__.main())
 """

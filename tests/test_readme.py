@@ -1,19 +1,135 @@
-"""The README's examples run as they are printed."""
+"""The examples of the README and of docstrings run as they are printed, to their end."""
 
+import ast
+import copy
+import doctest
+import importlib
+import pkgutil
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
-README = Path(__file__).parent.parent / "README.md"
+import pytest
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from torch.optim.swa_utils import AveragedModel
+
+import fedomc
+import fedomc.flower.tensorboard
+import fedomc.nvflare
+from tests.flower.conftest import flower_log, identity  # noqa: F401  (fixtures)
+from tests.flower.test_aggregation import Network
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROUNDS = 3
 
 
-def test_examples_run_as_printed() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+@pytest.fixture
+def names(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Execute the blocks of Python one after the other; give the names that they define."""
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) == 2
-    code = "\n".join(blocks)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)  # noqa: S603
-    assert result.returncode == 0, result.stderr
-    ratio = re.search(r"([0-9.]+)% of FP32", result.stdout)
-    assert ratio is not None
-    assert 31.2 < float(ratio[1]) < 33  # ten bits of 32, and the biases
+    names: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        exec(block, names)  # noqa: S102
+    return names
+
+
+def test_the_first_example_prints_what_it_says(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    printed = re.search(r"([0-9.]+)% of FP32", capsys.readouterr().out)
+    assert printed is not None
+    assert 31.2 < float(printed[1]) < 33  # ten bits of 32, and the biases
+
+
+def test_the_federated_example_runs_to_its_end(
+    names: dict[str, Any],
+    flower_log: pytest.LogCaptureFixture,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two nodes answer through the ClientApp, the ServerApp runs all its rounds, and the model changes."""
+    results, replies = [], list[Message]()
+    start = fedomc.flower.OMCStrategy.start
+
+    def watched(strategy: Any, *args: Any, **kwargs: Any) -> Any:
+        results.append((strategy, start(strategy, *args, **kwargs), kwargs["initial_arrays"]))
+        return results[-1][1]
+
+    def answer(message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        try:
+            reply = names["client"](copy.copy(message), Context(1, node, {}, RecordDict(), {}))
+        except Exception as error:  # as Flower's engines do
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error)), reply_to=message)
+        replies.append(reply)
+        return reply
+
+    monkeypatch.setattr(fedomc.flower.OMCStrategy, "start", watched)
+    names["server"](Network(2, answer), Context(1, 0, {}, RecordDict(), {}))
+    assert [str(reply.error) for reply in replies if reply.has_error()] == [] and "left out" not in flower_log.text
+    ((strategy, result, initial),) = results
+    assert len(replies) == 2 * ROUNDS and [row.received for row in strategy.traffic] == [2] * ROUNDS
+    for name, array in result.arrays.items():
+        assert torch.from_numpy(array.numpy() != initial[name].numpy()).float().mean() > 0.9, name
+    assert strategy.traffic[-1].down_bytes < 0.25 * 2 * 4 * 80 * 81
+
+
+def inline() -> list[str]:
+    """List the calls that stand in the README's sentences and are whole expressions."""
+    texts = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    found = []
+    for text in texts:
+        code = text.removeprefix("with ").removesuffix(":").removeprefix("checkpoints=")
+        if "(" in code and "..." not in code:
+            ast.parse(code, mode="eval")  # it is Python, or the README says something that cannot be written
+            found.append(code)
+    return found
+
+
+def test_calls_in_sentences_run(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = torch.nn.Sequential(torch.nn.Linear(80, 64))
+    stepping = fedomc.step_in_backward(copy.deepcopy(names["model"]), torch.optim.SGD, lr=0.1)
+    known = {
+        **names,
+        **vars(fedomc),
+        "AveragedModel": AveragedModel,
+        "ClientApp": ClientApp,
+        "OneByOne": fedomc.flower.OneByOne,
+        "accumulate": stepping.accumulate,
+        "app": ClientApp(),
+        "bytes": 10**6,
+        "copy": copy,
+        "grid": Network(2, lambda message: None),
+        "recipe": MagicMock(),
+        "report": fedomc.memory_report(plain, torch.randn(4, 80), loss=lambda y: y.mean(), measure=False),
+        "source": plain.state_dict(),
+        "stepping": stepping,
+    }
+    calls = inline()
+    assert len(calls) > 10
+    for call in calls:
+        with torch.device("meta" if "materialize_" in call else "cpu"):
+            model = torch.nn.Sequential(torch.nn.Linear(80, 64))
+        selection = names["policy"].select(model)
+        if not call.startswith(("fedomc.materialize_", "fedomc.compress_")):
+            fedomc.compress_(model, selection)
+        try:
+            eval(call, {**known, "model": model, "selection": selection})  # noqa: S307
+        except Exception as error:
+            raise AssertionError(f"`{call}` in the README: {error!r}") from error
+    assert known["recipe"].add_server_output_filter.called
+
+
+def test_examples_in_docstrings_give_what_they_say() -> None:
+    attempted = 0
+    for found in pkgutil.walk_packages(fedomc.__path__, "fedomc."):
+        if found.name == "fedomc.codec._native":
+            continue
+        module = importlib.import_module(found.name)
+        result = doctest.testmod(module, extraglobs={"fedomc": fedomc, "torch": torch})
+        assert result.failed == 0, found.name
+        attempted += result.attempted
+    assert attempted >= 2

@@ -1,6 +1,6 @@
 """Online Model Compression: parameters stay bit-packed in memory, on the wire and on disk while a model trains."""
 
-from fedomc.errors import FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
+from fedomc.errors import FolderLockedError, FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
 from fedomc.memory.liveness import MemoryBytes
 from fedomc.memory.report import MemoryReport, memory_report
 from fedomc.methods import Encoding, FloatFormat, Method
@@ -17,6 +17,7 @@ __all__ = [
     "CompressionPolicy",
     "Encoding",
     "FloatFormat",
+    "FolderLockedError",
     "FormatError",
     "MemoryBytes",
     "MemoryReport",

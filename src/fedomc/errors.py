@@ -19,3 +19,7 @@ class NonFiniteError(OMCError):
 
 class PayloadError(OMCError):
     """Bytes from outside that are not a valid compressed variable or do not fit the model."""
+
+
+class FolderLockedError(OMCError):
+    """A folder that one process at a time may write to, and another process does."""

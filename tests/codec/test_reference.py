@@ -286,3 +286,13 @@ def test_it_runs_under_torch_compile(seed: int | None) -> None:
 
     compiled = run(partial(torch.compile, backend="aot_eager"))
     assert all(torch.equal(a, b) for a, b in zip(run(lambda function: function), compiled, strict=True))
+
+
+def test_where_new_tensors_are_made_on_the_meta_device_the_layout_is_real() -> None:
+    reference._shifts.cache_clear()  # it would remember the device
+    codes = torch.arange(2048, dtype=torch.int32) & 0x7FF
+    with torch.device("meta"):
+        words = torch.zeros(2 * 32 * 11, dtype=torch.int32, device="cpu")
+        reference.pack(codes, 11, words)
+        unpacked = reference.unpack(words, 2, 11)
+    assert torch.equal(unpacked.view(-1), codes)

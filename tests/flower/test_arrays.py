@@ -1,22 +1,27 @@
 """Messages: a model is filled from packed arrays and given back packed; what is wrong changes nothing."""
 
 import io
+import tracemalloc
 import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 import fedomc
 from fedomc.errors import PolicyError
+from fedomc.flower import OMCStrategy, collect, install
 from fedomc.flower import arrays as arrays_module
-from fedomc.flower import collect, install
 from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
 from fedomc.methods.packed import encode
 from fedomc.serialization import frame
+from fedomc.training import module_state
+from tests.conftest import allocations
+from tests.flower.test_aggregation import Nodes
 
 
 class Model(nn.Module):
@@ -59,6 +64,54 @@ def test_install_gives_the_model_that_was_collected(name: str) -> None:
             value.dequantize() if isinstance(value, fedomc.CompressedTensor) else value,
         ), key
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("how", [{}, {"lossless": "both"}, {"rest_format": "S1E5M10"}])
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_holds_values_is_real_also_where_new_tensors_are_made_on_the_meta_device(
+    name: str, how: dict[str, Any]
+) -> None:
+    """A whole round inside ``torch.device("meta")``, as a client that never leaves it would run it."""
+    plain, x = collect(Model()), torch.randn(4, 40)
+    strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0), POLICIES[name], **how)
+    with torch.device("meta"):
+        (message, other) = strategy.configure_train(1, plain, ConfigRecord(), Nodes(2))  # type: ignore[arg-type]
+        model = install(Model(), message)
+        assert not any(tensor.is_meta for tensor in model.state_dict().values())
+        model(x).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad)
+        replies = []
+        for each, record in ((message, collect(model, message)), (other, collect(install(Model(), other), other))):
+            content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 1})})
+            replies.append(Message(content, reply_to=each))
+        result, _ = strategy.aggregate_train(1, replies)
+    assert result is not None and strategy.traffic[-1].received == 2
+    assert not np.array_equal(result["inner.0.weight"].numpy(), plain["inner.0.weight"].numpy())
+
+
+def test_a_dense_variable_is_checked_and_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does numpy make a copy of its own, and the model's state is listed once."""
+    plain = nn.Linear(1024, 1024)
+    message = RecordDict({"arrays": collect(plain)})
+    listed, checked = [], []
+    of, is_finite = module_state.ModuleState.of, module_state.is_finite
+    monkeypatch.setattr(module_state.ModuleState, "of", lambda module: listed.append(module) or of(module))
+    monkeypatch.setattr(module_state, "is_finite", lambda tensor: checked.append(tensor.shape) or is_finite(tensor))
+    monkeypatch.setattr(arrays_module, "_all_finite", lambda values: checked.append(values.shape) or True)
+    with torch.device("meta"):
+        model = nn.Linear(1024, 1024)
+    tracemalloc.start()
+    made = [size for size in allocations(lambda: install(model, message)) if size >= 2**20]
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert listed == [model] and checked == [(1024, 1024), (1024,)]
+    assert made == [4 * 2**20] and numpy_peak < 2**20
+    assert torch.equal(model.weight, plain.weight)
+    with torch.no_grad():
+        model.weight.zero_()
+    assert np.array_equal(message["arrays"]["weight"].numpy(), plain.weight.detach().numpy())
 
 
 def test_a_base_lies_in_the_message_and_one_part_does_not() -> None:

@@ -10,7 +10,7 @@ from flwr.serverapp import strategy as strategies
 
 import fedomc
 from fedomc.flower import OMCStrategy
-from fedomc.serialization.checkpointing import Checkpoints
+from fedomc.serialization.checkpointing import Checkpoint, Checkpoints
 from tests.flower.test_aggregation import Network, answer, model
 
 INNERS = {
@@ -56,7 +56,7 @@ def test_a_resumed_run_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
         assert data(resumed) == data(whole)
         assert wrapped.traffic == uninterrupted.traffic
         assert measured == list(range(stop + 1, 6))
-        assert len(list(folder.iterdir())) == 2
+        assert len(list(folder.glob("round-*"))) == 2
         again, _, measured = start(name, 5, folder)  # there is nothing left to do
         assert data(again) == data(whole) and measured == []
 
@@ -82,3 +82,30 @@ def test_a_round_without_a_usable_reply_is_kept_too(tmp_path: Path) -> None:
     arrays, done = OMCStrategy(strategies.FedAvg(), None, checkpoints=Checkpoints(tmp_path)).resume(model())
     assert done == 1
     assert all(np.array_equal(arrays[name].numpy(), array.numpy()) for name, array in model().items())
+
+
+BAD_RANDOM = {
+    "a number beyond 32 bits": lambda state: [3, [2**40, *state[1][1:]], None],
+    "a negative number": lambda state: [3, [-1, *state[1][1:]], None],
+    "too few numbers": lambda state: [3, state[1][:5], None],
+    "no numbers": lambda state: [3, None, None],
+    "an unknown version": lambda state: [9, state[1], None],
+    "a text as the next normal number": lambda state: [3, state[1], "1"],
+    "nothing": lambda state: None,
+}
+
+
+@pytest.mark.parametrize("bad", BAD_RANDOM)
+def test_a_damaged_random_state_is_a_payload_error_and_changes_nothing(bad: str, tmp_path: Path) -> None:
+    start("FedAdam", 1, tmp_path)
+    (path,) = tmp_path.glob("round-*")
+    stored = Checkpoint.read(path)
+    stored.progress["random"] = BAD_RANDOM[bad](stored.progress["random"])
+    stored.write(path)
+    policy = fedomc.CompressionPolicy("S1E3M7", fraction=0.5, rounding="stochastic")
+    inner = strategies.FedAdam(fraction_train=0.5, fraction_evaluate=0.5, **INNERS["FedAdam"])
+    wrapped = OMCStrategy(inner, policy, checkpoints=Checkpoints(tmp_path))
+    before = random.getstate()
+    with pytest.raises(fedomc.PayloadError, match="random state"):
+        wrapped.resume(model())
+    assert random.getstate() == before and inner.m_t is None and wrapped.traffic == []

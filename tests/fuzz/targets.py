@@ -28,9 +28,10 @@ from fedomc.flower import OMCStrategy, collect, install
 from fedomc.methods.packed import Packed, encode
 from fedomc.serialization import entropy as lossless
 from fedomc.serialization import frame
-from fedomc.training.module_state import is_finite, state_of
+from fedomc.training.module_state import ModuleState, is_finite
 from tests.conftest import randn, same_bits
 from tests.fuzz.mutations import FORMATS, damaged, forged_content, forged_frame, forged_planes
+from tests.serialization.forging import signed_again
 from tests.serialization.test_frame import HEADER
 
 Target = Callable[[Random], bool]
@@ -176,6 +177,8 @@ class File:
         data = rng.choice(self.good)
         for _ in range(rng.choice((1, 1, 2))):
             data = rng.choice((damaged, _forged_header, _forged_piece, _forged_piece))(rng, data, self.others)
+        if rng.random() < 0.8:
+            data = signed_again(data)
         self.path.unlink(missing_ok=True)  # the one before may still be mapped
         self.path.write_bytes(data)
         load = fedomc.materialize_ if rng.random() < 0.3 else fedomc.load_model
@@ -347,8 +350,8 @@ def _filled(fill: Callable[[nn.Module], object], model: nn.Module) -> nn.Module 
         fill(model)
     if refused:
         return None
-    state = state_of(model)[0]
-    assert set(state) == set(state_of(build())[0])
+    state = ModuleState.of(model).tensors
+    assert set(state) == set(ModuleState.of(build()).tensors)
     assert not any(tensor.is_meta for tensor in state.values()) and all(map(is_finite, state.values()))
     return model
 
@@ -356,7 +359,8 @@ def _filled(fill: Callable[[nn.Module], object], model: nn.Module) -> nn.Module 
 @contextmanager
 def _unchanged_on_refusal(model: nn.Module) -> Iterator[list[PayloadError]]:
     before = {
-        name: (tensor, tensor if tensor.is_meta else _values(tensor)) for name, tensor in state_of(model)[0].items()
+        name: (tensor, tensor if tensor.is_meta else _values(tensor))
+        for name, tensor in ModuleState.of(model).tensors.items()
     }
     refused: list[PayloadError] = []
     try:
@@ -364,7 +368,7 @@ def _unchanged_on_refusal(model: nn.Module) -> Iterator[list[PayloadError]]:
     except PayloadError as error:
         refused.append(error)
     if refused:
-        after = state_of(model)[0]
+        after = ModuleState.of(model).tensors
         assert list(after) == list(before)
         for name, (tensor, values) in before.items():
             assert after[name] is tensor, f"{name} was replaced"

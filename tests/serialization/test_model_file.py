@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,9 +30,9 @@ from fedomc import (
     materialize_,
     save_model,
 )
-from fedomc.serialization import frame
-from fedomc.serialization import model_file as checkpoint
+from fedomc.serialization import frame, tensor_file
 from tests.conftest import allocations, dense, randn, same_bits
+from tests.serialization.forging import signed, signed_again
 
 POLICIES = {
     "fp32": None,
@@ -126,7 +125,11 @@ def test_a_file_is_safetensors_with_readable_metadata(path: Path) -> None:
         texts = file.metadata()
     assert texts.pop("note") == "round 7" and texts.pop("by") == "me"
     content = json.loads(texts.pop("fedomc"))
-    assert not texts and content["version"] == 1 and content["tied"] == {"output.weight": "embedding.weight"}
+    assert (
+        texts.keys() == {"fedomc.digest", "fedomc.digests"}
+        and content["version"] == 2
+        and content["tied"] == {"output.weight": "embedding.weight"}
+    )
     encoding = model.embedding.weight.encoding
     assert content["variables"]["embedding.weight"] == {
         "format": "S1E2M3", "update_format": "S1E2M1", "transform": "scaled", "rounding": "stochastic",
@@ -139,7 +142,7 @@ def test_a_file_is_safetensors_with_readable_metadata(path: Path) -> None:
     assert bytes(tensors["embedding.weight.update"].tolist()) == frame.to_bytes(part, (50, 40), frame.UPDATE)
 
 
-@pytest.mark.parametrize("dtype", checkpoint._DTYPES)
+@pytest.mark.parametrize("dtype", tensor_file._DTYPES)
 def test_every_dtype_is_stored_as_it_is(path: Path, dtype: torch.dtype) -> None:
     model, other = nn.Module(), nn.Module()
     model.register_buffer("values", torch.tensor([[1, 0, 2], [3, 1, 7]]).to(dtype).T)  # not contiguous
@@ -286,9 +289,18 @@ def test_what_no_file_can_hold(path: Path, change: Callable[[Model], None], erro
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("metadata", [{"fedomc": "x"}, {"a": 1}, {1: "a"}])
-def test_metadata_are_texts(path: Path, metadata: Any) -> None:
-    with pytest.raises(PayloadError, match="metadata"):
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"fedomc": "x"}, "reserved"),
+        ({"fedomc.digest": "x"}, "reserved"),
+        ({"a": 1}, "must be strings"),
+        ({1: "a"}, "must be strings"),
+        ({"a": "\ud800"}, "UTF-8"),
+    ],
+)
+def test_metadata_are_texts(path: Path, metadata: Any, says: str) -> None:
+    with pytest.raises(PayloadError, match=says):
         save_model(nn.Linear(2, 2), path, metadata)
     assert not path.exists()
 
@@ -331,6 +343,12 @@ Parts = tuple[dict[str, Tensor], dict[str, Any]]
 def reframed(fmt: str, kind: int = frame.VARIABLE, shape: tuple[int, ...] = (64, 40)) -> Tensor:
     packed = CompressedTensor.from_dense(randn(*shape), fmt).base
     return torch.tensor(list(frame.to_bytes(packed, shape, kind)), dtype=torch.uint8)
+
+
+def forge(tensors: dict[str, Tensor], path: Path, texts: dict[str, str]) -> None:
+    """Write a file that is wrong, with the digests of what it holds."""
+    save_file(tensors, path, texts)
+    path.write_bytes(signed_again(path.read_bytes()))
 
 
 def with_tensor(key: str, value: Tensor | None) -> Callable[[Parts], Parts]:
@@ -385,7 +403,7 @@ WRONG = {
         lambda parts: with_field("shape", [40, 64])(with_tensor(W, reframed("S1E2M3", shape=(40, 64)))(parts)),
         r"inner\.0\.weight: ",
     ),
-    "version": (with_content(version=2), "version 2"),
+    "version": (with_content(version=3), "version 3"),
     "no version": (with_content(version=None), "version None"),
     "no variables": (with_content(variables=None), "no variables"),
     "no ties": (with_content(tied=[]), "no tied"),
@@ -417,7 +435,7 @@ def test_a_wrong_file_is_refused_and_the_model_stays(path: Path, name: str, into
     with safetensors.safe_open(path, "pt") as file:
         content = json.loads(file.metadata()["fedomc"])
     tensors, content = change((load_file(path), content))
-    save_file(tensors, path, {"fedomc": json.dumps(content)})
+    forge(tensors, path, {"fedomc": json.dumps(content)})
     model = into()
     before = snapshot(model)
     with pytest.raises(PayloadError, match=says):
@@ -425,9 +443,9 @@ def test_a_wrong_file_is_refused_and_the_model_stays(path: Path, name: str, into
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"version": 1' + "0" * 5000 + "}", "NaN"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"version": 2' + "0" * 5000 + "}", "NaN"])
 def test_metadata_that_are_none(path: Path, text: str) -> None:
-    save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path, {"fedomc": text})
+    forge({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path, {"fedomc": text})
     with pytest.raises(PayloadError, match=r"model\.safetensors: "):
         load_model(nn.Linear(2, 2), path)
 
@@ -436,9 +454,9 @@ def test_metadata_of_any_depth(path: Path) -> None:
     """Somewhere the parser gives up, and what shows a value in an error must not do so earlier."""
     for depth in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit() + 5):
         shape = "[" * depth + "]" * depth
-        text = '{"version":1,"tied":{},"variables":{"weight":{"format":"S1E2M3","seed":0,"transform":"none",'
+        text = '{"version":2,"tied":{},"variables":{"weight":{"format":"S1E2M3","seed":0,"transform":"none",'
         text += f'"rounding":"nearest","draws":[0],"shape":{shape}}}}}}}'
-        save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path, {"fedomc": text})
+        forge({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path, {"fedomc": text})
         with pytest.raises(PayloadError):
             load_model(nn.Linear(2, 2), path)
 
@@ -456,7 +474,7 @@ def test_a_sum_of_two_parts_that_leaves_the_range_is_refused(path: Path) -> None
     for key, kind in (("weight", frame.VARIABLE), ("weight.update", frame.UPDATE)):
         packed = CompressedTensor.from_dense(torch.full((40, 40), 3e38), "S1E8M7", transform="none").base
         tensors[key] = torch.tensor(list(frame.to_bytes(packed, (40, 40), kind)), dtype=torch.uint8)
-    save_file(tensors, path, texts)
+    forge(tensors, path, texts)
     before = snapshot(model)
     with pytest.raises(PayloadError, match="weight has a value"):
         load_model(model, path)
@@ -520,6 +538,34 @@ def test_every_truncation_is_found(small: tuple[Path, bytes]) -> None:
     assert not refused_or_whole(path, data)
 
 
+def test_no_flipped_bit_is_taken_for_a_good_value(small: tuple[Path, bytes]) -> None:
+    """One bit of every byte, each of the eight in turn; what loads all the same is what was saved."""
+    path, data = small
+
+    def loaded(content: bytes) -> dict[str, Any] | None:
+        path.unlink()  # the one before may still be mapped
+        path.write_bytes(content)
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 6, bias=False))
+        for fill in (load_model, materialize_):
+            try:
+                fill(model, path)
+            except PayloadError:
+                continue
+            return snapshot(model)
+        return None
+
+    expected = loaded(data)
+    assert expected is not None
+    accepted = []
+    for at in range(len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        if loaded(bytes(changed)) is not None:
+            accepted.append(at)
+    assert accepted == []
+
+
 @given(st.data())
 def test_damaged_files_are_refused_or_harmless(small: tuple[Path, bytes], data: st.DataObject) -> None:
     path, original = small
@@ -555,8 +601,7 @@ def test_forged_headers_are_refused_or_harmless(small: tuple[Path, bytes], data:
         if key != "__metadata__":
             where[key] = data.draw(JSON if where is not header else headers())
     header["__metadata__"]["fedomc"] = json.dumps(content)
-    text = json.dumps(header).encode()
-    refused_or_whole(path, struct.pack("<Q", len(text)) + text + original[8 + length :])
+    refused_or_whole(path, signed(header, original[8 + length :]))
 
 
 def headers() -> st.SearchStrategy[Any]:
@@ -747,6 +792,24 @@ def test_filled_while_in_inference_mode_it_can_be_trained(path: Path) -> None:
     for model in models:
         fedomc.step_in_backward(model, torch.optim.SGD, lr=0.1)
         step(model, 0)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_filled_where_new_tensors_are_made_on_the_meta_device(path: Path, name: str) -> None:
+    plain, saved, policy = trained("fp32"), trained(name), POLICIES[name]
+    selection = {} if policy is None else policy.select(plain)
+    expected = materialize_(on_meta(), state(plain), selection)
+    save_model(saved, path)
+    with torch.device("meta"):
+        models = [
+            load_model(Model(), path),
+            materialize_(Model(), path),
+            materialize_(Model(), state(plain), selection),
+        ]
+    for model, like in zip(models, (saved, saved, expected), strict=True):
+        assert snapshot(model) == snapshot(like)
+        with torch.device("meta"):
+            model(torch.arange(4, device="cpu")).square().mean().backward()
 
 
 def test_frozen_stays_frozen(path: Path) -> None:

@@ -9,10 +9,12 @@ from torch import nn
 from fedomc import (
     CompressedTensor,
     CompressionPolicy,
+    FormatError,
     NonFiniteError,
     PolicyError,
     compress_,
     decompress_,
+    materialize_,
     parameter_bytes,
 )
 from tests.conftest import allocations, assert_same_parameters, compressed, dense, randn, same_bits
@@ -49,6 +51,51 @@ def test_compresses_what_is_selected_and_nothing_else() -> None:
             assert torch.equal(q.base.codes, expected.base.codes)
         else:
             assert same_bits(p, q)
+
+
+WRITTEN = {
+    "S1E3M7": CompressionPolicy("S1E3M7"),
+    "S1E2M3+S1E2M1": CompressionPolicy("S1E2M3", update_format="S1E2M1"),
+    "S1E3M7@0.5": CompressionPolicy("S1E3M7", fraction=0.5),
+    "S1E2M3+S1E3M0@0.5": CompressionPolicy("S1E2M3", update_format="S1E3M0", fraction=0.5),
+}
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_format_or_a_policy_is_enough(text: str) -> None:
+    policy = WRITTEN[text]
+    expected = compress_(model(), policy.select(model()))
+    with torch.device("meta"):
+        empty = [model(), model()]
+    for found in (
+        compress_(model(), text),
+        compress_(model(), policy),
+        materialize_(empty[0], model().state_dict(), text),
+        materialize_(empty[1], model().state_dict(), policy),
+    ):
+        assert_same_parameters(expected, found)
+        for p, q in zip(expected.parameters(), found.parameters(), strict=True):
+            assert getattr(p, "encoding", None) == getattr(q, "encoding", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        ("S9E3M7", FormatError, "S9E3M7"),
+        ("", FormatError, "''"),
+        ("S1E3M7+", FormatError, "''"),
+        ("S1E3M7@", PolicyError, "'S1E3M7@'"),
+        ("S1E3M7@nine", PolicyError, "nine"),
+        ("S1E3M7@1.5", PolicyError, "1.5"),
+        ("S1E3M7@0", PolicyError, "fraction"),
+    ],
+)
+def test_a_text_that_is_no_format_is_refused(text: str, error: type[Exception], says: str) -> None:
+    layer = nn.Linear(40, 60)
+    for compress in (lambda: compress_(layer, text), lambda: materialize_(layer, layer.state_dict(), text)):
+        with pytest.raises(error, match=says):
+            compress()
+    assert not isinstance(layer.weight, CompressedTensor)
 
 
 def test_round_trip() -> None:
@@ -158,7 +205,7 @@ def test_compressed_while_in_inference_mode() -> None:
     assert layer.weight.grad is not None
 
 
-def test_only_float32_and_only_selections_are_taken() -> None:
+def test_only_float32_is_taken() -> None:
     layer = nn.Linear(8, 8, dtype=torch.bfloat16)
     with pytest.raises(PolicyError, match="bfloat16"):
         compress_(layer, POLICY.select(layer))
@@ -166,5 +213,19 @@ def test_only_float32_and_only_selections_are_taken() -> None:
         layer = nn.Linear(8, 8)
     with pytest.raises(PolicyError, match=r"weight lies on the meta device.*materialize_"):
         compress_(layer, POLICY.select(layer))
-    with pytest.raises(PolicyError, match="select"):
-        compress_(layer, POLICY)  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match=r"a list selects nothing: .*'S1E3M7'.*select\(model\)"):
+        compress_(layer, ["weight"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", [POLICY, CompressionPolicy("S1E2M3", update_format="S1E2M1")])
+def test_compressed_where_new_tensors_are_made_on_the_meta_device(policy: CompressionPolicy) -> None:
+    layer = nn.Linear(40, 60)
+    expected = compress_(copy.deepcopy(layer), policy.select(layer)).weight.dequantize()
+    with torch.device("meta"):
+        compress_(layer, policy.select(layer))
+        assert torch.equal(layer.weight.dequantize(), expected)
+        layer(torch.ones(2, 40, device="cpu")).sum().backward()
+        with torch.no_grad():
+            layer.weight.sub_(layer.weight.grad)
+            layer.weight.mul_(0.5)
+        assert not torch.equal(decompress_(layer).weight, expected)

@@ -15,6 +15,7 @@ import zstandard
 
 from fedomc import FloatFormat
 from tests.conftest import gfloat_format, pack_by_design
+from tests.independent_reader import tensor_digest, text_digest
 
 FOLDER = Path(__file__).parent
 
@@ -199,8 +200,10 @@ def make_model() -> None:
     values["narrow"] = np.array([[0.5, -0.0]], dtype="<f2")
     for name, dtype in (("hidden.bias", "F32"), ("count", "I64"), ("narrow", "F16")):
         stored[name] = (dtype, list(values[name].shape), values[name].tobytes(), values[name].itemsize)
-    content = {"version": 1, "variables": variables, "tied": {"output.weight": "embedding.weight"}}
-    header = {"__metadata__": {"fedomc": compact(content), "note": "a test vector"}}
+    content = {"version": 2, "variables": variables, "tied": {"output.weight": "embedding.weight"}}
+    digests = {name: tensor_digest(dtype, shape, raw) for name, (dtype, shape, raw, _) in stored.items()}
+    texts = {"fedomc": compact(content), "fedomc.digests": compact(digests), "note": "a test vector"}
+    header = {"__metadata__": {**texts, "fedomc.digest": text_digest(texts)}}
     data = b""
     for name, (dtype, shape, raw, _) in sorted(stored.items(), key=lambda item: (-item[1][3], item[0])):
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}

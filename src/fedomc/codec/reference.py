@@ -148,7 +148,7 @@ def _encode_chunk(
         if element.exponent_bits == 8:  # squares may leave the range of float32
             difference, represented = difference.double(), represented.double()
         found = _sums(difference, represented, blocks)
-        sums.copy_(found / torch.tensor([1, scale, scale, scale, 1], dtype=torch.float64) / scale)
+        sums.copy_(found / found.new_tensor([1, scale, scale, scale, 1]) / scale)
 
 
 def _working_bias(element: FloatElement) -> int:
@@ -238,11 +238,12 @@ def _sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By row: the word in which its code begins, the one in which it may end, the bit it begins at, a mask."""
-    position = torch.arange(ROWS) * bits
+    position = torch.arange(ROWS, device="cpu") * bits
     first = position // 32
     second = (first + 1).clamp(max=bits - 1)
     begin = (position % 32).to(torch.int32)
-    mask = torch.tensor([(1 << (32 - int(o))) - 1 if o else -1 for o in begin], dtype=torch.int64).to(torch.int32)
+    masks = [(1 << (32 - int(o))) - 1 if o else -1 for o in begin]
+    mask = torch.tensor(masks, dtype=torch.int64, device="cpu").to(torch.int32)
     column = (ROWS, 1)
     return first.to(device), second.to(device), begin.view(column).to(device), mask.view(column).to(device)
 

@@ -96,7 +96,7 @@ class Mean:
             if name not in self._sums:
                 values = self._broadcast.dense(name)
                 kind = torch.float32 if values.dtype == np.float32 else torch.float64
-                self._sums[name] = torch.zeros(values.size, dtype=kind)
+                self._sums[name] = torch.zeros(values.size, dtype=kind, device="cpu")
             add_changes(self._sums[name], [(reply[name], weight) for reply, weight in replies])
         for reply, weight in replies:
             if self._value:
@@ -199,12 +199,16 @@ def _values(returned: Returned, server: Values, value: bool) -> Values:
         values = returned.read()
         if not isinstance(values, Packed):
             return values.copy()
-        return values.decode(torch.empty(server.size)).numpy().reshape(server.shape)
-    flat = returned.change(torch.empty(server.size))
+        return values.decode(_empty(server.size)).numpy().reshape(server.shape)
+    flat = returned.change(_empty(server.size))
     if value:
         assert isinstance(returned.sent, Packed)
         return returned.sent.add_to(flat).numpy().reshape(server.shape)
     return flat.numpy().reshape(server.shape) + server
+
+
+def _empty(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 def dense_array(values: Values) -> Array:

@@ -23,7 +23,7 @@ from fedomc.methods import Encoding, Method, Packed, encode, parse_method
 from fedomc.serialization import frame
 from fedomc.tensor.compressed import CompressedTensor
 from fedomc.training.model import replace_parameters
-from fedomc.training.module_state import check_names, fill_, some, state_of
+from fedomc.training.module_state import ModuleState, OwnedValue, some
 
 STYPE = "fedomc.serialization.frame"
 """The serialization type of an ``Array`` that holds a compressed variable."""
@@ -82,15 +82,6 @@ def read_packed(array: Array, name: str, *, copy: bool, sent: Packed | None = No
     return frame.from_bytes(array.data, name, copy=copy, shape=tuple(array.shape), sent=sent)
 
 
-def read_dense(array: Array, name: str) -> np.ndarray[Any, Any]:
-    """Take plain finite values from an ``Array``: a copy, which may be written.
-
-    Raises:
-        PayloadError: the data is not a numpy array of the array's shape, or a value is NaN or infinite.
-    """
-    return view_dense(array, name).copy()
-
-
 def view_dense(array: Array, name: str, *, check: bool = True) -> np.ndarray[Any, Any]:
     """Take plain values from an ``Array`` where they lie in its data.
 
@@ -115,6 +106,8 @@ def view_dense(array: Array, name: str, *, check: bool = True) -> np.ndarray[Any
     if math.prod(shape) * dtype.itemsize != len(data) - begin:
         raise PayloadError(f"{name}: {len(data)} bytes do not hold {dtype} {shape}")
     values = np.frombuffer(data, dtype, offset=begin).reshape(shape, order="F" if columns_first else "C")
+    if not values.flags.aligned:
+        values = values.copy()
     if check and not _all_finite(values):
         raise PayloadError(f"{name} has a value that is NaN or infinite")
     return values
@@ -180,15 +173,15 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
             message nothing may be left if it was to be consumed.
     """
     arrays, told = _content(message)
-    state, aliases = state_of(model)
-    tied = [name for name in arrays if name in aliases]
+    state = ModuleState.of(model)
+    tied = [name for name in arrays if name in state.aliases]
     if tied:
         raise PayloadError(f"{some(tied)} is tied to another variable and travels under one name: send collect(model)")
-    check_names(model, arrays.keys())
+    state.check_names(arrays.keys())
     items = _consumed(message, told) if consume else iter(arrays.items())
     size = sum(len(array.data) for array in arrays.values())
     del arrays
-    fill_(model, ((name, _read(array, name, state[name], told)) for name, array in items))
+    state.fill((name, _read(array, name, state.tensors[name], told)) for name, array in items)
     if consume:
         _give_back_memory(size)
     return model
@@ -256,7 +249,7 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
             is to be consumed is stepped in backward.
     """
     sent, told = ({}, None) if message is None else _content(message)
-    state = state_of(model)[0]
+    state = ModuleState.of(model).tensors
     record, written = ArrayRecord(), [0]
 
     def emptied() -> Iterator[tuple[str, Tensor]]:
@@ -319,13 +312,14 @@ def _rest_update(tensor: Tensor, array: Array, name: str, told: Instructions) ->
     return packed_array(update, tuple(tensor.shape), frame.UPDATE, lossless=told.lossless)
 
 
-def _read(array: Array, name: str, old: Tensor, told: Instructions | None) -> Tensor:
+def _read(array: Array, name: str, old: Tensor, told: Instructions | None) -> Tensor | OwnedValue:
+    """Read a variable; dense values may lie in the message, and are neither copied nor checked here."""
     if tuple(array.shape) != tuple(old.shape):
         raise PayloadError(f"{name}: shape {tuple(array.shape)}, but the model's is {tuple(old.shape)}")
     if array.stype != STYPE:
         try:
-            return torch.from_numpy(read_dense(array, name))
-        except TypeError as error:
+            return flat_tensor(view_dense(array, name, check=False)).view(tuple(array.shape))
+        except (TypeError, BufferError) as error:
             raise PayloadError(f"{name}: {error}") from None
     if told is None:
         raise PayloadError(f"{name} is compressed, but the message has no {CONFIG!r} config record")
@@ -337,4 +331,5 @@ def _read(array: Array, name: str, old: Tensor, told: Instructions | None) -> Te
         return CompressedTensor.from_packed(parsed.packed, told.encoding, parsed.shape, name)
     if parsed.packed.method != told.rest_format:
         raise PayloadError(f"{name} is {parsed.packed.method}, but the config record's rest is {told.rest_format}")
-    return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
+    values = torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu")
+    return OwnedValue(parsed.packed.decode(values).view(parsed.shape))

@@ -76,4 +76,4 @@ def _encode(name: str, values: Tensor, format: Method, how: Encoding) -> Packed:
 
 
 def _values(parsed: frame.Frame) -> Tensor:
-    return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
+    return parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu")).view(parsed.shape)

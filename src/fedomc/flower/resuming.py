@@ -68,7 +68,7 @@ def restore(strategy: "OMCStrategy", checkpoint: Checkpoint, arrays: ArrayRecord
             raise PayloadError(
                 f"the checkpoint was made with {configured}, not {_configured(strategy)}: start again in another folder"
             )
-        version, state, gauss = checkpoint.progress["random"]
+        random_state = _random_state(checkpoint.progress["random"])
         traffic = [Traffic(**row) for row in checkpoint.progress["traffic"]]
         optimizer = {
             attribute: _value(kind, checkpoint.arrays[attribute])
@@ -80,11 +80,11 @@ def restore(strategy: "OMCStrategy", checkpoint: Checkpoint, arrays: ArrayRecord
             clipping.clipping_norm = float(checkpoint.progress["clipping_norm"])
         if accountant is not None:
             accountant.load_state_dict(checkpoint.progress["privacy"])
-        random.setstate((version, tuple(state), gauss))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, PayloadError):
             raise
         raise PayloadError(f"the checkpoint misses something: {error!r}") from None
+    random.setstate(random_state)
     for attribute, value in optimizer.items():
         setattr(_innermost(strategy), attribute, value)
     strategy.traffic[:] = traffic
@@ -92,6 +92,26 @@ def restore(strategy: "OMCStrategy", checkpoint: Checkpoint, arrays: ArrayRecord
     for name in arrays:
         record[name] = Array(np.asarray(stored[name], order="C"))
     return record, server_round
+
+
+def _random_state(stored: Any) -> tuple[Any, ...]:
+    """Return the state of Python's generator as ``random.setstate`` takes it.
+
+    Raises:
+        PayloadError: it is not such a state.
+    """
+    try:
+        version, numbers, gauss = stored
+        if gauss is not None and type(gauss) is not float:
+            raise TypeError(f"{gauss!r} is no number")
+        state = version, tuple(numbers), gauss
+        generator = random.Random()  # noqa: S311  (another than the one that Flower draws from)
+        generator.setstate(state)
+        if generator.getstate() != state:
+            raise ValueError("a number is out of range")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise PayloadError(f"the checkpoint's random state is damaged: {error}") from None
+    return state
 
 
 def _innermost(strategy: "OMCStrategy") -> Strategy:

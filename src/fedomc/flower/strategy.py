@@ -177,6 +177,8 @@ class OMCStrategy(Strategy):
             measure(number)
             if self.checkpoints is not None:
                 self.checkpoints.save(number, state_of(self, number, arrays))
+        if self.checkpoints is not None:
+            self.checkpoints.release()
         result.arrays = arrays
         return result
 
@@ -202,7 +204,7 @@ class OMCStrategy(Strategy):
         Raises:
             PayloadError: the checkpoint is of another model or policy, or none is whole.
         """
-        stored = None if self.checkpoints is None else self.checkpoints.load()
+        stored = None if self.checkpoints is None else self.checkpoints.resume()
         if stored is None:
             return arrays, 0
         return restore(self, stored, arrays)

@@ -1,7 +1,8 @@
-"""The state of a federated run after each round, as files to resume from."""
+"""Checkpoints of a federated run: the state after a round as a file, and the folder that keeps the last few."""
 
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,33 +10,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from fedomc.errors import PayloadError
-from fedomc.serialization.model_file import dense_piece, to_json, write_pieces
+from fedomc.serialization import folder_lock
+from fedomc.serialization.tensor_file import TensorFile, dense_piece, to_json, write_tensor_file
 
 _KEY = "fedomc.round"
-_VERSION = 1
-_NAME = "round-{:08}.safetensors"
+_VERSION = 2
+_NAME = re.compile(r"round-(\d{8}|[1-9]\d{8,})\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on after a round.
+    """The state of a run after a round, from which it can go on.
 
     Attributes:
-        progress: what JSON can hold: the round, what was counted and configured.
-        arrays: model and optimizer state by kind, which has no slash, and name.
+        progress: the round, counters and settings: whatever JSON can hold.
+        arrays: the model and the optimizer's state: arrays by kind, whose name has no slash, and by name.
     """
 
     progress: dict[str, Any]
     arrays: dict[str, dict[str, np.ndarray[Any, Any]]] = field(default_factory=dict)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write to a file, which replaces the former one when it is whole and on the disk; same state, same bytes.
+        """Write the checkpoint to a file, which is replaced as a whole; the same state gives the same bytes.
 
         Raises:
-            PayloadError: an array of a dtype that the file cannot hold.
+            PayloadError: an array has a dtype that the file cannot hold.
             OSError: the file cannot be written.
         """
         pieces = []
@@ -45,38 +46,44 @@ class Checkpoint:
                     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
                     pieces.append(dense_piece(f"{kind}/{name}", torch.from_numpy(np.asarray(array, order="C"))))
         content = {"version": _VERSION, "kinds": list(self.arrays), "progress": self.progress}
-        write_pieces(path, {_KEY: to_json(content)}, pieces)
+        write_tensor_file(path, {_KEY: to_json(content)}, pieces)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Checkpoint":
-        """Read a file.
+        """Read a checkpoint; every byte of it is checked against its digest.
 
         Raises:
-            PayloadError: it is damaged, or no checkpoint of a round.
-            OSError: it cannot be read.
+            PayloadError: the file is damaged, or is no checkpoint.
+            OSError: the file cannot be read.
         """
-        try:
-            with safe_open(path, "np") as file:
-                content = json.loads((file.metadata() or {})[_KEY])
+        with TensorFile.open(path) as file:
+            try:
+                content = json.loads(file.texts[_KEY])
                 if content["version"] != _VERSION:
-                    raise PayloadError(f"{path}: version {content['version']!r} is unknown: update fedomc")
+                    raise PayloadError(
+                        f"{path}: checkpoint version {content['version']!r}, but this fedomc reads {_VERSION}: "
+                        "use the fedomc that wrote it"
+                    )
                 arrays: dict[str, dict[str, Any]] = {str(kind): {} for kind in content["kinds"]}
-                for key in file.keys():
+                for key in file.keys:
                     kind, _, name = key.partition("/")
-                    arrays[kind][name] = file.get_tensor(key)
+                    arrays[kind][name] = file.tensor(key).numpy().copy()
                 return cls(dict(content["progress"]), arrays)
-        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
-            if isinstance(error, PayloadError):
-                raise
-            raise PayloadError(f"{path} is damaged: {error}") from None
+            except (KeyError, ValueError, TypeError, RecursionError) as error:
+                if isinstance(error, PayloadError):
+                    raise
+                raise PayloadError(f"{path} is not a checkpoint: {error!r}") from None
 
 
 class Checkpoints:
-    """A folder with the checkpoints of a run's last rounds.
+    """A folder that keeps the checkpoints of a run's last rounds.
+
+    Only files with the names that ``save`` gives, ``round-00000012.safetensors``, are read, counted or removed; others
+    may lie beside them. While a run is on, its process locks the folder.
 
     Args:
-        folder: made if it is missing; a run goes on with what is there, so a new run takes a new one.
-        keep: how many.
+        folder: is made if it is missing. A run goes on from what it finds here, so give a new run a new folder.
+        keep: how many checkpoints stay.
 
     Raises:
         PayloadError: ``keep`` is less than 1.
@@ -85,33 +92,73 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
         if keep < 1:
-            raise PayloadError(f"keep={keep} checkpoints leave nothing to resume from: keep 1 or more")
+            raise PayloadError(f"keep={keep} leaves no checkpoint to resume from: keep at least 1")
         self.folder = Path(folder)
         self.keep = keep
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, number: int, checkpoint: Checkpoint) -> None:
-        """Write the state after a round, and remove what is older than the last ``keep``."""
-        checkpoint.write(self.folder / _NAME.format(number))
-        for old in self.paths()[: -self.keep]:
-            old.unlink(missing_ok=True)
+        """Write the checkpoint of a round, and remove those of rounds before the last ``keep`` up to this one.
 
-    def load(self) -> Checkpoint | None:
-        """Read the last whole one, if there is any; damaged ones are warned of and passed over.
+        Args:
+            number: of the round. Checkpoints of later rounds stay as they are.
+            checkpoint: what to write.
 
         Raises:
-            PayloadError: there are checkpoints, but none is whole.
+            FolderLockedError: a run in another process writes its checkpoints here.
+            PayloadError: the number is negative, or the checkpoint cannot be written as a file.
+            OSError: the file cannot be written.
         """
-        paths = self.paths()
-        for path in reversed(paths):
+        if number < 0:
+            raise PayloadError(f"round {number}: a checkpoint needs a number from 0 on")
+        folder_lock.acquire(self.folder)
+        checkpoint.write(self.folder / f"round-{number:08}.safetensors")
+        for old in [path for path in self.paths() if _number(path) <= number][: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def resume(self) -> Checkpoint | None:
+        """Lock the folder for the run that starts now, and read the checkpoint from which it goes on, as ``load`` does.
+
+        Raises:
+            FolderLockedError: a run in another process writes its checkpoints here.
+            PayloadError: there are checkpoints, but all are damaged.
+        """
+        folder_lock.acquire(self.folder)
+        return self.load()
+
+    def release(self) -> None:
+        """Unlock the folder after a run; the end of the process does the same."""
+        folder_lock.release(self.folder)
+
+    def load(self) -> Checkpoint | None:
+        """Read the newest checkpoint that is whole; None if the folder has none.
+
+        A damaged one is reported in a warning and the one before is taken. Other processes may use the folder
+        meanwhile.
+
+        Raises:
+            PayloadError: there are checkpoints, but all are damaged.
+        """
+        while paths := self.paths():
             try:
-                return Checkpoint.read(path)
-            except PayloadError as error:
-                warnings.warn(f"passed over: {error}", stacklevel=2)
-        if paths:
-            raise PayloadError(f"no checkpoint in {self.folder} can be read: start again in another folder")
+                for path in reversed(paths):
+                    try:
+                        return Checkpoint.read(path)
+                    except PayloadError as error:
+                        warnings.warn(f"{error}; the checkpoint before it is taken", stacklevel=2)
+            except FileNotFoundError:  # another process removed it as too old: there are newer ones
+                continue
+            raise PayloadError(f"every checkpoint in {self.folder} is damaged: start again in another folder")
         return None
 
     def paths(self) -> list[Path]:
-        """List the files, oldest first."""
-        return sorted(self.folder.glob("round-*.safetensors"))
+        """List the checkpoints, in the order of their rounds."""
+        files = (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file())
+        return sorted(files, key=_number)
+
+
+def _number(path: Path) -> int:
+    """Return the round of a checkpoint, which is in its name."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])

@@ -136,7 +136,7 @@ def decompress(
             raise PayloadError(f"{name} is a difference to other codes than those that were sent")
         data = data[_LENGTH.size :]
     pieces = _cut(data, numel, bits, way, name)
-    words = torch.empty(codec.words_of(numel, bits), dtype=torch.int32)
+    words = torch.empty(codec.words_of(numel, bits), dtype=torch.int32, device="cpu")
     for start, planes in zip(range(0, numel, SEGMENT), pieces, strict=True):
         count = min(SEGMENT, numel - start)
         symbols = _joined([_unzipped(piece, size, name) for piece, size in planes], count, bits, way, name)
@@ -227,7 +227,7 @@ def _byte(symbols: Tensor) -> _Plane:
 
 
 def _joined(planes: list[_Plane], count: int, bits: int, way: int, name: str) -> Tensor:
-    symbols = torch.zeros(count, dtype=torch.int32)
+    symbols = torch.zeros(count, dtype=torch.int32, device="cpu")
     rest, low = iter(planes), bits - _first(bits, way)
     if low < bits:
         highest = next(rest)

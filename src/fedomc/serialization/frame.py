@@ -248,6 +248,8 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
     """
     try:
         update, seed = fields.get("update_format"), fields["seed"]
+        if not (fields["transform"] and fields["rounding"]):
+            raise PayloadError(f"transform={fields['transform']!r} or rounding={fields['rounding']!r} is missing")
         if type(seed) is not int:
             raise PayloadError(f"seed={seed!r} is not a whole number")
         return Encoding(

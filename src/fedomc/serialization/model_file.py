@@ -1,97 +1,92 @@
-"""A model as a file: safetensors, whose compressed variables are frames; see ``docs/format.md``."""
+"""Save a model to a safetensors file and load it again; ``docs/format.md`` specifies the bytes."""
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedomc.errors import NonFiniteError, PayloadError
 from fedomc.methods import Encoding, Method, Packed
 from fedomc.serialization import frame
-from fedomc.serialization.atomic_file import replacing
+from fedomc.serialization.tensor_file import (
+    OURS,
+    Piece,
+    TensorFile,
+    dense_piece,
+    raw_bytes,
+    to_json,
+    write_tensor_file,
+)
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
-from fedomc.training.module_state import check_names, fill_, is_finite, some, state_of
+from fedomc.training.model import resolve_selection
+from fedomc.training.module_state import ModuleState, is_finite, some
+from fedomc.training.policy import CompressionPolicy
 
 KEY = "fedomc"
-"""The entry of a file's metadata that describes its compressed variables."""
+"""The entry of a file's metadata that describes its compressed variables and tied names."""
 
-VERSION = 1
+VERSION = 2
 
 _UPDATE = ".update"
-"""Ends the key of an update's frame. No variable has such a name: a module cannot be in the place of a parameter."""
-
-_DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
-"""The names of dtypes in safetensors."""
+"""Ends the key of an update's frame. No variable has such a name, as no module can stand in a parameter's place."""
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a model's parameters, packed as they are, and its persistent buffers to a file.
+    """Write a model's parameters and persistent buffers to a file; compressed parameters stay packed.
 
-    The same model always gives the same bytes. The file is replaced whole: after a failure the former one is there.
+    The same model always gives the same bytes. The file is replaced as a whole and keeps its permissions; if saving
+    fails, the former file is still there.
 
     Args:
         model: plain or compressed.
         path: of the file.
-        metadata: texts to keep with it; ``safetensors.safe_open(path, "pt").metadata()`` gives them back.
+        metadata: texts to store in the file. ``safetensors.safe_open(path, "pt").metadata()`` returns them.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
-        PayloadError: a variable lies on the meta device, or is of a dtype or layout that a file cannot hold; the
-            metadata are not texts.
+        PayloadError: a variable lies on the meta device, or has a dtype or layout that a file cannot hold; or the
+            metadata are not strings, or use a name that begins with ``fedomc``.
         OSError: the file cannot be written.
     """
-    state, aliases = state_of(model)
+    state = ModuleState.of(model)
     texts = dict(metadata or {})
-    if KEY in texts or not all(isinstance(text, str) for pair in texts.items() for text in pair):
-        raise PayloadError(f"metadata must be texts, under other names than {KEY!r}: {some(list(map(str, texts)))}")
-    described = {name: _describe(tensor) for name, tensor in state.items() if is_compressed(tensor)}
-    texts[KEY] = to_json({"version": VERSION, "variables": described, "tied": aliases})
-    write_pieces(path, texts, (piece for item in state.items() for piece in _pieces(*item)))
+    for name, text in texts.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise PayloadError(f"metadata {name!r}: {text!r} cannot be stored: name and value must be strings")
+        if name.startswith(OURS):
+            raise PayloadError(f"metadata {name!r} cannot be stored: names that begin with {OURS!r} are reserved")
+    described = {name: _describe(tensor) for name, tensor in state.tensors.items() if is_compressed(tensor)}
+    texts[KEY] = to_json({"version": VERSION, "variables": described, "tied": state.aliases})
+    write_tensor_file(path, texts, (piece for item in state.tensors.items() for piece in _pieces(*item)))
 
 
 def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Make a model what ``save_model`` wrote: its parameters and persistent buffers are replaced.
+    """Replace a model's parameters and persistent buffers by those that ``save_model`` wrote.
+
+    Everything is checked against the digests in the file before the model is changed.
 
     Args:
-        model: plain, compressed or on the meta device; until all is checked there is memory for the old state and the
-            new one. Weights that were tied in the file are tied afterwards.
+        model: plain, compressed or on the meta device. Its old state is freed when the new one is complete. Weights
+            that were tied when they were saved are tied again.
         path: of the file.
 
     Returns:
         The model.
 
     Raises:
-        PayloadError: the file is damaged, is of another model or was not written by ``save_model``; the model is as
-            it was.
+        PayloadError: the file is damaged, holds another model, or was not written by ``save_model``; the model is
+            unchanged.
         PolicyError: a parameter is stepped in backward: load first, then call ``step_in_backward``.
         OSError: the file cannot be read.
     """
     with _open(path) as file:
         if not file.described:
-            raise PayloadError(f"{path} was not written by save_model: fill the model with materialize_(model, path)")
+            raise PayloadError(f"{path} was not written by save_model: use materialize_(model, path)")
         file.fill(model)
     return model
 
@@ -99,36 +94,39 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 def materialize_(
     model: nn.Module,
     source: str | os.PathLike[str] | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    selection: Mapping[str, Encoding] | None = None,
+    selection: Mapping[str, Encoding] | CompressionPolicy | str | None = None,
 ) -> nn.Module:
-    """Fill a model that lies on the meta device, compressing as the values arrive: the FP32 model never exists.
+    """Fill a model on the meta device and compress each variable as it arrives, so that no FP32 model ever exists.
 
     Args:
-        model: parameters and persistent buffers are replaced. Buffers that are not part of the state_dict must be
-            real already: no source holds them.
-        source: a file of ``save_model``, any other safetensors file of dense values, a state_dict, or pairs of name and
-            value, which are drawn one by one. float16 and bfloat16 values may fill float32 variables. Tied weights
-            may come under any of their names, or under all.
-        selection: encodings of the variables to compress, as from ``CompressionPolicy.select``; the others stay as
-            they come.
+        model: its parameters and persistent buffers are replaced. Buffers that are not in the state_dict must hold
+            their values already, as no source has them.
+        source: a file of ``save_model``; any other safetensors file; a state_dict; or pairs of name and tensor, which
+            are taken one by one. float16 and bfloat16 values may fill float32 variables. Tied weights may come under
+            one of their names or under several.
+        selection: a format, a policy or encodings by name, as ``compress_`` takes them; None compresses nothing. The
+            other variables keep the form in which they come.
 
     Returns:
         The model.
 
     Raises:
-        PayloadError: something is missing, unknown, damaged, not finite, or of another shape or dtype; the model is
-            as it was.
+        FormatError: the selection is a text that is not a format.
+        PayloadError: a variable is missing, unknown, damaged, not finite, or has another shape or dtype; the model is
+            unchanged.
         PolicyError: the selection does not fit the model, or names a variable that is compressed in the source.
         OSError: the file cannot be read.
     """
+    selection = None if selection is None else resolve_selection(model, selection)
     if isinstance(source, str | os.PathLike):
         with _open(source) as file:
             file.fill(model, selection, widen=True)
         return model
+    state = ModuleState.of(model)
     if isinstance(source, Mapping):
-        check_names(model, source.keys())
+        state.check_names(source.keys())
         source = source.items()
-    fill_(model, map(_copied, source), selection, widen=True)
+    state.fill(map(_copied, source), selection, widen=True)
     return model
 
 
@@ -138,47 +136,6 @@ def _copied(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor of a file, read when it is written."""
-
-    key: str
-    dtype: str
-    shape: list[int]
-    size: int
-    alignment: int
-    read: Callable[[], Any]
-
-    @property
-    def order(self) -> tuple[int, str]:
-        """Sort by alignment, so that every piece lies on a multiple of its own."""
-        return -self.alignment, self.key
-
-
-def write_pieces(path: str | os.PathLike[str], texts: Mapping[str, str], pieces: Iterable[Piece]) -> None:
-    """Write tensors, one after the other, and texts as a safetensors file, which replaces the former one whole."""
-    ordered = sorted(pieces, key=lambda piece: piece.order)
-    header: dict[str, Any] = {"__metadata__": dict(texts)}
-    end = 0
-    for piece in ordered:
-        begin, end = end, end + piece.size
-        header[piece.key] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [begin, end]}
-    text = to_json(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(os.path.realpath(path)) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for piece in ordered:
-            file.write(piece.read())
-
-
-def dense_piece(key: str, tensor: Tensor, read: Callable[[], Any] | None = None) -> Piece:
-    """Describe a dense tensor; by default its values are written whatever they are."""
-    if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
-        raise PayloadError(f"{key} is {tensor.dtype}, {tensor.layout}, which a file cannot hold")
-    size, shape = tensor.nbytes, list(tensor.shape)
-    return Piece(key, _DTYPES[tensor.dtype], shape, size, tensor.itemsize, read or (lambda: _raw(tensor)))
 
 
 def _pieces(name: str, tensor: Tensor) -> Iterator[Piece]:
@@ -204,14 +161,7 @@ def _framed(key: str, name: str, tensor: CompressedTensor, packed: Packed, kind:
 
 def _dense(name: str, tensor: Tensor) -> memoryview:
     _check_finite(name, tensor)
-    return _raw(tensor)
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    if sys.byteorder == "big":
-        raw = raw.view(-1, tensor.itemsize).flip(1).reshape(-1)
-    return raw.numpy().data
+    return raw_bytes(tensor)
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
@@ -224,111 +174,97 @@ def _describe(tensor: CompressedTensor) -> dict[str, Any]:
     return {**fields, "shape": list(tensor.shape), "draws": [part.draws for part in tensor.parts]}
 
 
-def to_json(content: Any) -> str:
-    """Write JSON, the same content always as the same text."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Described:
-    """What a file's metadata say of a compressed variable."""
+class _Description:
+    """What a file's metadata say about a compressed variable."""
 
     encoding: Encoding
     shape: tuple[int, ...]
     draws: list[int]
 
     @property
-    def updated(self) -> bool:
-        """Whether there is a frame of its update."""
+    def has_update(self) -> bool:
+        """Whether the file has a frame of its update."""
         return self.draws[-1] > 0 and self.encoding.update_format is not None
 
 
-class _File:
+class _ModelFile:
     """An open safetensors file, with or without compressed variables."""
 
-    def __init__(self, file: Any, path: str | os.PathLike[str]) -> None:
-        self._file, self._path = file, path
-        self._keys = frozenset(file.keys())
-        text = (file.metadata() or {}).get(KEY)
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        text = file.texts.get(KEY)
         self.described = text is not None
-        self._variables, self._tied = ({}, {}) if text is None else _read_description(text, path)
-        self._updates = {name + _UPDATE for name, how in self._variables.items() if how.updated}
-        lost = (self._variables.keys() | self._updates) - self._keys
-        if lost:
-            raise PayloadError(f"{path}: {some(sorted(lost))} missing, which its metadata describe")
+        self._variables, self._tied = ({}, {}) if text is None else _read_descriptions(text, file.path)
+        self._updates = {name + _UPDATE for name, variable in self._variables.items() if variable.has_update}
+        missing = (self._variables.keys() | self._updates) - file.keys
+        if missing:
+            raise PayloadError(f"{file.path}: {some(sorted(missing))} missing, which its metadata describe")
 
     def fill(self, model: nn.Module, selection: Mapping[str, Encoding] | None = None, *, widen: bool = False) -> None:
         """Replace a model's state, one variable after the other."""
-        names = sorted(self._keys - self._updates)
-        check_names(model, names, self._tied)
-        fill_(model, ((name, self._read(name)) for name in names), selection, tied=self._tied, widen=widen)
+        state, names = ModuleState.of(model), sorted(self._file.keys - self._updates)
+        state.check_names(names, self._tied)
+        state.fill(((name, self._read(name)) for name in names), selection, tied=self._tied, widen=widen)
 
     def _read(self, name: str) -> Tensor:
-        how = self._variables.get(name)
-        if how is None:
-            return self._tensor(name, name)
-        base = self._packed(name, name, how, frame.VARIABLE, how.encoding.format)
-        base.state = base.state._replace(draws=how.draws[0])
-        if not how.updated:
-            return CompressedTensor.from_packed(base, how.encoding, how.shape, name)
-        assert how.encoding.update_format is not None
-        update = self._packed(name + _UPDATE, name, how, frame.UPDATE, how.encoding.update_format)
-        update.state = update.state._replace(draws=how.draws[1])
-        return CompressedTensor(base, update, how.encoding, how.shape, name)
+        variable = self._variables.get(name)
+        if variable is None:
+            return self._file.tensor(name)
+        base = self._packed(name, name, variable, frame.VARIABLE, variable.encoding.format)
+        base.state = base.state._replace(draws=variable.draws[0])
+        if not variable.has_update:
+            return CompressedTensor.from_packed(base, variable.encoding, variable.shape, name)
+        assert variable.encoding.update_format is not None
+        update = self._packed(name + _UPDATE, name, variable, frame.UPDATE, variable.encoding.update_format)
+        update.state = update.state._replace(draws=variable.draws[1])
+        return CompressedTensor(base, update, variable.encoding, variable.shape, name)
 
-    def _packed(self, key: str, name: str, how: _Described, kind: int, format: Method) -> Packed:
-        data = self._tensor(key, name)
+    def _packed(self, key: str, name: str, variable: _Description, kind: int, format: Method) -> Packed:
+        data = self._file.tensor(key)
         if data.dtype is not torch.uint8 or data.dim() != 1:
-            raise PayloadError(f"{name}: the bytes of a frame expected, not {data.dtype} {tuple(data.shape)}")
-        found = frame.from_bytes(data.numpy().data, name)
-        if (found.kind, found.shape, found.packed.method) != (kind, how.shape, format):
+            raise PayloadError(f"{name}: the bytes of a frame expected, but {data.dtype} {tuple(data.shape)} found")
+        read = frame.from_bytes(data.numpy().data, name)
+        if (read.kind, read.shape, read.packed.method) != (kind, variable.shape, format):
             raise PayloadError(
-                f"{name}: a frame of kind {found.kind}, shape {found.shape} and format {found.packed.method}, "
-                f"but the metadata say {kind}, {how.shape} and {format}"
+                f"{name}: a frame of kind {read.kind}, shape {read.shape} and format {read.packed.method}, "
+                f"but the metadata say {kind}, {variable.shape} and {format}"
             )
-        return found.packed
-
-    def _tensor(self, key: str, name: str) -> Tensor:
-        """Map a tensor of the file into memory; nothing is copied."""
-        try:
-            tensor: Tensor = self._file.get_tensor(key)
-        except Exception as error:  # the library passes on whatever torch makes of a forged header
-            raise PayloadError(f"{name}: cannot be read from {self._path}: {error}") from None
-        return tensor
+        return read.packed
 
 
 @contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[_File]:
-    try:
-        file = safe_open(path, "pt")
-    except SafetensorError as error:
-        raise PayloadError(f"{path}: {error}") from None
-    with file:
-        yield _File(file, path)
+def _open(path: str | os.PathLike[str]) -> Iterator[_ModelFile]:
+    with TensorFile.open(path) as file:
+        yield _ModelFile(file)
 
 
-def _read_description(text: str, path: str | os.PathLike[str]) -> tuple[dict[str, _Described], dict[str, str]]:
+def _read_descriptions(text: str, path: str | os.PathLike[str]) -> tuple[dict[str, _Description], dict[str, str]]:
+    """Read the descriptions of the compressed variables, and of each further name of a tied variable the first."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"{path}: the {KEY!r} metadata are not JSON: {error}") from None
     content = content if isinstance(content, dict) else {}
     if content.get("version") != VERSION:
-        raise PayloadError(f"{path}: version {content.get('version')!r} is unknown, {VERSION} expected: update fedomc")
+        raise PayloadError(
+            f"{path}: model file version {content.get('version')!r}, but this fedomc reads {VERSION}: "
+            "use the fedomc that wrote it"
+        )
     variables, tied = content.get("variables"), content.get("tied")
     if not isinstance(variables, dict) or not isinstance(tied, dict):
         raise PayloadError(f"{path}: the {KEY!r} metadata have no variables or no tied names")
     if not all(isinstance(name, str) for name in tied.values()):
-        raise PayloadError(f"{path}: tied names that are not texts")
-    return {name: _described(name, fields) for name, fields in variables.items()}, tied
+        raise PayloadError(f"{path}: a tied name is not a string")
+    return {name: _read_fields(name, fields) for name, fields in variables.items()}, tied
 
 
-def _described(name: str, fields: Any) -> _Described:
+def _read_fields(name: str, fields: Any) -> _Description:
     if not isinstance(fields, dict):
-        raise PayloadError(f"{name}: the metadata give no fields")
+        raise PayloadError(f"{name}: the metadata do not describe it by fields")
     try:
         encoding = frame.read_encoding(fields)
     except PayloadError as error:
@@ -336,7 +272,7 @@ def _described(name: str, fields: Any) -> _Described:
     shape, draws = fields.get("shape"), fields.get("draws")
     if not _counts(shape) or not _counts(draws) or len(draws) != 1 + (encoding.update_format is not None):
         raise PayloadError(f"{name}: the metadata give shape {shape!r} and draws {draws!r}")
-    return _Described(encoding, tuple(shape), draws)
+    return _Description(encoding, tuple(shape), draws)
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:

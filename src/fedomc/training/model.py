@@ -1,6 +1,6 @@
-"""A model with compressed variables: compress, decompress, and what it holds."""
+"""Compress and decompress the parameters of a model, and count the bytes that they hold."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,25 +9,33 @@ from torch import Tensor, nn
 from fedomc.errors import PolicyError
 from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress
+from fedomc.training.policy import CompressionPolicy
 
 
-def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
-    """Replace the selected parameters by compressed ones, one after the other, freeing each dense one.
+def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionPolicy | str) -> nn.Module:
+    """Replace parameters of a model by compressed ones, one after the other, freeing each dense one.
 
     Args:
-        model: changed in place.
-        selection: encodings by qualified name, as from ``CompressionPolicy.select``.
+        model: is changed in place.
+        selection: which parameters, and how: a format, such as ``"S1E3M7"``, ``"S1E2M3+S1E2M1"`` in two parts or
+            ``"S1E3M7@0.9"`` for nine tenths of the parameters; a policy, for choices that a format leaves open; or the
+            encodings by qualified name that ``CompressionPolicy.select`` returns for a round and a client.
 
     Returns:
         The model.
 
     Raises:
-        PolicyError: a name that the model does not have, a variable that is compressed already, is not float32, has no
-            values (meta device), or is stepped in backward: call ``step_in_backward`` after ``compress_``.
-        NonFiniteError: a value is NaN or infinite; the variables before it are compressed, none is lost.
+        FormatError: the text is not a format.
+        PolicyError: the selection is of another model; or a selected variable is compressed already, is not float32,
+            has no values (meta device), or is stepped in backward: call ``step_in_backward`` after ``compress_``.
+        NonFiniteError: a value is NaN or infinite. The variables before it are compressed by then; none is lost.
+
+    Example:
+        >>> model = fedomc.compress_(torch.nn.Linear(512, 512), "S1E3M7")
+        >>> f"{fedomc.parameter_bytes(model).ratio:.0%}"
+        '35%'
     """
-    if not isinstance(selection, Mapping):
-        raise PolicyError(f"compress_ takes a selection, not a {type(selection).__name__}: pass policy.select(model)")
+    selection = resolve_selection(model, selection)
     parameters = dict(model.named_parameters())
     for name in selection:
         if name not in parameters:
@@ -46,17 +54,38 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
     return model
 
 
+def resolve_selection(
+    variables: nn.Module | Mapping[str, Sequence[int]], selection: Mapping[str, Encoding] | CompressionPolicy | str
+) -> Mapping[str, Encoding]:
+    """Return the encodings by name that a format, a policy or a selection stands for.
+
+    Raises:
+        FormatError: a text is not a format.
+        PolicyError: it is none of these, or the policy fits no variable.
+    """
+    if isinstance(selection, str):
+        selection = CompressionPolicy.parse(selection)
+    if isinstance(selection, CompressionPolicy):
+        return selection.select(variables)
+    if not isinstance(selection, Mapping):
+        raise PolicyError(
+            f"a {type(selection).__name__} selects nothing: pass a format such as 'S1E3M7', a CompressionPolicy, or "
+            "what its select(model) returns"
+        )
+    return selection
+
+
 def decompress_(model: nn.Module) -> nn.Module:
-    """Replace all compressed parameters by dense FP32 ones.
+    """Replace all compressed parameters of a model by dense FP32 ones.
 
     Args:
-        model: changed in place.
+        model: is changed in place.
 
     Returns:
         The model.
 
     Raises:
-        PolicyError: a variable is stepped in backward: remove that first.
+        PolicyError: a variable is stepped in backward: call ``remove()`` on what ``step_in_backward`` returned.
     """
     compressed = {name: p for name, p in model.named_parameters() if isinstance(p, CompressedTensor)}
     replace_parameters(model, ((name, compressed.pop(name).dequantize()) for name in list(compressed)))
@@ -64,14 +93,15 @@ def decompress_(model: nn.Module) -> nn.Module:
 
 
 def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Put new values in the place of parameters, one after the other.
+    """Replace parameters by new ones, one after the other.
 
     Args:
-        model: changed in place, wherever the parameter stands, under other names too (tied weights).
-        values: by qualified name; each is drawn when the one before has taken its place.
+        model: is changed in place; tied weights stay tied, as a parameter is replaced under all of its names.
+        values: pairs of qualified name and new value. Each is taken from the iterator after the one before has been put
+            in place.
 
     Raises:
-        PolicyError: a parameter is stepped in backward, which would go on with the old one.
+        PolicyError: a parameter is stepped in backward.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places: dict[str, list[tuple[nn.Module, str]]] = {}
@@ -83,11 +113,7 @@ def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -
         owner, key = places[name][0]
         old = owner._parameters[key]
         assert old is not None
-        if old._post_accumulate_grad_hooks:
-            raise PolicyError(
-                f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
-                "returned, and step_in_backward again afterwards"
-            )
+        check_replaceable(name, old)
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         new.grad = old.grad
         for module, key in places[name]:
@@ -95,13 +121,26 @@ def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -
         del old  # not to be held while the next value is made
 
 
+def check_replaceable(name: str, parameter: Tensor) -> None:
+    """Refuse to replace a parameter whose optimizer would go on with the old one.
+
+    Raises:
+        PolicyError: the parameter is stepped in backward.
+    """
+    if parameter._post_accumulate_grad_hooks:
+        raise PolicyError(
+            f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
+            "returned, and step_in_backward again afterwards"
+        )
+
+
 @dataclass(frozen=True)
 class ParameterBytes(Mapping[str, int]):
-    """Bytes that the parameters of a model hold, by variable.
+    """The bytes that the parameters of a model hold: a mapping from qualified name to bytes, with totals.
 
     Attributes:
         held: bytes by qualified name; tied parameters count once.
-        fp32: what they would be in FP32.
+        fp32: the bytes of all parameters if they were held in FP32.
     """
 
     held: Mapping[str, int]
@@ -109,12 +148,12 @@ class ParameterBytes(Mapping[str, int]):
 
     @property
     def total(self) -> int:
-        """Bytes held by all."""
+        """The bytes that all parameters hold."""
         return sum(self.held.values())
 
     @property
     def ratio(self) -> float:
-        """Held bytes / FP32 bytes."""
+        """The bytes held, as a fraction of those in FP32; 1 for a model without parameters."""
         return self.total / self.fp32 if self.fp32 else 1.0
 
     def __getitem__(self, name: str) -> int:
@@ -122,7 +161,7 @@ class ParameterBytes(Mapping[str, int]):
         return self.held[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
+        """Iterate over the names of the variables."""
         return iter(self.held)
 
     def __len__(self) -> int:
@@ -131,13 +170,13 @@ class ParameterBytes(Mapping[str, int]):
 
 
 def parameter_bytes(model: nn.Module) -> ParameterBytes:
-    """Measure the bytes that a model's parameters hold: packed codes and their transformation, or dense values.
+    """Count the bytes that a model's parameters hold.
 
     Args:
-        model: plain or compressed.
+        model: plain or compressed. A compressed variable holds its codes, and a scale and an offset for each part.
 
     Returns:
-        Bytes by variable, their sum, and its ratio to FP32.
+        Bytes by variable, with their total and its ratio to FP32.
     """
     parameters = dict(model.named_parameters())
     return ParameterBytes(

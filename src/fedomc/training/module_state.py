@@ -1,117 +1,200 @@
-"""A model's state, its parameters and persistent buffers: by name, and replaced all together or not at all."""
+"""The state of a module: its parameters and persistent buffers by name, replaced all together or not at all."""
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fedomc.codec import CHUNK
+from fedomc import codec
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress, is_compressed
-from fedomc.training.model import replace_parameters
+from fedomc.training.model import check_replaceable, replace_parameters
 
 
-def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return parameters and persistent buffers by qualified name, and the name of each further name of a tied one.
+@dataclass(frozen=True)
+class OwnedValue:
+    """A dense tensor whose memory nobody else uses, so that a module can keep it without a copy."""
 
-    Raises:
-        PayloadError: a module has extra state, which is not a tensor.
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class ModuleState:
+    """The parameters and persistent buffers of a module.
+
+    Attributes:
+        module: whose state it is.
+        tensors: parameters and buffers by qualified name; one that has several names goes by the first.
+        aliases: for each further name of a tied parameter or buffer, the first one.
     """
-    state: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    names: dict[int, str] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
+
+    module: nn.Module
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "ModuleState":
+        """List the state of a module.
+
+        Raises:
+            PayloadError: a submodule has extra state, which is not a tensor.
+        """
+        tensors: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        names: dict[int, str] = {}
+        for prefix, owner in module.named_modules(remove_duplicate=False):
+            if type(owner).get_extra_state is not nn.Module.get_extra_state:
+                raise PayloadError(
+                    f"{prefix or 'the model'} has extra state, which is not a tensor and would be lost: store it apart"
+                )
+            buffers = {k: v for k, v in owner._buffers.items() if k not in owner._non_persistent_buffers_set}
+            for key, tensor in (owner._parameters | buffers).items():
+                if tensor is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                first = names.setdefault(id(tensor), name)
+                if first == name:
+                    tensors[name] = tensor
+                else:
+                    aliases[name] = first
+        return cls(module, tensors, aliases)
+
+    def check_names(self, names: Collection[str], tied: Mapping[str, str] | None = None) -> None:
+        """Check that values with these names are the whole state and nothing else.
+
+        Args:
+            names: of the values. A tied variable may come under any of its names.
+            tied: further names that the values have.
+
+        Raises:
+            PayloadError: a name is missing or unknown.
+        """
+        given = {*names, *(tied or {})}
+        covered = {self.aliases.get(name, name) for name in given}
+        missing = [name for name in self.tensors if name not in covered]
+        unknown = [name for name in given if name not in self.tensors and name not in self.aliases]
+        if missing or unknown:
+            raise PayloadError(f"not the state of this model: {some(missing)} missing, {some(sorted(unknown))} unknown")
+
+    def fill(
+        self,
+        values: Iterable[tuple[str, Tensor | OwnedValue]],
+        selection: Mapping[str, Encoding] | None = None,
+        *,
+        tied: Mapping[str, str] | None = None,
+        widen: bool = False,
+    ) -> None:
+        """Replace the whole state of the module, compressing the selected variables as their values arrive.
+
+        The module, which may lie on the meta device, is unchanged until the last value has been checked. This object
+        describes the former state and is of no use afterwards.
+
+        Args:
+            values: pairs of qualified name and value, taken one by one. The module keeps compressed tensors and an
+                ``OwnedValue`` as they are; other dense tensors are copied.
+            selection: encodings of dense variables by qualified name.
+            tied: further names of the values. Parameters or buffers that the module has twice become one.
+            widen: whether float16 and bfloat16 values may fill float32 variables.
+
+        Raises:
+            PayloadError: a value is missing, unknown, not finite, or has another shape or dtype; two values of tied
+                variables differ; a buffer that is not part of the state lies on the meta device.
+            PolicyError: the selection does not fit the module, or a parameter is stepped in backward.
+        """
+        encodings = self._encodings(selection or {})
+        self._check_replaceable()
+        state = self._with_ties(tied or {})
+        new: dict[str, Tensor] = {}
+        with torch.inference_mode(False):  # the module may be trained later
+            for given, value in values:
+                name = state.aliases.get(given, given)
+                if name not in state.tensors:
+                    raise PayloadError(f"{given} is unknown: not a parameter or persistent buffer of this model")
+                tensor = _accepted(name, value, state.tensors[name], encodings.get(name), widen)
+                del value  # not to be held while the next value is made
+                if name not in new:
+                    new[name] = tensor
+                elif not _same(tensor, new[name]):
+                    raise PayloadError(f"{given} comes twice, or is tied to {name}, and the values differ")
+            missing = [name for name in state.tensors if name not in new]
+            if missing:
+                raise PayloadError(f"not the state of this model: {some(missing)} missing")
+            state._replace(new)
+
+    def _encodings(self, selection: Mapping[str, Encoding]) -> dict[str, Encoding]:
+        """Return a selection by the first name of each variable."""
+        for name in selection:
+            old = self.tensors.get(self.aliases.get(name, name))
+            if not isinstance(old, nn.Parameter):
+                raise PolicyError(f"the model has no parameter {name!r}: select from this model")
+            if old.dtype is not torch.float32:
+                raise PolicyError(f"{name} is {old.dtype}: only float32 is compressed; call model.float() first")
+        return {self.aliases.get(name, name): encoding for name, encoding in selection.items()}
+
+    def _check_replaceable(self) -> None:
+        for name, old in self.tensors.items():
+            check_replaceable(name, old)
+        known = self.tensors.keys() | self.aliases.keys()
+        empty = [name for name, buffer in self.module.named_buffers() if buffer.is_meta and name not in known]
+        if empty:
             raise PayloadError(
-                f"{prefix or 'the model'} has extra state, which no tensor holds: keep it beside the model"
+                f"buffers that are not in the state_dict lie on the meta device: {some(empty)}. Nothing can fill them: "
+                "give each its values first, as in module.name = torch.arange(n, device='cpu')"
             )
-        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for key, tensor in (module._parameters | buffers).items():
-            if tensor is None:
+
+    def _with_ties(self, tied: Mapping[str, str]) -> "ModuleState":
+        """Return the state in which the given names are names of one variable, whatever they are in the module."""
+        tensors, aliases = dict(self.tensors), dict(self.aliases)
+        order = list(tensors)
+        for further, given in tied.items():
+            both = {aliases.get(further, further), aliases.get(given, given)}
+            if not both <= tensors.keys():
+                raise PayloadError(f"{further} or {given}, which should be tied, is unknown")
+            if len(both) == 1:
                 continue
-            name = f"{prefix}.{key}" if prefix else key
-            first = names.setdefault(id(tensor), name)
-            if first == name:
-                state[name] = tensor
+            name, alias = sorted(both, key=order.index)  # a variable goes by its first name in the module
+            a, b = tensors[alias], tensors[name]
+            if isinstance(a, nn.Parameter) != isinstance(b, nn.Parameter) or (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise PayloadError(
+                    f"{further} cannot be tied to {given}: {a.dtype} {tuple(a.shape)}, but {b.dtype} {tuple(b.shape)}"
+                )
+            del tensors[alias]
+            aliases[alias] = name
+            aliases.update({key: name for key, first in aliases.items() if first == alias})
+        return ModuleState(self.module, tensors, aliases)
+
+    def _replace(self, new: dict[str, Tensor]) -> None:
+        for alias, name in self.aliases.items():
+            owner, key = self._place(alias)
+            if isinstance(self.tensors[name], nn.Parameter):
+                setattr(owner, key, self.tensors[name])
             else:
-                aliases[name] = first
-    return state, aliases
+                owner._buffers[key] = new[name]
+        for name, old in self.tensors.items():
+            if not isinstance(old, nn.Parameter):
+                owner, key = self._place(name)
+                owner._buffers[key] = new.pop(name)
+        replace_parameters(self.module, ((name, new.pop(name)) for name in list(new)))
 
-
-def check_names(model: nn.Module, names: Collection[str], tied: Mapping[str, str] | None = None) -> None:
-    """Check that there is a value for all of a model's state and nothing else.
-
-    Args:
-        model: whose state it is.
-        names: of the values; each name of a tied variable will do.
-        tied: further names of values.
-
-    Raises:
-        PayloadError: a name is missing or unknown.
-    """
-    state, aliases = state_of(model)
-    given = {*names, *(tied or {})}
-    reached = {aliases.get(name, name) for name in given}
-    missing = [name for name in state if name not in reached]
-    unknown = [name for name in given if name not in state and name not in aliases]
-    if missing or unknown:
-        raise PayloadError(f"not the state of this model: {some(missing)} missing, {some(sorted(unknown))} unknown")
-
-
-def fill_(
-    model: nn.Module,
-    values: Iterable[tuple[str, Tensor]],
-    selection: Mapping[str, Encoding] | None = None,
-    *,
-    tied: Mapping[str, str] | None = None,
-    widen: bool = False,
-) -> None:
-    """Replace all of a model's state, compressing the selected variables as they arrive.
-
-    Args:
-        model: may lie on the meta device. It stays as it was until the last value has been checked.
-        values: by qualified name, drawn one after the other. Compressed ones become the model's own as they are; of
-            dense ones the model gets a copy.
-        selection: encodings of dense variables by qualified name.
-        tied: further names of values; where the model has two parameters or buffers, it has one afterwards.
-        widen: whether float16 and bfloat16 may fill float32.
-
-    Raises:
-        PayloadError: a value is missing, unknown, not finite, or of another shape or dtype; two values of tied
-            variables differ; a buffer that is not part of the state lies on the meta device.
-        PolicyError: the selection does not fit the model, or a parameter is stepped in backward.
-    """
-    state, aliases = state_of(model)
-    selection = _canonical(selection or {}, state, aliases)
-    _check_replaceable(model, state, aliases)
-    _tie(tied or {}, state, aliases)
-    new: dict[str, Tensor] = {}
-    with torch.inference_mode(False):  # the model may be trained later
-        for given, value in values:
-            name = aliases.get(given, given)
-            if name not in state:
-                raise PayloadError(f"{given} is unknown: not a parameter or persistent buffer of this model")
-            value = _accepted(name, value, state[name], selection.get(name), widen)
-            if name not in new:
-                new[name] = value
-            elif not _same(value, new[name]):
-                raise PayloadError(f"{given} comes twice, or is tied to {name}, and the values differ")
-        missing = [name for name in state if name not in new]
-        if missing:
-            raise PayloadError(f"not the state of this model: {some(missing)} missing")
-        _replace(model, new, state, aliases)
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """Return the submodule that a name is in, and the last part of the name."""
+        owner, _, key = name.rpartition(".")
+        return self.module.get_submodule(owner), key
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether all values are finite, a chunk at a time."""
+    """Return whether all values of a tensor, dense or compressed, are finite; little memory is taken."""
     if is_compressed(tensor) and (tensor.update is None or tensor.update.is_zero):
-        return True  # no code of one part decodes to anything else; only a sum of two may leave the range
+        return True  # no code of one part decodes to anything else; only the sum of two parts may leave the range
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     flat = tensor if is_compressed(tensor) else tensor.detach().reshape(-1)
-    for start in range(0, tensor.numel(), CHUNK):
-        stop = min(start + CHUNK, tensor.numel())
+    if flat.dtype is torch.float32 and not is_compressed(flat):
+        return codec.absmax_bits(flat) < codec.INFINITY_BITS  # one pass, where torch would make a tensor of truths
+    for start in range(0, tensor.numel(), codec.CHUNK):
+        stop = min(start + codec.CHUNK, tensor.numel())
         part = flat.decode_range(start, stop) if is_compressed(flat) else flat[start:stop]
         if not bool(torch.isfinite(part.float() if part.itemsize == 1 else part).all()):
             return False
@@ -119,66 +202,20 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def some(names: Collection[str]) -> str:
-    """List some names for an error."""
+    """List the first few of some names, for an error message."""
     shown = list(names)
     return f"{', '.join(shown[:3])} and {len(shown) - 3} more" if len(shown) > 3 else ", ".join(shown) or "none"
 
 
-def _canonical(
-    selection: Mapping[str, Encoding], state: Mapping[str, Tensor], aliases: Mapping[str, str]
-) -> dict[str, Encoding]:
-    for name in selection:
-        old = state.get(aliases.get(name, name))
-        if not isinstance(old, nn.Parameter):
-            raise PolicyError(f"the model has no parameter {name!r}: select from this model")
-        if old.dtype is not torch.float32:
-            raise PolicyError(f"{name} is {old.dtype}: only float32 is compressed; call model.float() first")
-    return {aliases.get(name, name): encoding for name, encoding in selection.items()}
-
-
-def _check_replaceable(model: nn.Module, state: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
-    for name, old in state.items():
-        if old._post_accumulate_grad_hooks:
-            raise PolicyError(
-                f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
-                "returned, and step_in_backward again afterwards"
-            )
-    lost = [name for name, b in model.named_buffers() if b.is_meta and name not in state and name not in aliases]
-    if lost:
-        raise PayloadError(
-            f"buffers that are not part of the state_dict lie on the meta device: {some(lost)}. Nothing can fill them: "
-            "give each its values first, as in module.name = torch.arange(n, device='cpu')"
-        )
-
-
-def _tie(tied: Mapping[str, str], state: dict[str, Tensor], aliases: dict[str, str]) -> None:
-    """Make further names of one variable of what are two in the model so far."""
-    order = list(state)
-    for further, given in tied.items():
-        both = {aliases.get(further, further), aliases.get(given, given)}
-        if not both <= state.keys():
-            raise PayloadError(f"{further} or {given}, which should be tied, is unknown")
-        if len(both) == 1:
-            continue
-        name, alias = sorted(both, key=order.index)  # a variable goes by its first name in the model
-        a, b = state[alias], state[name]
-        if isinstance(a, nn.Parameter) != isinstance(b, nn.Parameter) or (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise PayloadError(
-                f"{further} cannot be tied to {given}: {a.dtype} {tuple(a.shape)}, but {b.dtype} {tuple(b.shape)}"
-            )
-        del state[alias]
-        aliases[alias] = name
-        aliases.update({key: name for key, first in aliases.items() if first == alias})
-
-
-def _accepted(name: str, value: Tensor, old: Tensor, encoding: Encoding | None, widen: bool) -> Tensor:
-    """Check a value and bring it into the form in which the model keeps it."""
+def _accepted(name: str, given: Tensor | OwnedValue, old: Tensor, encoding: Encoding | None, widen: bool) -> Tensor:
+    """Check a value, and return it in the form and on the device in which the module keeps it."""
+    value = given.tensor if isinstance(given, OwnedValue) else given
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
-        raise PayloadError(f"{name}: a strided tensor with values expected, not {_kind(value)}")
+        raise PayloadError(f"{name}: a strided tensor with values expected, but {_kind(value)} given")
     if value.shape != old.shape:
         raise PayloadError(f"{name}: shape {tuple(value.shape)}, but the model's is {tuple(old.shape)}")
-    wider = widen and old.dtype is torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
-    if value.dtype != old.dtype and not wider:
+    widened = widen and old.dtype is torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
+    if value.dtype != old.dtype and not widened:
         raise PayloadError(f"{name}: dtype {value.dtype}, but the model's is {old.dtype}")
     if not is_finite(value):
         raise PayloadError(f"{name} has a value that is NaN or infinite")
@@ -190,15 +227,17 @@ def _accepted(name: str, value: Tensor, old: Tensor, encoding: Encoding | None, 
     elif encoding is not None:
         value = compress(value, encoding, name)
     else:
-        value = value.detach().to(old.dtype, copy=True, memory_format=torch.contiguous_format)
+        copy = not isinstance(given, OwnedValue)
+        value = value.detach().to(old.dtype, copy=copy, memory_format=torch.contiguous_format)
     return value if old.is_meta else value.to(old.device)
 
 
 def _kind(value: object) -> str:
-    return f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+    return f"a {value.layout} tensor on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two values of a tied variable are the same, in the same encoding."""
     if isinstance(a, CompressedTensor) != isinstance(b, CompressedTensor):
         return False
     if is_compressed(a) and is_compressed(b):
@@ -208,22 +247,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
             for x, y in zip(one.fields, other.fields, strict=True)
         )
     return torch.equal(a, b)
-
-
-def _replace(model: nn.Module, new: dict[str, Tensor], state: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
-    for alias, name in aliases.items():
-        module, key = _place(model, alias)
-        if isinstance(state[name], nn.Parameter):
-            setattr(module, key, state[name])
-        else:
-            module._buffers[key] = new[name]
-    for name, old in state.items():
-        if not isinstance(old, nn.Parameter):
-            module, key = _place(model, name)
-            module._buffers[key] = new.pop(name)
-    replace_parameters(model, ((name, new.pop(name)) for name in list(new)))
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    owner, _, key = name.rpartition(".")
-    return model.get_submodule(owner), key
