@@ -6,6 +6,7 @@ import threading
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final
@@ -31,6 +32,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 DEFAULTS: Final = Settings()
 EXPERIMENTS: Final = Path("apps/speech/experiments")
 RESULTS: Final = Path("docs/results")
+CORPUS_HELP: Final = f"{', '.join(corpus.NAMES[:-1])} or {corpus.NAMES[-1]}."
+PATH_HELP: Final = "Folder of an4, librispeech or, with --corpus folder, a corpus of your own."
 PRETRAINING: Final = pretraining.Pretraining()
 
 # What Flower's simulation adds to the training itself, as measured with cohorts of 8: to start, and to each round.
@@ -49,10 +52,11 @@ def compare(
     name: Annotated[str, typer.Option(help="The run's folder is OUTPUT/NAME.")] = "speech",
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option(help="Go on from the last finished round.")] = False,
-    corpus_name: Annotated[
-        str, typer.Option("--corpus", help="digits, commands, an4 or librispeech.")
-    ] = DEFAULTS.corpus,
-    corpus_path: Annotated[str, typer.Option(help="Folder of an4 or librispeech.")] = DEFAULTS.corpus_path,
+    corpus_name: Annotated[str, typer.Option("--corpus", help=CORPUS_HELP)] = DEFAULTS.corpus,
+    corpus_path: Annotated[str, typer.Option(help=PATH_HELP)] = DEFAULTS.corpus_path,
+    corpus_digest: Annotated[
+        str, typer.Option(help="Digest that the corpus must have, from an earlier run's results.json; empty: any.")
+    ] = DEFAULTS.corpus_digest,
     split: Annotated[str, typer.Option(help="speaker (a client is a speaker) or iid.")] = DEFAULTS.split,
     clients: Annotated[int, typer.Option(help="Number of clients; 0: one a speaker.")] = DEFAULTS.clients,
     model_size: Annotated[str, typer.Option("--model", help="tiny or large.")] = DEFAULTS.model,
@@ -98,6 +102,7 @@ def compare(
             formats=tuple(formats) if formats else DEFAULTS.formats,
             corpus=corpus_name,
             corpus_path=corpus_path,
+            corpus_digest=corpus_digest,
             split=split,
             clients=clients,
             model=model_size,
@@ -129,8 +134,8 @@ def compare(
 @app.command()
 def pretrain(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Of the model, for compare --initial.")],
-    corpus_name: Annotated[str, typer.Option("--corpus", help="digits, commands, an4 or librispeech.")] = "commands",
-    corpus_path: Annotated[str, typer.Option(help="Folder of an4 or librispeech.")] = DEFAULTS.corpus_path,
+    corpus_name: Annotated[str, typer.Option("--corpus", help=CORPUS_HELP)] = "commands",
+    corpus_path: Annotated[str, typer.Option(help=PATH_HELP)] = DEFAULTS.corpus_path,
     model_size: Annotated[str, typer.Option("--model", help="tiny or large.")] = DEFAULTS.model,
     streaming: Annotated[
         bool, typer.Option(help="A model that can run while the speaker speaks.")
@@ -217,6 +222,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 def _compare(settings: Settings, path: Path, resume: bool, tensorboard: bool, console: Console) -> None:
     model.check_size(settings.model)
     loaded = _load_corpus(settings)
+    settings = replace(settings, corpus_digest=loaded.digest)
     parts = corpus.split(loaded.train, settings.split, settings.clients or None, settings.seed)
     federation.check_cohort(settings, len(parts))
     cost = _cost(settings, loaded, parts)
@@ -239,8 +245,7 @@ def _compare(settings: Settings, path: Path, resume: bool, tensorboard: bool, co
 
 def _load_corpus(settings: Settings) -> corpus.Corpus:
     with corpus.progress_bar() as progress:
-        where = Path(settings.corpus_path) if settings.corpus_path else None
-        return corpus.load(settings.corpus, where, progress=progress)
+        return corpus.load(settings.corpus, settings.corpus_path, settings.corpus_digest, progress=progress)
 
 
 def _cost(settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Utterance, ...]]) -> str:

@@ -1,7 +1,6 @@
 """The ClientApp: fill the model from the message, train it packed, send it back packed."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +36,7 @@ def train_partition(message: Message, partition: int) -> RecordDict:
     """Do a round of local training on one part of the data; the message is consumed."""
     config: Any = message.content["config"]
     settings = read_settings(config)
-    clients, tokenizer = client_data(
-        settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
-    )
+    clients, tokenizer = client_data(settings)
     network = model.build(settings.model, tokenizer.vocab_size, streaming=settings.streaming)
     install(network, message, consume=True)
     seed = settings.seed * 1_000_003 + int(config["server-round"]) * 1009 + partition
@@ -70,10 +67,20 @@ def read_settings(config: ConfigRecord) -> Settings:
     return Settings.from_mapping({key: value for key, value in config.items() if key != "server-round"})
 
 
+def client_data(settings: Settings) -> tuple[list[tuple[Utterance, ...]], Tokenizer]:
+    """Return the utterances of each client, and the tokenizer; a process loads the same corpus once.
+
+    Raises:
+        CorpusError: the corpus cannot be loaded or divided, or it is not the one that the settings name.
+    """
+    chosen = (settings.corpus, settings.corpus_path, settings.corpus_digest)
+    return load_client_data(*chosen, settings.split, settings.clients, settings.seed)
+
+
 @functools.lru_cache(maxsize=2)
-def client_data(
-    name: str, path: str, split: str, clients: int, seed: int
+def load_client_data(
+    name: str, path: str, digest: str, split: str, clients: int, seed: int
 ) -> tuple[list[tuple[Utterance, ...]], Tokenizer]:
-    """Load a corpus once a process: the utterances by client, and the tokenizer."""
-    loaded = corpus.load(name, Path(path) if path else None)
+    """Do the work of ``client_data``."""
+    loaded = corpus.load(name, path, digest)
     return corpus.split(loaded.train, split, clients or None, seed), tokenizer_for(loaded)

@@ -29,9 +29,7 @@ def cost_of(settings: Settings, variant: Variant) -> Cost:
     """Try a local step of a variant."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on the clients
-    parts, tokenizer = client_data(
-        settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
-    )
+    parts, tokenizer = client_data(settings)
     network = pretraining.starting_model(settings, tokenizer)
     policy = variant.policy(settings)
     if policy is not None:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from logging import INFO
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -106,7 +105,7 @@ def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer, *
         observer: is told of each round.
         tensorboard: whether the folder gets what TensorBoard shows.
     """
-    loaded = corpus.load(settings.corpus, Path(settings.corpus_path) if settings.corpus_path else None)
+    loaded = corpus.load(settings.corpus, settings.corpus_path, settings.corpus_digest)
     parts = corpus.split(loaded.train, settings.split, settings.clients or None, settings.seed)
     check_cohort(settings, len(parts))
     clients = Clients.identify(grid, len(parts))

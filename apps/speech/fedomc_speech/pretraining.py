@@ -145,7 +145,7 @@ def make(
     """
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
         raise SettingsError(f"{path} cannot be written: choose a file in a folder that is there")
-    loaded = corpus.load(start.corpus, Path(start.corpus_path) if start.corpus_path else None)
+    loaded = corpus.load(start.corpus, start.corpus_path, start.corpus_digest)
     tokenizer = tokenizer_for(loaded)
     torch.set_num_threads(1)  # more make so small a model no faster
     model = starting_model(start, tokenizer)

@@ -25,7 +25,8 @@ class RunFolder:
         resume: whether to go on with what is there; otherwise it is replaced.
 
     Raises:
-        SettingsError: it cannot be written, there is nothing to resume, or it was made with other settings.
+        SettingsError: it cannot be written, there is nothing to resume, or it was made with other settings or with
+            another corpus.
     """
 
     def __init__(self, path: Path, settings: Settings, *, resume: bool) -> None:
@@ -90,6 +91,12 @@ class RunFolder:
             settings = replace(settings, corpus_path=self.settings.corpus_path, initial=self.settings.initial)
         if settings != self.settings:
             changed = [key for key, value in settings.to_dict().items() if value != self.settings.to_dict()[key]]
+            if changed == ["corpus_digest"]:
+                raise SettingsError(
+                    f"{self.path} was made with another corpus: the digest of its lists and transcriptions is "
+                    f"{settings.corpus_digest!r}, that of {self.settings.corpus_path} {self.settings.corpus_digest!r}. "
+                    "Resume with the same corpus, or start without --resume"
+                )
             raise SettingsError(
                 f"{self.path} was made with other settings ({', '.join(changed)}): "
                 "resume with the same ones, or start without --resume"

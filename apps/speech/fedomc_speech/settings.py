@@ -75,8 +75,10 @@ class Settings:
 
     Attributes:
         formats: what to compare, as ``Variant.parse`` reads it.
-        corpus: ``digits``, ``commands``, ``an4`` or ``librispeech``.
-        corpus_path: folder of the corpus; empty for the first two, which are made on the machine.
+        corpus: ``digits``, ``commands``, ``an4``, ``librispeech`` or ``folder``.
+        corpus_path: folder of the corpus; empty for the first two, which are synthesised on the machine.
+        corpus_digest: of the corpus' lists and transcriptions (`Corpus.digest`); server and clients refuse a corpus
+            with another one. Empty accepts any.
         split: ``speaker`` (a client is a speaker) or ``iid``.
         clients: number of clients; 0 means one a speaker.
         model: ``tiny`` or ``large``.
@@ -108,6 +110,7 @@ class Settings:
     formats: tuple[str, ...] = (FP32, "S1E3M7@0.9", "S1E2M3+S1E3M0")
     corpus: str = "digits"
     corpus_path: str = ""
+    corpus_digest: str = ""
     split: str = "speaker"
     clients: int = 0
     model: str = "tiny"

@@ -9,7 +9,8 @@ from flwr.serverapp import Grid
 from nodes import Nodes, Watcher, without_times
 
 from fedomc_speech import federation
-from fedomc_speech.errors import RoundError, SettingsError
+from fedomc_speech.client import client_data
+from fedomc_speech.errors import CorpusError, RoundError, SettingsError
 from fedomc_speech.run_folder import RESULTS, RunFolder
 from fedomc_speech.settings import Settings
 
@@ -147,6 +148,13 @@ def test_resuming_needs_the_same_settings_and_whole_files(tones: Path, tmp_path:
     (tmp_path / RESULTS).write_text("{")
     with pytest.raises(SettingsError, match="damaged"):
         RunFolder(tmp_path, chosen, resume=True)
+
+
+def test_a_corpus_with_another_digest_is_refused_by_server_and_clients(tones: Path, tmp_path: Path) -> None:
+    chosen = settings(tones, corpus_digest="0123456789abcdef")
+    for act in (lambda: run(chosen, tmp_path), lambda: client_data(chosen)):
+        with pytest.raises(CorpusError, match=r"'0123456789abcdef' \(corpus_digest\)"):
+            act()
 
 
 def test_a_round_without_a_client_and_a_federation_without_nodes_are_named(tones: Path, tmp_path: Path) -> None:

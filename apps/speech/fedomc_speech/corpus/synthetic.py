@@ -257,7 +257,7 @@ def _open(directory: Path, config: SyntheticConfig) -> Corpus:
         for u in content["utterances"]
     )
     train = config.train_speakers * config.train_utterances
-    return Corpus(config.name, utterances[:train], utterances[train:], tuple(sorted(config.words)))
+    return Corpus(config.name, utterances[:train], utterances[train:], tuple(sorted(config.words)), synthetic=True)
 
 
 @functools.cache

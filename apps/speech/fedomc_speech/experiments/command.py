@@ -44,6 +44,7 @@ def run(
         stop: set it to stop.
         further: whether all rows are the further ones, too.
     """
+    results.check_corpora(folder, experiments)
     wanted = _in_order([experiment.only(rows, seeds, further=further) for experiment in experiments])
     initials = list({e.initial.name: e.initial for e in experiments if e.initial}.values())
     console.print(_announce(wanted, runs, workers, initials), soft_wrap=True)

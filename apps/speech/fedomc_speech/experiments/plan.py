@@ -52,6 +52,9 @@ _FP32_CLIENT_RATE = 0.1
 by the size of what comes back. To a format it is more: how far the step stands out from what the weights are rounded
 to."""
 
+_OF_START = ("corpus", "corpus_path", "augment")
+"""Settings of a pre-training that are not in ``Pretraining``."""
+
 _KEYS = {"title", "paper", "model", "seeds", "pooled", "formats", "settings", "pretraining", "rows"}
 
 
@@ -184,6 +187,8 @@ class Experiment:
             initial=initial,
         )
         list(made.runs())  # raises what is wrong with a seed
+        if "folder" in made.needs_path():
+            raise SettingsError("the corpus folder needs corpus_path, the path of the folder: set it beside corpus")
         return made
 
     def only(self, rows: Sequence[str], seeds: Sequence[int], *, further: bool = True) -> "Experiment":
@@ -208,28 +213,38 @@ class Experiment:
         )
 
     def needs_path(self) -> set[str]:
-        """Name the corpora of which the path must be known."""
-        initial = {self.initial.start.corpus} if self.initial else set()
-        return ({row.settings.corpus for row in self.rows} | initial) & set(corpus.PUBLISHED)
+        """Return the names of the corpora of which a path must be given, as the file gives none."""
+        given = [row.settings for row in self.rows] + ([self.initial.start] if self.initial else [])
+        return {one.corpus for one in given if one.corpus in corpus.RECORDED and not one.corpus_path}
 
     def at(self, paths: Mapping[str, Path | None], folder: Path) -> "Experiment":
-        """Return the experiment with corpora and initial models where they are on this machine.
+        """Return the experiment with the corpora and initial models where they are on this machine.
+
+        The settings then name the digest of each corpus, which is part of a run's key.
 
         Args:
-            paths: of the corpora.
+            paths: folders of the corpora by name; one that is named here takes the place of the file's.
             folder: of the initial models.
+
+        Raises:
+            CorpusError: a corpus cannot be loaded.
         """
+        digests: dict[tuple[str, str], str] = {}
 
         def placed(settings: Settings) -> Settings:
-            path, initial = paths.get(settings.corpus), settings.initial
-            if self.initial and initial:
-                initial = str(folder.absolute() / self.initial.name)
-            return replace(
-                settings, corpus_path=str(path.absolute()) if path else settings.corpus_path, initial=initial
-            )
+            path = paths.get(settings.corpus) or settings.corpus_path
+            if not path:
+                return settings
+            where = settings.corpus, str(Path(path).absolute())
+            if where not in digests:
+                digests[where] = corpus.load(*where, settings.corpus_digest).digest
+            return replace(settings, corpus_path=where[1], corpus_digest=digests[where])
 
-        rows = tuple(replace(row, settings=placed(row.settings)) for row in self.rows)
         initial = self.initial and replace(self.initial, start=placed(self.initial.start))
+        rows = tuple(replace(row, settings=placed(row.settings)) for row in self.rows)
+        if initial:
+            start = str(folder.absolute() / initial.name)
+            rows = tuple(replace(row, settings=replace(row.settings, initial=start)) for row in rows)
         return replace(self, rows=rows, initial=initial)
 
     def runs(self) -> Iterator[Settings]:
@@ -241,9 +256,11 @@ class Experiment:
 
 
 def key_of(run: Settings) -> str:
-    """Name a run by its settings, so that rows of any experiments that need the same run share it.
+    """Name a run by its settings and its corpus, so that rows of any experiments that need the same run share it.
 
-    Settings at their defaults do not count: one that is new leaves the names of older runs as they are.
+    The corpus counts by its digest: the same lists and transcriptions in another folder are the same run, others in the
+    same folder are another one. Settings at their defaults do not count: a new setting leaves the names of earlier runs
+    as they are.
     """
     return f"{run.corpus}-{run.split}-{run.formats[0]}-seed{run.seed}-{_digest(_told(run))}"
 
@@ -276,12 +293,12 @@ def _table(stored: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _initial(stored: Mapping[str, Any], shared: Mapping[str, Any]) -> Initial:
     values = dict(_table(stored, "pretraining"))
-    of_start: dict[str, Any] = {key: values.pop(key) for key in ("corpus", "augment") if key in values}
+    of_start: dict[str, Any] = {key: values.pop(key) for key in _OF_START if key in values}
     same = {key: shared[key] for key in ("model", "streaming") if key in shared}
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Pretraining)}
     for key, value in values.items():
         if key not in kinds:
-            raise SettingsError(f"pretraining: {key} is unknown: there are corpus, augment, {', '.join(kinds)}")
+            raise SettingsError(f"pretraining: {key} is unknown: there are {', '.join([*_OF_START, *kinds])}")
         if type(value) is not kinds[key] and not (kinds[key] is float and type(value) is int):
             raise SettingsError(f"pretraining: {key}={value!r}: a value of type {kinds[key].__name__} is expected")
     return Initial(Settings.from_mapping({"corpus": "commands", **same, **of_start}), Pretraining(**values))

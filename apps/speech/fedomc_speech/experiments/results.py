@@ -54,6 +54,25 @@ def gather(experiment: Experiment, runs: Runs, earlier: dict[str, Any] | None = 
     }
 
 
+def check_corpora(folder: Path, experiments: Sequence[Experiment]) -> None:
+    """Check that what a folder knows of experiments was made with the corpora at hand.
+
+    Raises:
+        SettingsError: another corpus of the same name was used, so that one table would mix the two.
+    """
+    known = {gathered["experiment"]: gathered for gathered in read_all(folder)}
+    for experiment in experiments:
+        digests = {row.settings.corpus: row.settings.corpus_digest for row in experiment.rows}
+        for row in known.get(experiment.name, {"rows": ()})["rows"]:
+            name, digest = row["settings"]["corpus"], row["settings"].get("corpus_digest", "")
+            if name in digests and digest != digests[name]:
+                raise SettingsError(
+                    f"{folder / experiment.name}.json was made with another corpus {name}: the digest of its lists and "
+                    f"transcriptions is {digest!r}, yours is {digests[name]!r}. Choose another folder for the tables "
+                    "with --results"
+                )
+
+
 def _identity(name: str, settings: dict[str, Any]) -> str:
     """Tell a row from others; a setting that is new does not count while it is at its default."""
     return json.dumps([name, chosen(settings)], sort_keys=True)

@@ -275,8 +275,8 @@ def _run(run: Settings, path: Path) -> bool:
             _make_initial(Path(run.initial))
         except _Stopped:
             return False
-    where = Path(run.corpus_path) if run.corpus_path else None
-    parts = corpus.split(corpus.load(run.corpus, where).train, run.split, run.clients or None, run.seed)
+    loaded = corpus.load(run.corpus, run.corpus_path, run.corpus_digest)
+    parts = corpus.split(loaded.train, run.split, run.clients or None, run.seed)
     folder = Runs(path).open(run)
     log_to(folder.path / "flower.log")
     done = federation.run(run, InProcess(len(parts)), folder, _Watcher(run))
