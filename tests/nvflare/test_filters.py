@@ -27,6 +27,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.decomposers import common_decomposers, numpy_decomposers
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
+from nvflare.client.config import TransferType
 from nvflare.fuel.utils import fobs
 from torch import nn
 
@@ -253,7 +254,7 @@ def test_replies_of_several_models_are_checked_against_their_own(server: FLConte
 def test_the_round_trip_loses_what_the_format_loses(
     server: FLContextManager, library: str, kind: str, format: str
 ) -> None:
-    chosen = policy(update_format="S1E2M3", rounding="nearest")
+    chosen = policy(update_format="S1E2M3" if kind == DataKind.WEIGHT_DIFF else None, rounding="nearest")
     task, values = message(model(library)), model(library, seed=30)
     sent = over_the_wire(send(server_out(chosen), task, "site-2", server))
     received = client_in().process(sent, context_of("site-2", "server"))
@@ -483,6 +484,10 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
         lambda: client_out(policy()).process(message({"b": np.zeros(3, "f")}), context_of("a", "b")),
     ),
     ("compressed=True needs a job that exchanges tensors", lambda: compressed_numpy()),
+    (
+        "a sends whole weights, but update_format=S1E2M1 is for what a client changed",
+        lambda: client_out(policy(update_format="S1E2M1")).process(message(model()), context_of("a", "b")),
+    ),
     ("would filter nothing", lambda: add_filters(recipe(), policy(), tasks=["*"])),
 ]
 
@@ -521,12 +526,24 @@ def example_net() -> nn.Module:
     return module.Net()
 
 
-def recipe() -> FedAvgRecipe:
-    return FedAvgRecipe(model=example_net(), min_clients=2, train_script=str(EXAMPLE / "client.py"))
+def recipe(transfer: TransferType = TransferType.FULL) -> FedAvgRecipe:
+    script = str(EXAMPLE / "client.py")
+    return FedAvgRecipe(model=example_net(), min_clients=2, train_script=script, params_transfer_type=transfer)
+
+
+def test_an_update_format_for_clients_that_send_whole_weights_is_refused_before_the_job_starts() -> None:
+    chosen = policy(update_format="S1E2M1", include=["*weight"])
+    with pytest.raises(fedomc.PolicyError, match=r"update_format=S1E2M1 .*params_transfer_type=TransferType.DIFF"):
+        add_filters(recipe(), chosen)
+    add_filters(recipe(TransferType.DIFF), chosen)
+    add_filters(recipe(), policy(include=["*weight"]))
+    by_site = recipe()
+    by_site.set_per_site_config({f"site-{i}": {"params_transfer_type": TransferType.DIFF} for i in (1, 2)})
+    add_filters(by_site, chosen)
 
 
 def test_a_job_names_the_filters_and_does_not_carry_the_library(tmp_path: Path) -> None:
-    job = recipe()
+    job = recipe(TransferType.DIFF)
     add_filters(job, policy(update_format="S1E2M1", include=["*weight"]), compressed=True, tasks=["train", "validate"])
     job.export(str(tmp_path))
     assert not list(tmp_path.rglob("fedomc*")) and list(tmp_path.rglob("client.py"))

@@ -24,6 +24,7 @@ from nvflare.apis.filter import FilterChainType, FilterContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_copy
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.client.config import TransferType
 from nvflare.recipe.spec import Recipe
 from torch import Tensor
 
@@ -59,10 +60,15 @@ def add_filters(
         tasks: names of the tasks that carry models.
 
     Raises:
-        PolicyError: ``*`` as a task, which NVFlare 2.9 writes into the job but matches with no task.
+        PolicyError: ``tasks`` has ``*``, which NVFlare 2.9 writes into the job but matches with no task; or the policy
+            has an ``update_format`` and the recipe's clients send whole weights, which is NVFlare's default.
     """
     if isinstance(tasks, str) or "*" in tasks:
         raise PolicyError(f"tasks={tasks!r} would filter nothing: list the names, such as ['train', 'validate']")
+    if policy.update_format is not None and getattr(recipe, "params_transfer_type", None) == TransferType.FULL:
+        sites = (getattr(recipe, "per_site_config", None) or {}).values()
+        if not any("params_transfer_type" in site for site in sites):
+            raise _whole_weights("the recipe's clients send", policy)
     recipe.add_server_output_filter(CompressFilter(policy), list(tasks))
     recipe.add_client_input_filter(DecompressFilter(compressed), list(tasks))
     recipe.add_client_output_filter(CompressFilter(policy), list(tasks))
@@ -96,9 +102,10 @@ class CompressFilter(_ModelFilter):
     """Compress the models that the server sends to clients, or that a client sends back.
 
     Which variables stay FP32 is drawn from the policy's seed, the round and the client's name, alike on both sides.
-    Weights are encoded in the policy's format, differences of weights in its ``update_format`` if it has one. Variables
-    that are not float32 stay as they are. On a client, a ``CompressedTensor`` travels as the codes it has: in one part
-    among weights, in two parts, of which only the update is sent, among differences.
+    Weights are encoded in the policy's format, differences of weights in its ``update_format`` if it has one. A policy
+    with an ``update_format`` needs clients that send differences. Variables that are not float32 stay as they are. On a
+    client, a ``CompressedTensor`` travels as the codes it has: in one part among weights, in two parts, of which only
+    the update is sent, among differences.
 
     Attributes:
         policy: how to compress.
@@ -116,7 +123,8 @@ class CompressFilter(_ModelFilter):
 
         Raises:
             PolicyError: the policy fits no variable; the model went through another filter that encodes; a
-                ``CompressedTensor`` is in one part where two are needed, or the other way round.
+                ``CompressedTensor`` is in one part where two are needed, or the other way round; a client sends whole
+                weights, but the policy has an ``update_format``.
             NonFiniteError: a variable to compress has a NaN or an infinity.
         """
         if (kind := _kind_of(dxo)) is None:
@@ -125,6 +133,8 @@ class CompressFilter(_ModelFilter):
             raise PolicyError(f"the model is encoded already, by {other!r}: use one of the two filters")
         to_client = self._is_task()
         client = _name_of(fl_ctx.get_peer_context() if to_client else fl_ctx)
+        if not to_client and kind == frame.VARIABLE and self.policy.update_format is not None:
+            raise _whole_weights(f"{client} sends", self.policy)
         round = _round_of(shareable)
         shapes = {name: tuple(value.shape) for name, value in dxo.data.items() if _is_float32(value)}
         selection = self.policy.select(shapes, round=round, client=client)
@@ -304,6 +314,15 @@ def _to_frame(name: str, value: Any, kind: int, how: Encoding) -> bytes:
         format, rounding = how.update_format or how.format, how.rounding
     packed = encode(value.cpu(), format, how.transform, rounding, how.seed, name)
     return frame.to_bytes(packed, tuple(value.shape), kind, name)
+
+
+def _whole_weights(who: str, policy: CompressionPolicy) -> PolicyError:
+    """Return the error for a policy whose update format would be ignored, and every small change be rounded away."""
+    return PolicyError(
+        f"{who} whole weights, but update_format={policy.update_format} is for what a client changed: pass "
+        "params_transfer_type=TransferType.DIFF to the recipe (in a script of your own, send ParamsType.DIFF), or use "
+        "a policy without update_format"
+    )
 
 
 def _own_codes(name: str, value: CompressedTensor, kind: int) -> bytes:
