@@ -236,7 +236,7 @@ def _compare(settings: Settings, path: Path, resume: bool, tensorboard: bool, co
                 len(parts),
                 path / "flower.log",
             )
-    console.print(report.table(folder.runs))
+    report.print_table(console, folder.runs)
     console.print(f"{path / 'results.json'}, {report.write_report(path, settings, folder.runs)}")
     if not done[0]:
         console.print("Stopped. The same command with --resume goes on from the last finished round.")
