@@ -24,7 +24,7 @@ def train(message: Message, context: Context) -> Message:
     network = model.build(settings.model, tokenizer.vocab_size, seed=0)
     network.load_state_dict(message.content["arrays"].to_torch_state_dict())
     network.train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=settings.client_rate)
+    optimizer = torch.optim.SGD(network.parameters(), lr=settings.client_learning_rate)
     ready = features.pad([features.log_mel(utterance.audio(), network.mels) for utterance in utterances])
     loss = network.ctc_loss(ready.features, ready.frames, [tokenizer.encode(one.text) for one in utterances])
     loss.backward()

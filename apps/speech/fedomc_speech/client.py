@@ -46,7 +46,7 @@ def train_partition(message: Message, partition: int) -> RecordDict:
         tokenizer,
         steps=settings.local_steps,
         batch=settings.batch,
-        rate=settings.client_rate,
+        learning_rate=settings.client_learning_rate,
         clip_norm=settings.clip_norm,
         seed=seed,
         augment=Augmentation() if settings.augment else None,

@@ -42,7 +42,7 @@ def cost_of(settings: Settings, variant: Variant) -> Cost:
             tokenizer,
             steps=1,
             batch=settings.batch,
-            rate=1e-3,
+            learning_rate=1e-3,
             clip_norm=1.0,
             seed=0,
             augment=Augmentation() if settings.augment else None,

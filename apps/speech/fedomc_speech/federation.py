@@ -165,7 +165,12 @@ class _Rounds:
         self.clients = clients
         self.measure = measure
         self.inner = FedAdam(
-            fraction_evaluate=0.0, eta=settings.server_rate, beta_1=BETA_1, beta_2=BETA_2, tau=TAU, min_train_nodes=1
+            fraction_evaluate=0.0,
+            eta=settings.server_learning_rate,
+            beta_1=BETA_1,
+            beta_2=BETA_2,
+            tau=TAU,
+            min_train_nodes=1,
         )
         self.inner.min_available_nodes = 1
         self.strategy = OMCStrategy(
@@ -203,7 +208,7 @@ class _Rounds:
     def _round(self, number: int, grid: Grid) -> dict[str, Any]:
         settings = self.settings
         began = time.monotonic()
-        self.inner.eta = settings.server_rate_in(number)
+        self.inner.eta = settings.server_learning_rate_in(number)
         draw = random.Random(f"{settings.seed} cohort {number}")  # noqa: S311
         cohort = _Cohort([self.clients.nodes[i] for i in draw.sample(range(len(self.clients.nodes)), settings.cohort)])
         messages = self.strategy.configure_train(number, self.arrays, write_settings(settings), cast(Grid, cohort))

@@ -41,7 +41,7 @@ def train_locally(
     *,
     steps: int,
     batch: int,
-    rate: float,
+    learning_rate: float,
     clip_norm: float,
     seed: int,
     augment: Augmentation | None = None,
@@ -54,7 +54,7 @@ def train_locally(
         tokenizer: of the corpus.
         steps: how many.
         batch: utterances a step, drawn without replacement while there are enough.
-        rate: learning rate.
+        learning_rate: of SGD.
         clip_norm: of the gradient of each variable.
         seed: of the batches, of dropout and of the augmentation.
         augment: changes the features at each sight.
@@ -63,7 +63,7 @@ def train_locally(
     draw = random.Random(seed)  # noqa: S311
     draw.shuffle(order)
     torch.manual_seed(seed)
-    stepping = fedomc.step_in_backward(model, torch.optim.SGD, lr=rate, clip_norm=clip_norm)
+    stepping = fedomc.step_in_backward(model, torch.optim.SGD, lr=learning_rate, clip_norm=clip_norm)
     model.train()
     losses, seen = [], 0
     try:

@@ -42,7 +42,7 @@ from fedomc_speech.settings import Settings
         (["--corpus", "an4", "--corpus-path", "{tones}", "--cohort", "2", "--resume"], "nothing to resume"),
         (["--corpus", "an4", "--corpus-path", "{damaged}", "--cohort", "1"], "speaker0-0.wav"),
         (["--rounds", "0"], "rounds=0"),
-        (["--server-rate", "nan"], "server_rate=nan"),
+        (["--server-learning-rate", "nan"], "server_learning_rate=nan"),
         (["--rounding", "up"], "nearest, stochastic"),
     ],
 )

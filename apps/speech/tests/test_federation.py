@@ -106,10 +106,10 @@ def test_augmentation_changes_what_clients_hear_the_same_in_each_run(tones: Path
     assert one == same != plain
 
 
-def test_the_client_rate_is_a_unit_with_one_local_step_in_fp32(tones: Path, tmp_path: Path) -> None:
+def test_the_client_learning_rate_has_no_effect_with_one_local_step_in_fp32(tones: Path, tmp_path: Path) -> None:
     losses: dict[str, list[list[float]]] = {"FP32": [], "S1E2M3": []}
     for rate in (0.1, 30.0):
-        found = run(settings(tones, formats=tuple(losses), client_rate=rate), tmp_path / str(rate))[1]
+        found = run(settings(tones, formats=tuple(losses), client_learning_rate=rate), tmp_path / str(rate))[1]
         for format, known in losses.items():
             known.append([row["loss"] for row in found[format]["history"]])
     slow, fast = losses["FP32"]
@@ -173,7 +173,7 @@ def test_a_round_without_a_client_and_a_federation_without_nodes_are_named(tones
 def test_training_learns_the_tones(tones: Path, tmp_path: Path) -> None:
     chosen = settings(
         tones, formats=("FP32", "S1E2M3+S1E2M1"), rounds=40, cohort=4, batch=6, warmup=5, evaluate_every=40,
-        server_rate=3e-3,
+        server_learning_rate=3e-3,
     )  # fmt: skip
     _, runs = run(chosen, tmp_path)
     for result in runs.values():

@@ -58,14 +58,14 @@ def test_rows_that_differ_in_compression_alone_share_a_baseline(experiment: Expe
     assert len(keys) == 2 * 4 * 2 and len(set(keys)) == 2 * 5
 
 
-def test_a_client_rate_is_a_unit_in_fp32_with_one_local_step_alone(tmp_path: Path) -> None:
-    text = TEXT.replace("local_steps = 4", "local_steps = 4\nclient_rate = 0.5").replace(
-        "rounds = 7", "client_rate = 30.0"
+def test_fp32_with_one_local_step_has_one_client_learning_rate(tmp_path: Path) -> None:
+    text = TEXT.replace("local_steps = 4", "local_steps = 4\nclient_learning_rate = 0.5").replace(
+        "rounds = 7", "client_learning_rate = 30.0"
     )
     fp32, one, _, steps = read(tmp_path, text).rows
-    assert one.run(0).client_rate == 30.0
-    assert fp32.run(0) == one.baseline and one.baseline.client_rate == 0.1
-    assert steps.baseline.client_rate == 0.5
+    assert one.run(0).client_learning_rate == 30.0
+    assert fp32.run(0) == one.baseline and one.baseline.client_learning_rate == 0.1
+    assert steps.baseline.client_learning_rate == 0.5
 
 
 def test_the_key_names_everything_but_where_the_corpus_lies(
@@ -150,7 +150,7 @@ def test_all_rows_begin_with_the_same_model(tmp_path: Path) -> None:
         ("seeds = ['a']\nformats = ['FP32']", "seed"),
         ("seeds = [-1]\nformats = ['FP32']", "seed"),
         ("formats = 'FP32'", "lists"),
-        ("formats = []", "must be one"),
+        ("formats = []", "at least one"),
         ("formats = ['FP32', 'FP32']", "name of its own"),
         ("formats = ['S9']", "S9"),
         ("formats = ['FP32']\nsettings = 3", "settings must be a table"),
