@@ -1,4 +1,4 @@
-"""The ClientApp: fill the model from the message, train it packed, send it back packed."""
+"""The ClientApp: it fills a model from the message, trains it packed and sends it back packed."""
 
 import functools
 from typing import Any
@@ -19,7 +19,7 @@ app = ClientApp()
 
 @app.query()
 def identify(message: Message, context: Context) -> Message:
-    """Tell the server which part of the data this node holds."""
+    """Answer with the part of the data that this node holds."""
     partition = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
     return Message(RecordDict({"identity": partition}), reply_to=message)
 
@@ -33,7 +33,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def train_partition(message: Message, partition: int) -> RecordDict:
-    """Do a round of local training on one part of the data; the message is consumed."""
+    """Run one round of local training on one part of the data; the message is consumed."""
     config: Any = message.content["config"]
     settings = read_settings(config)
     clients, tokenizer = client_data(settings)
@@ -58,12 +58,12 @@ def train_partition(message: Message, partition: int) -> RecordDict:
 
 
 def write_settings(settings: Settings) -> ConfigRecord:
-    """Write settings for the clients."""
+    """Return settings as a record for the clients."""
     return ConfigRecord(settings.to_dict())
 
 
 def read_settings(config: ConfigRecord) -> Settings:
-    """Read settings that the server wrote; ``server-round`` is Flower's."""
+    """Return the settings that the server wrote into a record, to which Flower adds ``server-round``."""
     return Settings.from_mapping({key: value for key, value in config.items() if key != "server-round"})
 
 

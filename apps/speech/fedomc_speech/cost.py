@@ -1,4 +1,4 @@
-"""What a run will take, from one local step: said before it starts."""
+"""The cost of a run, estimated from one local step before the run starts."""
 
 import time
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from fedomc_speech.settings import Settings, Variant
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a visit to a client.
+    """The cost of a visit to a client.
 
     Attributes:
-        step_seconds: a local step on one core.
-        visit_bytes: of the arrays, down and up.
+        step_seconds: time of a local step on one core.
+        visit_bytes: bytes of the arrays, down and up.
     """
 
     step_seconds: float
@@ -26,7 +26,7 @@ class Cost:
 
 
 def cost_of(settings: Settings, variant: Variant) -> Cost:
-    """Try a local step of a variant."""
+    """Measure a local step of a variant."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on the clients
     parts, tokenizer = client_data(settings)

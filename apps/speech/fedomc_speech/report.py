@@ -51,7 +51,7 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]]) -> Path:
-    """Write ``report.html`` with the table and the curves of word error rate; returns its path."""
+    """Write ``report.html`` with the table and the curves of word error rate, and return its path."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(run)) + "</tr>" for run in runs)
     left_out = {"formats"} | ({"clients"} if settings.clients == 0 else set())  # 0 stands for one client a speaker
@@ -72,7 +72,7 @@ def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]
 
 
 def megabytes(size: float) -> str:
-    """Write a number of bytes."""
+    """Format a number of bytes as MB or GB."""
     return f"{size / 1e6:.2f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 

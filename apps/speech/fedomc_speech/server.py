@@ -1,4 +1,4 @@
-"""The ServerApp for ``flwr run``; its progress goes to Flower's log."""
+"""The ServerApp for ``flwr run``; it reports its progress in Flower's log."""
 
 from dataclasses import replace
 from logging import INFO
@@ -40,7 +40,7 @@ class _LogObserver:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run all formats of the run config and write results and report to its ``output`` folder."""
+    """Run all formats of the run config, and write results and report to its ``output`` folder."""
     config = dict(context.run_config)
     output = Path(str(config.pop("output"))).expanduser().absolute()
     resume = bool(config.pop("resume"))

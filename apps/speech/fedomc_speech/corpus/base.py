@@ -1,4 +1,4 @@
-"""What a corpus is: utterances of speakers, and how they are divided among the clients of a federation."""
+"""Corpora: utterances of speakers, and their division among the clients of a federation."""
 
 import functools
 import hashlib
@@ -15,19 +15,19 @@ import soundfile
 from fedomc_speech.errors import CorpusError
 
 SAMPLE_RATE = 16_000
-"""Samples a second of all audio."""
+"""The sample rate of all audio, in Hz."""
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A stretch of an audio file and the words that are spoken in it.
+    """A segment of an audio file and the words that are spoken in it.
 
     Attributes:
         speaker: name of the speaker.
         text: lower-case words separated by single spaces.
-        path: the audio file: mono, ``SAMPLE_RATE``.
-        start: first sample of the stretch.
-        frames: length of the stretch in samples.
+        path: the audio file, mono at ``SAMPLE_RATE``.
+        start: first sample of the segment.
+        frames: length of the segment in samples.
     """
 
     speaker: str
@@ -37,7 +37,7 @@ class Utterance:
     frames: int
 
     def audio(self) -> npt.NDArray[np.float32]:
-        """Read the stretch from the file.
+        """Read the segment from the file.
 
         Returns:
             The samples, [frames], within -1..1.
@@ -136,7 +136,7 @@ def read_lines(path: Path, advice: str) -> list[tuple[str, str]]:
 
 
 def vocabulary(utterances: Iterable[Utterance]) -> tuple[str, ...]:
-    """List the words of the utterances, sorted."""
+    """Return the words of the utterances, sorted."""
     return tuple(sorted({word for utterance in utterances for word in utterance.text.split()}))
 
 
@@ -146,18 +146,19 @@ def split(
     """Divide utterances among the clients of a federation.
 
     Args:
-        utterances: of any number of speakers.
+        utterances: the utterances of any number of speakers.
         kind: ``speaker`` gives each client whole speakers (not identically distributed): one each, sorted by name, or,
-            if there are fewer clients, several with about as many utterances for every client. ``iid`` shuffles the
-            utterances and gives every client equally many, give or take one.
-        clients: how many; None is one for each speaker.
-        seed: of the shuffling.
+            if there are fewer clients, several, so that all clients have about equally many utterances. ``iid``
+            shuffles the utterances and gives all clients equally many, up to a difference of one.
+        clients: number of clients; None is one for each speaker.
+        seed: seed of the shuffling.
 
     Returns:
-        The utterances of each client; none is empty.
+        The utterances of each client, at least one.
 
     Raises:
-        CorpusError: no utterances, more clients than speakers or utterances, less than one client, or an unknown kind.
+        CorpusError: there are no utterances, more clients than speakers or utterances, no client, or the kind is
+            unknown.
     """
     if kind not in ("speaker", "iid"):
         raise CorpusError(f"no split is called {kind!r}; there are 'speaker' and 'iid'")
@@ -176,7 +177,7 @@ def split(
         return [tuple(shuffled[client::clients]) for client in range(clients)]
     shares: list[list[str]] = [[] for _ in range(clients)]
     sizes = [0] * clients
-    for speaker in sorted(speakers, key=lambda name: (-len(speakers[name]), name)):  # the largest first balances best
+    for speaker in sorted(speakers, key=lambda name: (-len(speakers[name]), name)):  # largest first balances best
         smallest = sizes.index(min(sizes))
         shares[smallest].append(speaker)
         sizes[smallest] += len(speakers[speaker])

@@ -17,7 +17,7 @@ def load_librispeech(
     """Read subsets of LibriSpeech; the vocabulary is open.
 
     Args:
-        path: the folder ``LibriSpeech``, the one that holds it, or one of the subsets with the others beside it.
+        path: the folder ``LibriSpeech``, its parent, or the folder of a subset that has the others beside it.
         train: names of the subsets to train on.
         test: names of the subsets to test on.
 
