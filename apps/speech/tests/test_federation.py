@@ -8,7 +8,7 @@ import pytest
 from flwr.serverapp import Grid
 from nodes import Nodes, Watcher, without_times
 
-from fedomc_speech import federation
+from fedomc_speech import corpus, federation
 from fedomc_speech.client import client_data
 from fedomc_speech.errors import CorpusError, RoundError, SettingsError
 from fedomc_speech.run_folder import RESULTS, RunFolder
@@ -148,6 +148,17 @@ def test_resuming_needs_the_same_settings_and_whole_files(tones: Path, tmp_path:
     (tmp_path / RESULTS).write_text("{")
     with pytest.raises(SettingsError, match="damaged"):
         RunFolder(tmp_path, chosen, resume=True)
+
+
+def test_a_corpus_of_your_own_is_trained_on(tones: Path, tmp_path: Path) -> None:
+    spoken = corpus.load("an4", tones)
+    for part, utterances in (("train", spoken.train), ("test", spoken.test)):
+        lines = [f"{utterance.path}\t{utterance.text}\t{utterance.speaker}\n" for utterance in utterances]
+        (tmp_path / f"{part}.tsv").write_text("audio\ttext\tspeaker\n" + "".join(lines))
+    chosen = settings(tones, corpus="folder", corpus_path=str(tmp_path), formats=("S1E3M7",), rounds=2)
+    done, runs = run(chosen, tmp_path / "run")
+    assert done and [row["clients"] for row in runs["S1E3M7"]["history"]] == [2, 2]
+    assert sum(runs["S1E3M7"]["utterances"]["words"]) == sum(len(one.text.split()) for one in spoken.test)
 
 
 def test_a_corpus_with_another_digest_is_refused_by_server_and_clients(tones: Path, tmp_path: Path) -> None:
