@@ -19,14 +19,12 @@ def train(message: Message, context: Context) -> Message:
     """Do a step of SGD on this node's first utterances."""
     torch.set_num_threads(1)
     settings = read_settings(message.content["config"])
-    clients, tokenizer = client_data(
-        settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
-    )
+    clients, tokenizer = client_data(settings)
     utterances = clients[int(context.node_config["partition-id"])][: settings.batch]
     network = model.build(settings.model, tokenizer.vocab_size, seed=0)
     network.load_state_dict(message.content["arrays"].to_torch_state_dict())
     network.train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=settings.client_rate)
+    optimizer = torch.optim.SGD(network.parameters(), lr=settings.client_learning_rate)
     ready = features.pad([features.log_mel(utterance.audio(), network.mels) for utterance in utterances])
     loss = network.ctc_loss(ready.features, ready.frames, [tokenizer.encode(one.text) for one in utterances])
     loss.backward()

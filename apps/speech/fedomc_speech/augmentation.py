@@ -1,6 +1,7 @@
-"""Augmentation of features: another pace, another speaker, another microphone, and gaps, drawn anew at each sight.
+"""Augmentation of features: pace, speaker, microphone and gaps are varied at random whenever an utterance is used.
 
-Everything is done to log-mel features: audio is read and transformed once, and an utterance costs less than 1 ms.
+Everything is done to log-mel features, so that audio is read and transformed only once; an utterance takes less than
+1 ms.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How much the features of an utterance are changed.
+    """Random changes to the features of an utterance, and how large they may be.
 
     Attributes:
         stretch: the speech becomes faster or slower by at most this fraction (Ko et al., "Audio augmentation for speech
@@ -37,11 +38,11 @@ class Augmentation:
     mel_width: int = 6
 
     def __call__(self, features: Tensor, draw: random.Random) -> Tensor:
-        """Change features.
+        """Return changed features.
 
         Args:
-            features: ``[T, mels]``, of mean 0 and variance 1; they stay as they are.
-            draw: decides everything that is random.
+            features: ``[T, mels]``, with mean 0 and variance 1; they are not modified.
+            draw: the source of all random numbers.
 
         Returns:
             New features ``[T', mels]``.
@@ -60,7 +61,7 @@ class Augmentation:
 
 
 def _read(values: Tensor, positions: Tensor) -> Tensor:
-    """Read rows between rows, by linear interpolation; beyond the last one it is repeated."""
+    """Interpolate linearly between rows; beyond the last row, that one is repeated."""
     positions = positions.clamp(max=len(values) - 1)
     below = positions.floor().long()
     above = (below + 1).clamp(max=len(values) - 1)

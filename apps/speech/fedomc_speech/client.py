@@ -1,7 +1,6 @@
-"""The ClientApp: fill the model from the message, train it packed, send it back packed."""
+"""The ClientApp: it fills a model from the message, trains it packed and sends it back packed."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ app = ClientApp()
 
 @app.query()
 def identify(message: Message, context: Context) -> Message:
-    """Tell the server which part of the data this node holds."""
+    """Answer with the part of the data that this node holds."""
     partition = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
     return Message(RecordDict({"identity": partition}), reply_to=message)
 
@@ -34,12 +33,10 @@ def train(message: Message, context: Context) -> Message:
 
 
 def train_partition(message: Message, partition: int) -> RecordDict:
-    """Do a round of local training on one part of the data; the message is consumed."""
+    """Run one round of local training on one part of the data; the message is consumed."""
     config: Any = message.content["config"]
     settings = read_settings(config)
-    clients, tokenizer = client_data(
-        settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
-    )
+    clients, tokenizer = client_data(settings)
     network = model.build(settings.model, tokenizer.vocab_size, streaming=settings.streaming)
     install(network, message, consume=True)
     seed = settings.seed * 1_000_003 + int(config["server-round"]) * 1009 + partition
@@ -49,7 +46,7 @@ def train_partition(message: Message, partition: int) -> RecordDict:
         tokenizer,
         steps=settings.local_steps,
         batch=settings.batch,
-        rate=settings.client_rate,
+        learning_rate=settings.client_learning_rate,
         clip_norm=settings.clip_norm,
         seed=seed,
         augment=Augmentation() if settings.augment else None,
@@ -61,19 +58,29 @@ def train_partition(message: Message, partition: int) -> RecordDict:
 
 
 def write_settings(settings: Settings) -> ConfigRecord:
-    """Write settings for the clients."""
+    """Return settings as a record for the clients."""
     return ConfigRecord(settings.to_dict())
 
 
 def read_settings(config: ConfigRecord) -> Settings:
-    """Read settings that the server wrote; ``server-round`` is Flower's."""
+    """Return the settings that the server wrote into a record, to which Flower adds ``server-round``."""
     return Settings.from_mapping({key: value for key, value in config.items() if key != "server-round"})
 
 
+def client_data(settings: Settings) -> tuple[list[tuple[Utterance, ...]], Tokenizer]:
+    """Return the utterances of each client, and the tokenizer; a process loads the same corpus once.
+
+    Raises:
+        CorpusError: the corpus cannot be loaded or divided, or it is not the one that the settings name.
+    """
+    chosen = (settings.corpus, settings.corpus_path, settings.corpus_digest)
+    return load_client_data(*chosen, settings.split, settings.clients, settings.seed)
+
+
 @functools.lru_cache(maxsize=2)
-def client_data(
-    name: str, path: str, split: str, clients: int, seed: int
+def load_client_data(
+    name: str, path: str, digest: str, split: str, clients: int, seed: int
 ) -> tuple[list[tuple[Utterance, ...]], Tokenizer]:
-    """Load a corpus once a process: the utterances by client, and the tokenizer."""
-    loaded = corpus.load(name, Path(path) if path else None)
+    """Do the work of ``client_data``."""
+    loaded = corpus.load(name, path, digest)
     return corpus.split(loaded.train, split, clients or None, seed), tokenizer_for(loaded)

@@ -1,4 +1,4 @@
-"""What a run will take, from one local step: said before it starts."""
+"""The cost of a run, estimated from one local step before the run starts."""
 
 import time
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from fedomc_speech.settings import Settings, Variant
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a visit to a client.
+    """The cost of a visit to a client.
 
     Attributes:
-        step_seconds: a local step on one core.
-        visit_bytes: of the arrays, down and up.
+        step_seconds: time of a local step on one core.
+        visit_bytes: bytes of the arrays, down and up.
     """
 
     step_seconds: float
@@ -26,12 +26,10 @@ class Cost:
 
 
 def cost_of(settings: Settings, variant: Variant) -> Cost:
-    """Try a local step of a variant."""
+    """Measure a local step of a variant."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on the clients
-    parts, tokenizer = client_data(
-        settings.corpus, settings.corpus_path, settings.split, settings.clients, settings.seed
-    )
+    parts, tokenizer = client_data(settings)
     network = pretraining.starting_model(settings, tokenizer)
     policy = variant.policy(settings)
     if policy is not None:
@@ -44,7 +42,7 @@ def cost_of(settings: Settings, variant: Variant) -> Cost:
             tokenizer,
             steps=1,
             batch=settings.batch,
-            rate=1e-3,
+            learning_rate=1e-3,
             clip_norm=1.0,
             seed=0,
             augment=Augmentation() if settings.augment else None,

@@ -4,24 +4,24 @@ from fedomc import OMCError
 
 
 class CorpusError(OMCError):
-    """A corpus that is missing, damaged or empty, or does not fit; the message names it and the way out."""
+    """A corpus is missing, damaged, empty or not the expected one; the message names it and says what to do."""
 
 
 class RoundError(OMCError):
-    """A round in which no client returned a model; the message names the reasons."""
+    """No client returned a model in a round; the message names the reasons."""
 
 
 class SettingsError(OMCError):
-    """Settings of a run that are unknown, impossible or do not fit; the message names them and the way out."""
+    """Settings are unknown, impossible or inconsistent; the message names them and says what to do."""
 
 
 class RecognitionError(OMCError):
-    """Audio that is not recognised in the order or with the chunks that a streaming model allows."""
+    """A streaming recognizer is used in a way that its model does not allow."""
 
 
 class DeploymentError(OMCError):
-    """A process of a deployment does not start or does not answer."""
+    """A process of a deployment does not start or does not respond."""
 
 
 class ExperimentError(OMCError):
-    """Experiments of which runs failed, or that another process is at; the message names them."""
+    """Runs of an experiment failed, or another process works in the same folder; the message names them."""

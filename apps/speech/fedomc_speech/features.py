@@ -1,4 +1,4 @@
-"""Log-mel features of utterances, and batches of them."""
+"""Log-mel features of utterances, whole or in pieces, and padded batches."""
 
 import functools
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
 FFT = 512
 
-# What a streaming model takes log-mel energies of speech to be like before it has heard any, and for how many frames
-# that counts. Between two corpora: digits has -7.0 and 2.8, AN4 -10.9 and 4.3.
+# The mean and deviation of log-mel energies that a streaming model assumes before it has heard any speech, and how many
+# frames this assumption weighs. They lie between those of two corpora: -7.0 and 2.8 in digits, -10.9 and 4.3 in AN4.
 MEAN = -9.0
 DEVIATION = 4.0
 PRIOR_FRAMES = 50
@@ -29,7 +29,7 @@ class Batch:
 
     Attributes:
         features: float32 ``[B, T, mels]``.
-        frames: int64 ``[B]``, how many of T are real.
+        frames: int64 ``[B]``, the number of frames of each that are not padding.
     """
 
     features: Tensor
@@ -42,8 +42,8 @@ def log_mel(audio: np.ndarray, mels: int, *, streaming: bool = False) -> Tensor:
     Args:
         audio: float32 ``[samples]`` at 16 kHz.
         mels: number of mel bands.
-        streaming: normalise each frame by mean and deviation of what was heard up to it, which are known before the
-            utterance ends, instead of those of the whole utterance.
+        streaming: whether each frame is normalised by the mean and deviation of the frames up to it, as they are known
+            while the utterance is spoken, instead of those of the whole utterance.
 
     Returns:
         float32 ``[1 + samples // HOP, mels]``, 100 frames a second.
@@ -55,9 +55,9 @@ def log_mel(audio: np.ndarray, mels: int, *, streaming: bool = False) -> Tensor:
 
 
 class LogMelStream:
-    """Computes the features of a streaming model from audio in pieces: the same as ``log_mel`` of the whole.
+    """Computes features from audio in pieces, the same as ``log_mel(..., streaming=True)`` of all audio.
 
-    A frame is given out as soon as its window is full, 16 ms after its centre.
+    A frame is returned as soon as its window is full, 16 ms after its centre.
 
     Args:
         mels: number of mel bands.
@@ -69,11 +69,11 @@ class LogMelStream:
         self._samples = torch.zeros(FFT // 2)  # from the first sample of the next frame on
 
     def push(self, audio: np.ndarray) -> Tensor:
-        """Take float32 samples ``[samples]``, return the frames that they complete, ``[T, mels]``."""
+        """Take float32 samples ``[samples]`` and return the frames that they complete, ``[T, mels]``."""
         return self._take(_tensor(audio))
 
     def finish(self) -> Tensor:
-        """Return the last frames ``[T, mels]``: the utterance has ended."""
+        """End the utterance and return its last frames, ``[T, mels]``."""
         return self._take(torch.zeros(FFT // 2))
 
     def _take(self, more: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ class LogMelStream:
 
 
 class _RunningNormalization:
-    """Normalises frames by mean and deviation of those heard so far: the level of a recording drops out by and by.
+    """Normalises each frame by the mean and deviation of all frames so far, which adapts to a recording's level.
 
-    ``PRIOR_FRAMES`` of ``MEAN`` and ``DEVIATION`` count as heard before the first. Sums are float64, so that pieces of
-    any length give the same.
+    ``PRIOR_FRAMES`` frames with ``MEAN`` and ``DEVIATION`` count as heard before the first. Sums are float64, so that
+    pieces of any length give the same result.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ def _tensor(audio: np.ndarray) -> Tensor:
 
 
 def _log_energies(signal: Tensor, mels: int) -> Tensor:
-    """Compute the log-mel energies ``[T, mels]`` of all windows that lie in a signal ``[samples]``."""
+    """Compute the log-mel energies ``[T, mels]`` of all whole windows of a signal ``[samples]``."""
     window = torch.hann_window(WINDOW)
     spectrum = torch.stft(signal, FFT, HOP, WINDOW, window, center=False, return_complex=True)
     power = spectrum.abs().square()  # [FFT // 2 + 1, T]
@@ -122,7 +122,7 @@ def _log_energies(signal: Tensor, mels: int) -> Tensor:
 
 
 def pad(features: Sequence[Tensor]) -> Batch:
-    """Pad features ``[T_i, mels]`` with zeros to the longest."""
+    """Pad features ``[T_i, mels]`` with zeros to the length of the longest."""
     frames = torch.tensor([len(f) for f in features])
     return Batch(torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True), frames)
 

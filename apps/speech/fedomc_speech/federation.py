@@ -1,11 +1,10 @@
-"""The rounds of a run: for each format, train the same model on the same clients and measure it."""
+"""The rounds of a run: each format trains the same model on the same clients, and is measured."""
 
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from logging import INFO
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -31,36 +30,40 @@ QUERY_TIMEOUT = 600.0  # seconds
 
 
 class Observer(Protocol):
-    """Who watches a run."""
+    """An observer of a run; it may ask to stop it."""
 
     def started(self, variant: Variant, first_round: int) -> None:
-        """A variant begins, or goes on, with this round."""
+        """Called when a variant starts, or continues, with a round."""
 
     def round_done(self, variant: Variant, row: dict[str, Any]) -> None:
-        """A round is finished; the row is what the history keeps of it."""
+        """Called after each round with its row of the history."""
 
     def stop_requested(self) -> bool:
-        """Tell whether to stop before the next round."""
+        """Return whether the run should stop before the next round."""
         return False
 
 
 @dataclass(frozen=True)
 class Clients:
-    """The nodes of a federation, in the order of the parts of the data that they hold."""
+    """The nodes of a federation.
+
+    Attributes:
+        nodes: the nodes' IDs, ordered by the part of the data that each holds.
+    """
 
     nodes: tuple[int, ...]
 
     @classmethod
     def identify(cls, grid: Grid, expected: int, wait: float = 60.0) -> "Clients":
-        """Ask all nodes which part they hold, so that a seed means the same clients in every run.
+        """Ask all nodes which part of the data they hold, so that a seed chooses the same clients in every run.
 
         Args:
-            grid: where they are.
-            expected: how many parts there are.
-            wait: seconds to wait for that many nodes.
+            grid: the grid of the nodes.
+            expected: number of parts.
+            wait: seconds to wait for so many nodes.
 
         Raises:
-            SettingsError: they do not hold the parts 0 to ``expected - 1``, each once.
+            SettingsError: the nodes do not hold all parts from 0 to ``expected - 1``, or one does not answer.
         """
         deadline = time.monotonic() + wait
         while len(nodes := list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
@@ -75,19 +78,19 @@ class Clients:
             parts[int(cast(Any, reply.content["identity"])["partition-id"])] = reply.metadata.src_node_id
         if not set(range(expected)) <= set(parts):
             raise SettingsError(
-                f"{len(nodes)} nodes hold {len(parts)} parts of the data, but there are {expected} clients: "
-                f"start it with as many, as in flwr run ... --federation-config 'num-supernodes={expected}'"
+                f"{len(nodes)} nodes hold {len(parts)} parts of the data, but there are {expected} clients: start as "
+                f"many nodes, for instance with flwr run ... --federation-config 'num-supernodes={expected}'"
             )
         log(INFO, "parts 0, 1, ... of the data are held by nodes %s", ", ".join(str(parts[i]) for i in range(expected)))
         return cls(tuple(parts[i] for i in range(expected)))
 
     def name_of(self, node: int) -> int:
-        """Return which part a node holds."""
+        """Return the part of the data that a node holds."""
         return self.nodes.index(node)
 
 
 class _Cohort:
-    """A view of a grid that shows the nodes of one round's cohort."""
+    """A view of a grid with only the nodes of one round's cohort."""
 
     def __init__(self, nodes: list[int]) -> None:
         self._nodes = nodes
@@ -97,16 +100,24 @@ class _Cohort:
 
 
 def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer, *, tensorboard: bool = False) -> bool:
-    """Run all variants, going on from the folder's checkpoint if it has one; False if it was stopped.
+    """Run all variants that are not finished, from the folder's checkpoint if it has one.
 
     Args:
-        settings: of the run.
-        grid: where the nodes are.
-        folder: for results and checkpoints.
-        observer: is told of each round.
-        tensorboard: whether the folder gets what TensorBoard shows.
+        settings: settings of the run.
+        grid: the grid of the nodes.
+        folder: the folder for results and checkpoints.
+        observer: the observer to notify.
+        tensorboard: whether to write files for TensorBoard into the folder.
+
+    Returns:
+        False if the observer stopped the run.
+
+    Raises:
+        CorpusError: the corpus cannot be loaded, or is not the one that the settings name.
+        RoundError: no client returned a model in a round.
+        SettingsError: the settings do not fit the corpus, the nodes or the checkpoint.
     """
-    loaded = corpus.load(settings.corpus, Path(settings.corpus_path) if settings.corpus_path else None)
+    loaded = corpus.load(settings.corpus, settings.corpus_path, settings.corpus_digest)
     parts = corpus.split(loaded.train, settings.split, settings.clients or None, settings.seed)
     check_cohort(settings, len(parts))
     clients = Clients.identify(grid, len(parts))
@@ -125,17 +136,17 @@ def run(settings: Settings, grid: Grid, folder: RunFolder, observer: Observer, *
 
 
 def check_cohort(settings: Settings, clients: int) -> None:
-    """Check that there are enough clients.
+    """Check that a round's cohort is not larger than the number of clients.
 
     Raises:
-        SettingsError: there are not.
+        SettingsError: it is larger.
     """
     if settings.cohort > clients:
         raise SettingsError(f"cohort={settings.cohort}, but there are only {clients} clients: make it smaller")
 
 
 def bytes_of_a_visit(network: model.SpeechModel) -> int:
-    """Count the bytes of the arrays that go to a client with this model and come back."""
+    """Return the bytes of the arrays that a client with this model receives and sends in a round."""
     up = sum(len(array.data) for array in collect(network).values())
     update_bytes = sum(p.nbytes - p.base.nbytes for p in network.parameters() if isinstance(p, fedomc.CompressedTensor))
     return up + (fedomc.parameter_bytes(network).total - update_bytes if update_bytes else up)
@@ -166,7 +177,12 @@ class _Rounds:
         self.clients = clients
         self.measure = measure
         self.inner = FedAdam(
-            fraction_evaluate=0.0, eta=settings.server_rate, beta_1=BETA_1, beta_2=BETA_2, tau=TAU, min_train_nodes=1
+            fraction_evaluate=0.0,
+            eta=settings.server_learning_rate,
+            beta_1=BETA_1,
+            beta_2=BETA_2,
+            tau=TAU,
+            min_train_nodes=1,
         )
         self.inner.min_available_nodes = 1
         self.strategy = OMCStrategy(
@@ -187,7 +203,7 @@ class _Rounds:
         self.totals = {"seconds": 0.0, "messages": 0, "replies": 0, "down": 0, "up": 0, "held": 0.0, "rounds": 0}
 
     def run(self, grid: Grid, folder: RunFolder, observer: Observer) -> bool:
-        """Run the rounds that are missing; False if the observer stopped them."""
+        """Run the missing rounds; return False if the observer stopped them."""
         first = self._resume(folder.load())
         observer.started(self.variant, first)
         for number in range(first, self.settings.rounds + 1):
@@ -204,7 +220,7 @@ class _Rounds:
     def _round(self, number: int, grid: Grid) -> dict[str, Any]:
         settings = self.settings
         began = time.monotonic()
-        self.inner.eta = settings.server_rate_in(number)
+        self.inner.eta = settings.server_learning_rate_in(number)
         draw = random.Random(f"{settings.seed} cohort {number}")  # noqa: S311
         cohort = _Cohort([self.clients.nodes[i] for i in draw.sample(range(len(self.clients.nodes)), settings.cohort)])
         messages = self.strategy.configure_train(number, self.arrays, write_settings(settings), cast(Grid, cohort))
@@ -305,7 +321,7 @@ class _Rounds:
         return Checkpoint(progress, arrays)
 
     def _resume(self, checkpoint: Checkpoint | None) -> int:
-        """Take up a checkpoint of this variant; returns the first round to run."""
+        """Restore a checkpoint of this variant, and return the first round to run."""
         if checkpoint is None or checkpoint.progress.get("variant") != str(self.variant):
             return 1
         stored = checkpoint.arrays.get("model", {})

@@ -1,4 +1,4 @@
-"""The models: the FastConformers of ``transformers`` with a CTC head, made fit for federated averaging."""
+"""The models: FastConformers of ``transformers`` with a CTC head, adapted to federated averaging."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +16,15 @@ from transformers import (
 from fedomc_speech.errors import SettingsError
 
 LEFT_CONTEXT = 70
-"""Encoder frames before its chunk that a frame of the streaming model can attend to."""
+"""Number of encoder frames before its own chunk that a frame of the streaming model can attend to."""
 
 LOOKAHEAD = 6
-"""Encoder frames that the streaming model is trained to wait for: with this frame they make a chunk of 0.56 s."""
+"""Number of later encoder frames that the streaming model is trained to wait for; with one more they make 0.56 s."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The shape of an encoder; the names are those of ``ParakeetEncoderConfig``."""
+    """The size of an encoder, with the field names of ``ParakeetEncoderConfig``."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -47,14 +47,14 @@ SIZES = {
 class SpeechModel(nn.Module):
     """A Conformer encoder and a linear CTC head.
 
-    Two changes against the library's defaults. BatchNorm in the convolution modules becomes GroupNorm with one group:
-    running statistics of different clients do not average to anything. And the weights are initialised as Xavier
-    (linear) and Kaiming (two-dimensional convolution): with the default of std 0.02 training stays on the plateau
-    where CTC emits only blanks.
+    It differs from the library's defaults in two ways. BatchNorm in the convolution modules becomes GroupNorm with one
+    group, because averages of different clients' running statistics are meaningless. Weights are initialised as Xavier
+    (linear) and Kaiming (two-dimensional convolution), because with the default standard deviation of 0.02 training
+    stays on the plateau where CTC emits only blanks.
 
     Attributes:
-        mels: bands of the features.
-        streaming: whether it takes features that need no later audio, and can be run chunk by chunk.
+        mels: number of mel bands of the features.
+        streaming: whether the model takes features that need no later audio, and can run chunk by chunk.
     """
 
     streaming = False
@@ -81,10 +81,11 @@ class SpeechModel(nn.Module):
 
         Args:
             features: ``[B, T, mels]``.
-            frames: ``[B]``, how many of T are real.
+            frames: ``[B]``, how many of the T frames are not padding.
 
         Returns:
-            Log-probabilities ``[B, T / subsampling, vocabulary]`` and how many of their frames are real, ``[B]``.
+            Log-probabilities ``[B, T / subsampling, vocabulary]``, and how many of their frames are not padding,
+            ``[B]``.
         """
         mask = torch.arange(features.shape[1]) < frames[:, None]  # [B, T]
         encoded = self.encoder(features, attention_mask=mask)
@@ -93,7 +94,7 @@ class SpeechModel(nn.Module):
     def ctc_loss(self, features: Tensor, frames: Tensor, targets: list[list[int]]) -> Tensor:
         """Compute the CTC loss, averaged over the utterances; token 0 is the blank.
 
-        An utterance too short for its transcript counts as 0.
+        The loss of an utterance that is too short for its transcript counts as 0.
         """
         log_probabilities, lengths = self(features, frames)
         flat = torch.tensor([token for target in targets for token in target], dtype=torch.long)
@@ -102,17 +103,17 @@ class SpeechModel(nn.Module):
 
 
 class StreamingSpeechModel(SpeechModel):
-    """A Conformer that can be run while the speaker speaks: `fedomc_speech.streaming` does it.
+    """A Conformer that can run while the speaker speaks; `fedomc_speech.streaming` runs it.
 
-    [Note: what makes it stream]
+    [Note: why it can stream]
     Convolutions are causal; encoder frame i needs feature frames up to ``subsampling * i``. Normalization is LayerNorm
     over channels, never over time. Encoder frames come in chunks of ``1 + lookahead``: a frame attends to all of its
     own chunk and to the whole chunks that fit into the ``LEFT_CONTEXT`` frames before it, so it waits for the last
     frame of its chunk and for nothing else, however many layers there are.
 
-    The library's encoder puts zeros behind the end of an utterance before each convolution, but not when it runs chunk
-    by chunk. Here an utterance ends with zero features up to the next full encoder frame, so that there is nothing left
-    to pad: alone, in a batch and chunk by chunk.
+    The library's encoder pads the end of an utterance with zeros before each convolution, but not when it runs chunk by
+    chunk. Here, an utterance is extended with zero features to the next full encoder frame, so that nothing is left to
+    pad, be it alone, in a batch or chunk by chunk.
     """
 
     streaming = True
@@ -129,16 +130,16 @@ class StreamingSpeechModel(SpeechModel):
         )
 
     def forward(self, features: Tensor, frames: Tensor, lookahead: int = LOOKAHEAD) -> tuple[Tensor, Tensor]:
-        """Compute the log-probabilities of the tokens, as a chunk by chunk run does.
+        """Compute the log-probabilities of the tokens; running chunk by chunk gives the same.
 
         Args:
-            features: ``[B, T, mels]``, zero where they are not real.
-            frames: ``[B]``, how many of T are real, at least 1.
-            lookahead: encoder frames in a chunk, less one.
+            features: ``[B, T, mels]``, zero in the padding.
+            frames: ``[B]``, how many of the T frames are not padding, at least 1.
+            lookahead: number of encoder frames in a chunk, minus one.
 
         Returns:
             Log-probabilities ``[B, 1 + ceil((T - 1) / subsampling), vocabulary]`` and how many of their frames are
-            real, ``[B]``.
+            not padding, ``[B]``.
         """
         lengths = 1 + (frames - 1 + self.subsampling - 1) // self.subsampling  # in encoder frames
         full = 1 + (lengths - 1) * self.subsampling  # the last feature frame that the last of them needs
@@ -176,12 +177,12 @@ def build(size: str, vocabulary: int, *, seed: int | None = None, streaming: boo
 
     Args:
         size: ``tiny`` or ``large``.
-        vocabulary: number of tokens, blank included.
-        seed: initialises the weights; None builds it on the meta device, to be filled from a message.
-        streaming: whether it is a `StreamingSpeechModel`.
+        vocabulary: number of tokens, including the blank.
+        seed: seed of the initial weights; None builds the model on the meta device, to be filled from a message.
+        streaming: whether to build a `StreamingSpeechModel`.
 
     Raises:
-        SettingsError: no such size.
+        SettingsError: there is no such size.
     """
     check_size(size)
     kind = StreamingSpeechModel if streaming else SpeechModel
@@ -203,7 +204,7 @@ def check_size(size: str) -> None:
     """Check that a size exists.
 
     Raises:
-        SettingsError: it does not.
+        SettingsError: it does not exist.
     """
     if size not in SIZES:
         raise SettingsError(f"model size {size!r} is unknown: use one of {', '.join(SIZES)}")

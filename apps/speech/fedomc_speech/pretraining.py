@@ -1,4 +1,4 @@
-"""A model for a federation to begin with, trained in one place."""
+"""Training of a model on one machine, for a federation to begin with."""
 
 import dataclasses
 import json
@@ -22,30 +22,31 @@ from fedomc_speech.model import SpeechModel, build
 from fedomc_speech.settings import Settings
 from fedomc_speech.tokens import Tokenizer, tokenizer_for
 
-_TOKENS = "tokens"  # in a file's metadata: what the model's outputs stand for, as JSON
-_MODEL = "model"  # and its class: models of different classes may have variables of the same names and shapes
+# Keys of a file's metadata.
+_TOKENS = "tokens"  # the units that the model's outputs stand for, as JSON
+_MODEL = "model"  # the model's class: those of different classes may have variables of the same names and shapes
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a model is trained in one place: AdamW, with a linear warm-up and half a cosine.
+    """The settings of a training on one machine: AdamW, with linear warm-up and half a cosine.
 
     Attributes:
-        steps: how many.
-        batch: utterances a step.
-        rate: highest learning rate.
-        warmup: steps in which it rises.
-        weight_decay: of the weight matrices.
-        clip_norm: of the gradient of all variables together.
-        seed: of the model and everything random.
+        steps: number of steps.
+        batch: utterances in a step.
+        learning_rate: peak learning rate.
+        warmup: steps in which the learning rate rises to its peak.
+        weight_decay: weight decay of the matrices.
+        clip_norm: largest norm of the gradient of all variables together.
+        seed: seed of the model and of all other random numbers.
 
     Raises:
-        SettingsError: a value that cannot be.
+        SettingsError: a value is impossible.
     """
 
     steps: int = 1500
     batch: int = 16
-    rate: float = 2e-3
+    learning_rate: float = 2e-3
     warmup: int = 200
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -58,14 +59,14 @@ class Pretraining:
         for name in ("warmup", "weight_decay", "seed"):
             if not (math.isfinite(value := getattr(self, name)) and value >= 0):
                 raise SettingsError(f"{name}={value}: it must not be negative")
-        for name in ("rate", "clip_norm"):
+        for name in ("learning_rate", "clip_norm"):
             if not (math.isfinite(value := getattr(self, name)) and value > 0):
                 raise SettingsError(f"{name}={value}: it must be a positive number")
 
-    def rate_in(self, step: int) -> float:
-        """Return the learning rate in a step; the first is 1."""
+    def learning_rate_in(self, step: int) -> float:
+        """Return the learning rate in a step, counted from 1."""
         warm = min(1.0, step / max(1, self.warmup))
-        return self.rate * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
 
 
 def train(
@@ -79,12 +80,12 @@ def train(
     """Train a model in place.
 
     Args:
-        model: to train.
-        utterances: of all speakers.
-        tokenizer: of the corpus.
-        settings: of the training.
-        augment: changes the features at each sight.
-        progress: called with the steps done and the CTC loss of the last one.
+        model: the model.
+        utterances: those of all speakers.
+        tokenizer: the tokenizer of the corpus.
+        settings: how to train.
+        augment: varies the features whenever an utterance is used; None leaves them as they are.
+        progress: called after each step with its number and its CTC loss.
     """
     draw = random.Random(settings.seed)  # noqa: S311
     torch.manual_seed(settings.seed)
@@ -92,7 +93,7 @@ def train(
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.rate,
+        lr=settings.learning_rate,
         betas=(0.9, 0.98),
     )
     order: list[Utterance] = []
@@ -108,7 +109,7 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = settings.rate_in(step)
+            group["lr"] = settings.learning_rate_in(step)
         optimizer.step()
         if progress:
             progress(step, float(loss.detach()))
@@ -132,22 +133,25 @@ def make(
     settings: Pretraining,
     progress: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Train a model on a corpus and write it; returns its word error rate there, in percent.
+    """Train a model on a corpus and write it to a file.
 
     Args:
-        path: of the file, which is written at the end.
-        start: corpus, model and augmentation.
-        settings: of the training.
-        progress: called with the steps done and the CTC loss of the last one.
+        path: the file, which is written at the end.
+        start: settings that name the corpus, the model and the augmentation.
+        settings: how to train.
+        progress: called after each step with its number and its CTC loss.
+
+    Returns:
+        The word error rate on the test part of the corpus, in percent.
 
     Raises:
         SettingsError: the file cannot be written, or the initial model cannot be taken.
     """
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-        raise SettingsError(f"{path} cannot be written: choose a file in a folder that is there")
-    loaded = corpus.load(start.corpus, Path(start.corpus_path) if start.corpus_path else None)
+        raise SettingsError(f"{path} cannot be written: choose a file in a folder that exists")
+    loaded = corpus.load(start.corpus, start.corpus_path, start.corpus_digest)
     tokenizer = tokenizer_for(loaded)
-    torch.set_num_threads(1)  # more make so small a model no faster
+    torch.set_num_threads(1)  # more threads do not make so small a model faster
     model = starting_model(start, tokenizer)
     train(model, loaded.train, tokenizer, settings, Augmentation() if start.augment else None, progress)
     save(model, tokenizer, settings, path)
@@ -155,7 +159,7 @@ def make(
 
 
 def save(model: SpeechModel, tokenizer: Tokenizer, settings: Pretraining, path: str | os.PathLike[str]) -> None:
-    """Write a model, with what its outputs stand for.
+    """Write a model to a file, with the units that its outputs stand for.
 
     Raises:
         SettingsError: the file cannot be written.
@@ -168,10 +172,10 @@ def save(model: SpeechModel, tokenizer: Tokenizer, settings: Pretraining, path: 
 
 
 def load(model: SpeechModel, tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
-    """Make a model what ``save`` wrote.
+    """Load into a model what ``save`` wrote.
 
     Raises:
-        SettingsError: the file is missing or damaged, or of another model or vocabulary; the model is as it was.
+        SettingsError: the file is missing or damaged, or of another model or vocabulary; the model is then unchanged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -182,7 +186,7 @@ def load(model: SpeechModel, tokenizer: Tokenizer, path: str | os.PathLike[str])
         fedomc.load_model(model, path)
     except (OSError, SafetensorError, PayloadError) as error:
         raise SettingsError(
-            f"initial={path} cannot be taken ({error}): give what pretrain wrote for this model and these words"
+            f"initial={path} cannot be loaded ({error}): give a file that pretrain wrote for this model and vocabulary"
         ) from error
 
 

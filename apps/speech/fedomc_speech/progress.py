@@ -1,4 +1,4 @@
-"""What is shown while something runs: rich progress bars on a terminal, plain lines elsewhere."""
+"""Progress of runs and pre-training: bars on a terminal, plain lines elsewhere."""
 
 import math
 import threading
@@ -13,14 +13,14 @@ from fedomc_speech.report import megabytes
 from fedomc_speech.settings import Settings, Variant
 
 LINE_EVERY = 20.0  # seconds between plain lines
-FIRST_STEPS = 10  # of a pre-training, after which it is known what it takes
+FIRST_STEPS = 10  # steps of a pre-training from which its duration is estimated
 
 
 class RunProgress:
-    """Watches a run, with a bar a format; use it as a context manager.
+    """Shows the progress of a run, with a bar for each format; use it as a context manager.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         console: where to write.
         stop: set it to stop the run after the round that is under way.
     """
@@ -52,12 +52,12 @@ class RunProgress:
         self._bars.stop()
 
     def started(self, variant: Variant, first_round: int) -> None:
-        """Add a bar."""
+        """Add a bar for a format."""
         name = str(variant)
         self._tasks[name] = self._bars.add_task(name, total=self.settings.rounds, completed=first_round - 1, state="")
 
     def round_done(self, variant: Variant, row: dict[str, Any]) -> None:
-        """Move the bar on."""
+        """Advance the bar of a format."""
         name = str(variant)
         if row["wer"] is not None:
             self._word_error_rate[name] = row["wer"]
@@ -79,15 +79,15 @@ class RunProgress:
             )
 
     def stop_requested(self) -> bool:
-        """Tell whether to stop."""
+        """Return whether the run should stop before the next round."""
         return self.stop.is_set()
 
 
 class PretrainingProgress:
-    """Watches a pre-training; use it as a context manager. It says what it takes after a few steps.
+    """Shows the progress of a pre-training, and after a few steps its expected duration; use it as a context manager.
 
     Args:
-        steps: how many there will be.
+        steps: number of steps.
         console: where to write.
     """
 
@@ -116,7 +116,7 @@ class PretrainingProgress:
         self._bar.stop()
 
     def step_done(self, step: int, loss: float) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         self._bar.update(self._task, completed=step, loss=loss)
         now = time.monotonic()
         left = (self.steps - step) * (now - self._began) / step
@@ -128,5 +128,5 @@ class PretrainingProgress:
 
 
 def minutes(seconds: float) -> str:
-    """Write a time as people say it."""
+    """Format a duration in seconds or minutes."""
     return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"

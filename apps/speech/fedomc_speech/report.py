@@ -1,4 +1,4 @@
-"""What a run found: the table on the terminal, and one HTML file that opens without a network."""
+"""The results of a run: a table for the terminal, and one HTML file that opens without a network."""
 
 import html
 import io
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from fedomc_speech.run_folder import REPORT, write_atomically
@@ -13,47 +14,57 @@ from fedomc_speech.settings import Settings
 
 _COLUMNS = ("format", "WER", "packed", "memory", "down", "up", "rounds / min")
 _CAPTION = (
-    "WER: word error rate on speakers that no client has, of the server's model; packed: of its copy with all matrices "
-    "in the (base) format. Memory: bytes that a client's parameters hold while they train. "
-    "Down, up: bytes of the arrays of a client in a round. Percentages: of FP32."
+    "WER: word error rate of the server's model on speakers that no client has; packed: the same of its copy with all "
+    "matrices in the (base) format. Memory: bytes of a client's parameters while they train. "
+    "Down, up: bytes of the arrays that a client receives and sends in a round. Percentages are of FP32."
 )
 
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #8886; text-align: right; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5rem 0; background: #fff; border-radius: .5rem; }
-svg { width: 100%; height: auto; }
-.note { opacity: .75; }
+svg { width: 100%; min-width: 40rem; height: auto; }
+.note { opacity: .75; overflow-wrap: anywhere; }
 """
 
 
+def print_table(console: Console, runs: Sequence[dict[str, Any]]) -> None:
+    """Print the results of a run; in a pipe or a file, as wide as they are."""
+    made = table(runs)
+    if not console.is_terminal:
+        made.width = max(console.width, console.measure(made, options=console.options.update(max_width=1000)).maximum)
+    console.print(made, crop=False)
+
+
 def table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Make the table of a run's results for the terminal."""
+    """Return the table of a run's results for the terminal."""
     made = Table(title="Federated speech recognition", caption=_CAPTION, caption_justify="left")
     for i, column in enumerate(_COLUMNS):
-        made.add_column(column, justify="right" if i else "left", overflow="fold", min_width=13 if i == 0 else None)
+        made.add_column(column, justify="right" if i else "left", overflow="fold")
     for run in runs:
         made.add_row(*_cells(run))
     return made
 
 
 def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]]) -> Path:
-    """Write ``report.html`` with the table and the curves of word error rate; returns its path."""
+    """Write ``report.html`` with the table and the curves of word error rate, and return its path."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(run)) + "</tr>" for run in runs)
-    left_out = {"formats"} | {key for key in ("corpus_path", "clients") if not settings.to_dict()[key]}
-    chosen = ", ".join(f"{key} {value}" for key, value in settings.to_dict().items() if key not in left_out)
+    left_out = {"formats"} | ({"clients"} if settings.clients == 0 else set())  # 0 stands for one client a speaker
+    given = {key: value for key, value in settings.to_dict().items() if key not in left_out and value != ""}
+    chosen = ", ".join(f"{key}={value}" for key, value in given.items())
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>fedomc: federated speech recognition</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
 <body><h1>Federated speech recognition with compressed parameters</h1>
-<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
 <p class="note">{html.escape(_CAPTION)}</p>
-<figure>{_figure(runs)}</figure>
-<p class="note">{html.escape(chosen)}</p></body></html>
+<figure class="wide">{_figure(runs)}</figure>
+<p class="note">Settings: {html.escape(chosen)}</p></body></html>
 """
     path = folder / REPORT
     write_atomically(path, text)
@@ -61,7 +72,7 @@ def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]
 
 
 def megabytes(size: float) -> str:
-    """Write a number of bytes."""
+    """Format a number of bytes as MB or GB."""
     return f"{size / 1e6:.2f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 

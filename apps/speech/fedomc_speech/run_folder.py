@@ -1,4 +1,4 @@
-"""The folder of a run: settings, results and the state to resume from; each file is replaced whole."""
+"""The folder of a run: settings, results and the state to resume from. Files are replaced atomically."""
 
 import json
 from dataclasses import replace
@@ -17,15 +17,16 @@ REPORT = "report.html"
 
 
 class RunFolder:
-    """A folder ``runs/<name>``.
+    """The folder of one run.
 
     Args:
-        path: of the folder; made if it is missing.
-        settings: of the run.
-        resume: whether to go on with what is there; otherwise it is replaced.
+        path: the folder; it is created if it is missing.
+        settings: settings of the run.
+        resume: whether to continue the run in the folder; otherwise the run is replaced.
 
     Raises:
-        SettingsError: it cannot be written, there is nothing to resume, or it was made with other settings.
+        SettingsError: the folder cannot be written, there is nothing to resume, or the run was made with other settings
+            or another corpus.
     """
 
     def __init__(self, path: Path, settings: Settings, *, resume: bool) -> None:
@@ -44,24 +45,24 @@ class RunFolder:
                 raise SettingsError(f"{path} cannot be written ({error}): choose another --output") from error
 
     def add(self, run: dict[str, Any]) -> None:
-        """Add or replace the result of a variant."""
+        """Add the result of a variant, or replace it."""
         self.runs = [old for old in self.runs if old["variant"] != run["variant"]] + [run]
         self._write_results()
 
     def finished(self, variant: str) -> bool:
-        """Tell whether a variant has all its rounds."""
+        """Return whether a variant has finished all its rounds."""
         return any(run["variant"] == variant and run["finished"] for run in self.runs)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write the state after a round."""
+        """Save the state after a round."""
         checkpoint.write(self.path / CHECKPOINT)
 
     def drop_checkpoint(self) -> None:
-        """Delete the state, of which a finished run has no more need."""
+        """Delete the saved state, which a finished run no longer needs."""
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
     def load(self) -> Checkpoint | None:
-        """Read the state after the last finished round, if there is one.
+        """Load the state after the last finished round; None if there is none.
 
         Raises:
             SettingsError: the file is damaged.
@@ -86,13 +87,19 @@ class RunFolder:
             raise SettingsError(f"there is nothing to resume in {self.path}: start without --resume") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(f"{path} is damaged ({error}): delete it, or start again without --resume") from error
-        if Path(settings.initial).name == Path(self.settings.initial).name:  # where things are may change
+        if Path(settings.initial).name == Path(self.settings.initial).name:  # files may have moved
             settings = replace(settings, corpus_path=self.settings.corpus_path, initial=self.settings.initial)
         if settings != self.settings:
             changed = [key for key, value in settings.to_dict().items() if value != self.settings.to_dict()[key]]
+            if changed == ["corpus_digest"]:
+                raise SettingsError(
+                    f"{self.path} was made with another corpus: the digest of its lists and transcriptions is "
+                    f"{settings.corpus_digest!r}, that of {self.settings.corpus_path} {self.settings.corpus_digest!r}. "
+                    "Resume with the same corpus, or start without --resume"
+                )
             raise SettingsError(
                 f"{self.path} was made with other settings ({', '.join(changed)}): "
-                "resume with the same ones, or start without --resume"
+                "resume with the same settings, or start without --resume"
             )
         return runs
 
@@ -102,6 +109,6 @@ class RunFolder:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file whole."""
+    """Replace a text file atomically."""
     with replacing(path) as file:
         file.write(text.encode())

@@ -1,5 +1,6 @@
-"""The ServerApp for ``flwr run``; its progress goes to Flower's log."""
+"""The ServerApp for ``flwr run``; it reports its progress in Flower's log."""
 
+from dataclasses import replace
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from fedomc_speech import federation, report
+from fedomc_speech import corpus, federation, report
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings, Variant
 
@@ -39,11 +40,13 @@ class _LogObserver:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run all formats of the run config and write results and report to its ``output`` folder."""
+    """Run all formats of the run config, and write results and report to its ``output`` folder."""
     config = dict(context.run_config)
     output = Path(str(config.pop("output"))).expanduser().absolute()
     resume = bool(config.pop("resume"))
     settings = Settings.from_mapping(config)
+    loaded = corpus.load(settings.corpus, settings.corpus_path, settings.corpus_digest)
+    settings = replace(settings, corpus_digest=loaded.digest)  # no node and no later part of the run has another corpus
     folder = RunFolder(output, settings, resume=resume)
     federation.run(settings, grid, folder, _LogObserver())
     log(INFO, "Results: %s, %s", output, report.write_report(output, settings, folder.runs))

@@ -1,4 +1,4 @@
-"""What a run is: corpus, model, recipe, and the formats that it compares."""
+"""The settings of a run: corpus, model, training, and the formats that it compares."""
 
 import dataclasses
 import math
@@ -29,10 +29,10 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
-        """Read ``FP32``, or a format with an optional fraction, as in ``S1E3M7@0.9`` and ``S1E2M3+S1E2M1``.
+        """Parse ``FP32``, or a format with an optional fraction, as in ``S1E3M7@0.9`` and ``S1E2M3+S1E2M1``.
 
         Raises:
-            SettingsError: it is neither.
+            SettingsError: the text is neither.
         """
         if text == FP32:
             return cls(FP32)
@@ -51,7 +51,7 @@ class Variant:
         return self.format if self.fraction == 1.0 else f"{self.format}@{self.fraction!r}"
 
     def policy(self, settings: "Settings") -> fedomc.CompressionPolicy | None:
-        """Return how this variant compresses; None for FP32."""
+        """Return the compression policy of this variant; None for FP32."""
         if self.format == FP32:
             return None
         base, _, update = self.format.partition("+")
@@ -63,7 +63,7 @@ class Variant:
             fraction=self.fraction,
             rounding=settings.rounding or None,
             seed=settings.seed,
-            # The attention's biases, which happen to have two dimensions.
+            # Biases of the attention that have two dimensions.
             exclude=("*.bias_u", "*.bias_v") if settings.weight_matrices_only else (),
             format_by_name=_by_name(settings.format_by_name),
         )
@@ -71,43 +71,49 @@ class Variant:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run, with the demo's values.
+    """All settings of a run; the defaults are those of the demo.
 
     Attributes:
-        formats: what to compare, as ``Variant.parse`` reads it.
-        corpus: ``digits``, ``commands``, ``an4`` or ``librispeech``.
-        corpus_path: folder of the corpus; empty for the first two, which are made on the machine.
-        split: ``speaker`` (a client is a speaker) or ``iid``.
-        clients: number of clients; 0 means one a speaker.
+        formats: the variants to compare, as ``Variant.parse`` reads them.
+        corpus: ``digits``, ``commands``, ``an4``, ``librispeech`` or ``folder``.
+        corpus_path: folder of the corpus; empty for the first two, which are synthesised on the machine.
+        corpus_digest: of the corpus' lists and transcriptions (`Corpus.digest`); server and clients refuse a corpus
+            with another one. Empty accepts any.
+        split: ``speaker`` (a client holds whole speakers) or ``iid``.
+        clients: number of clients; 0 means one for each speaker.
         model: ``tiny`` or ``large``.
-        streaming: whether the model is one that can be run while the speaker speaks.
-        initial: file of the model to begin with, as ``pretrain`` writes it; empty begins with a random one.
-        rounds: how many.
-        cohort: clients a round.
-        local_steps: of each client in a round.
-        batch: utterances a local step.
-        client_rate: learning rate of the clients' SGD; with one local step it counts for formats in one part alone.
-        clip_norm: of the gradient of each variable.
-        augment: whether the clients change the features at each sight.
-        server_rate: highest learning rate of the server's Adam.
-        warmup: rounds in which it rises, at most a quarter of all; then it falls along a cosine.
-        evaluate_every: rounds between two measurements of the word error rate.
-        format_by_name: formats of variables, or of their bases, by name pattern, instead of the format that a variant
-            names: ``*.conv.*=S1E2M3 head.*=S1E2M3``; the first pattern that matches counts.
-        transform: the per-variable transformation; empty is the library's default for the format.
-        weight_matrices_only: leave biases and normalization in FP32.
-        rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two; empty is
-            the library's default for the format.
+        streaming: whether the model can recognize speech while it is spoken.
+        initial: file of the model to begin with, as ``pretrain`` writes it; empty begins with a random model.
+        rounds: number of rounds for each variant.
+        cohort: number of clients in each round.
+        local_steps: training steps of each client in a round.
+        batch: utterances in a local step.
+        client_learning_rate: learning rate of the clients' SGD. With one local step it only matters to formats in one
+            part: the server's Adam divides by the size of the gradient, so that FP32 trains alike at any rate.
+        clip_norm: largest norm of the gradient of each variable.
+        augment: whether the clients vary the features of an utterance whenever it is used.
+        server_learning_rate: peak learning rate of the server's Adam.
+        warmup: rounds in which the server's learning rate rises to its peak, at most a quarter of all; then it falls
+            along a cosine.
+        evaluate_every: the word error rate is measured every so many rounds.
+        format_by_name: formats of variables, or of their bases, by name pattern, instead of the variant's:
+            ``*.conv.*=S1E2M3 head.*=S1E2M3``. The first pattern that matches decides.
+        transform: the transformation of each variable; empty is the library's default for the format.
+        weight_matrices_only: whether biases and normalization stay in FP32.
+        rounding: ``nearest`` or ``stochastic``, for variables in one part and for the update part of those in two;
+            empty is the library's default for the format.
         aggregate: ``difference`` or ``value``.
-        lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``.
-        rest_format: in which what a fraction leaves in FP32 travels, such as ``S1E5M10``; empty is FP32.
-        seed: of everything random.
-        round_timeout: seconds to wait for the clients of a round; who is later is left out.
+        lossless: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
+        rest_format: format in which variables are sent that a fraction leaves in FP32, such as ``S1E5M10``; empty is
+            FP32.
+        seed: seed of all random numbers.
+        round_timeout: seconds to wait for the clients of a round; later replies are left out.
     """
 
     formats: tuple[str, ...] = (FP32, "S1E3M7@0.9", "S1E2M3+S1E3M0")
     corpus: str = "digits"
     corpus_path: str = ""
+    corpus_digest: str = ""
     split: str = "speaker"
     clients: int = 0
     model: str = "tiny"
@@ -117,10 +123,10 @@ class Settings:
     cohort: int = 8
     local_steps: int = 1
     batch: int = 8
-    client_rate: float = 1.0
+    client_learning_rate: float = 1.0
     clip_norm: float = 0.3
     augment: bool = False
-    server_rate: float = 1.5e-3
+    server_learning_rate: float = 1.5e-3
     warmup: int = 20
     evaluate_every: int = 20
     format_by_name: str = ""
@@ -144,7 +150,7 @@ class Settings:
         for name in ("clients", "warmup"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name}={getattr(self, name)}: it must not be negative")
-        for name in ("client_rate", "clip_norm", "server_rate", "round_timeout"):
+        for name in ("client_learning_rate", "clip_norm", "server_learning_rate", "round_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise SettingsError(f"{name}={value}: it must be a positive number")
@@ -161,20 +167,20 @@ class Settings:
         for variant in self.variants:
             if variant.fraction == 0:
                 raise SettingsError(f"{variant.format}@0 leaves no variable to compress: write FP32")
-            variant.policy(self)  # raises what is wrong with a format, a fraction, a transformation or a rounding
+            variant.policy(self)  # raises the error of a format, a fraction, a transformation or a rounding
 
     @property
     def variants(self) -> list[Variant]:
         """The formats, parsed."""
         return [Variant.parse(text) for text in self.formats]
 
-    def server_rate_in(self, server_round: int) -> float:
-        """Return the server's learning rate in a round (the first is 1): linear warm-up, then half a cosine."""
+    def server_learning_rate_in(self, server_round: int) -> float:
+        """Return the server's learning rate in a round, counted from 1: linear warm-up, then half a cosine."""
         warmup = min(self.warmup, self.rounds // 4)
         if server_round <= warmup:
-            return self.server_rate * server_round / warmup
+            return self.server_learning_rate * server_round / warmup
         done = (server_round - warmup) / (self.rounds + 1 - warmup)
-        return self.server_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return self.server_learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""
@@ -182,7 +188,7 @@ class Settings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Settings":
-        """Read settings from a mapping, as from a run config: dashes or underscores, formats separated by spaces.
+        """Read settings from a mapping such as a run config: names with dashes or underscores, formats as one string.
 
         Raises:
             SettingsError: an unknown name or a value of the wrong kind.
@@ -207,16 +213,16 @@ class Settings:
 
 
 def _by_name(text: str) -> dict[str, fedomc.FloatFormat]:
-    """Read formats by name pattern."""
+    """Parse formats by name pattern."""
     pairs = [pair.partition("=") for pair in text.split()]
     for pattern, _, fmt in pairs:
         if not (pattern and fmt):
-            raise SettingsError(f"format_by_name={text!r}: PATTERN=FORMAT expected, as in *.conv.*=S1E2M3")
+            raise SettingsError(f"format_by_name={text!r}: write PATTERN=FORMAT, as in *.conv.*=S1E2M3")
     return {pattern: fedomc.FloatFormat.parse(fmt) for pattern, _, fmt in pairs}
 
 
 def _to_bool(value: Any) -> bool:
-    """Read what TOML and run configs write for a truth value."""
+    """Read a truth value as TOML and run configs write it."""
     if isinstance(value, bool):
         return value
     return {"true": True, "false": False}[value]

@@ -1,4 +1,4 @@
-"""Flower's simulation in this process: every client a virtual node, one client at a time on each core."""
+"""Flower's simulation: each client is a virtual node, and each core runs one client at a time."""
 
 import logging
 import os
@@ -19,16 +19,16 @@ ENVIRONMENT = {
 
 
 def simulate(main: Callable[[Grid], None], clients: int, log_file: Path) -> None:
-    """Run a function on the server's side of a simulated federation.
+    """Run a function as the server of a simulated federation; its exceptions are raised here.
 
     Args:
-        main: gets the grid; what it raises is raised here.
+        main: the function; it is called with the grid.
         clients: number of virtual nodes.
-        log_file: where Flower's log goes.
+        log_file: file that Flower's log is appended to.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from flwr.simulation import run_simulation  # reads the environment when it is imported
+    from flwr.simulation import run_simulation  # it reads the environment when it is imported
 
     from fedomc_speech.client import app as client_app
 
@@ -53,7 +53,7 @@ def simulate(main: Callable[[Grid], None], clients: int, log_file: Path) -> None
 
 
 def log_to(path: Path) -> None:
-    """Send Flower's log to a file."""
+    """Write Flower's log to a file, and nowhere else."""
     logger = logging.getLogger("flwr")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""Recognition while the speaker speaks: audio in pieces to log-probabilities to text."""
+"""Streaming recognition: audio comes in pieces and becomes text while the speaker speaks."""
 
 import numpy as np
 import torch
@@ -12,16 +12,19 @@ from fedomc_speech.tokens import BLANK, Tokenizer
 
 
 class ChunkedModel:
-    """Runs a streaming model on one utterance, chunk by chunk: computes what the model does with all of it at once.
+    """Runs a streaming model on one utterance, chunk by chunk, with the same results as on the whole utterance.
 
     Encoder frame i needs feature frames up to ``subsampling * i``, so the first chunk of ``1 + lookahead`` encoder
     frames takes ``1 + lookahead * subsampling`` feature frames, and each later one ``(1 + lookahead) * subsampling``.
-    Between chunks it holds the keys and values of the frames that can still be attended to, and the last inputs of
-    each convolution: memory does not grow with the utterance.
+    Between chunks it keeps the keys and values of the frames that can still be attended to, and the last inputs of each
+    convolution, so that memory does not grow with the utterance.
 
     Args:
-        model: plain or compressed; it is put into evaluation mode.
-        lookahead: encoder frames in a chunk, less one.
+        model: a plain or compressed model; it is put into evaluation mode.
+        lookahead: number of encoder frames in a chunk, minus one.
+
+    Raises:
+        RecognitionError: ``lookahead`` is negative.
     """
 
     def __init__(self, model: StreamingSpeechModel, lookahead: int = LOOKAHEAD) -> None:
@@ -38,7 +41,7 @@ class ChunkedModel:
         """Take feature frames ``[T, mels]``, return log-probabilities ``[N, vocabulary]`` of the chunks they complete.
 
         Raises:
-            RecognitionError: after `finish`.
+            RecognitionError: `finish` was called before.
         """
         if self._finished:
             raise RecognitionError("the utterance is finished: make a new object for the next one")
@@ -50,7 +53,7 @@ class ChunkedModel:
         return torch.cat(done)
 
     def finish(self) -> Tensor:
-        """Return the log-probabilities ``[N, vocabulary]`` of what is left: the utterance has ended."""
+        """End the utterance and return the log-probabilities ``[N, vocabulary]`` of its last frames."""
         last = self.push(self._waiting[:0])
         self._finished = True
         if not len(self._waiting):
@@ -70,15 +73,18 @@ class ChunkedModel:
 
 
 class StreamingRecognizer:
-    """Turns the audio of one utterance into text by greedy decoding, while it comes.
+    """Recognizes one utterance by greedy decoding while its audio arrives.
 
     Args:
-        model: plain or compressed; it is put into evaluation mode.
-        tokenizer: of the model's corpus.
-        lookahead: encoder frames in a chunk, less one; text comes a chunk late, 80 ms a frame.
+        model: a plain or compressed model; it is put into evaluation mode.
+        tokenizer: the tokenizer of the model's corpus.
+        lookahead: number of encoder frames in a chunk, minus one. Text is one chunk late, and each frame is 80 ms.
 
     Attributes:
-        tokens: the identifiers so far, collapsed and without blanks. They are final: later audio only adds to them.
+        tokens: the identifiers so far, collapsed and without blanks. They are final: later audio only appends to them.
+
+    Raises:
+        RecognitionError: ``lookahead`` is negative.
     """
 
     def __init__(self, model: StreamingSpeechModel, tokenizer: Tokenizer, lookahead: int = LOOKAHEAD) -> None:
@@ -94,15 +100,15 @@ class StreamingRecognizer:
         return self._tokenizer.decode(self.tokens)
 
     def push(self, audio: np.ndarray) -> str:
-        """Take float32 ``[samples]`` at 16 kHz, return the text so far.
+        """Take float32 audio ``[samples]`` at 16 kHz and return the text so far.
 
         Raises:
-            RecognitionError: after `finish`.
+            RecognitionError: `finish` was called before.
         """
         return self._collapse(self._model.push(self._features.push(audio)))
 
     def finish(self) -> str:
-        """Return the whole text: the utterance has ended."""
+        """End the utterance and return its whole text."""
         return self._collapse(torch.cat([self._model.push(self._features.finish()), self._model.finish()]))
 
     def _collapse(self, log_probabilities: Tensor) -> str:

@@ -14,7 +14,7 @@ BLANK: Final = 0
 
 
 class Tokenizer(Protocol):
-    """What a model needs to know of a language."""
+    """The mapping between text and the identifiers that a model puts out."""
 
     @property
     def vocab_size(self) -> int:
@@ -22,13 +22,13 @@ class Tokenizer(Protocol):
 
     @property
     def units(self) -> list[str]:
-        """What the identifiers from 1 on stand for."""
+        """The units that the identifiers from 1 on stand for."""
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into identifiers; none is the blank.
+        """Turn text into identifiers; none of them is the blank.
 
         Raises:
-            CorpusError: the text holds something that the tokenizer does not know.
+            CorpusError: the text contains a unit that the tokenizer does not know.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
 
 
 class _UnitTokenizer:
-    """Gives each unit of a closed set an identifier, in sorted order from 1 on."""
+    """A tokenizer with a closed set of units, numbered from 1 in sorted order."""
 
     def __init__(self, units: Iterable[str], kind: str, separator: str) -> None:
         self.units = sorted(set(units))
@@ -63,7 +63,7 @@ class _UnitTokenizer:
 
 
 class WordTokenizer(_UnitTokenizer):
-    """A token is a word of a closed vocabulary.
+    """A tokenizer whose tokens are the words of a closed vocabulary.
 
     Args:
         words: the vocabulary.
@@ -82,10 +82,10 @@ class WordTokenizer(_UnitTokenizer):
 
 
 class CharacterTokenizer(_UnitTokenizer):
-    """A token is a character, the space among them.
+    """A tokenizer whose tokens are characters, including the space.
 
     Args:
-        texts: that hold all characters.
+        texts: texts that contain all characters.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -95,19 +95,19 @@ class CharacterTokenizer(_UnitTokenizer):
         """Turn characters into identifiers.
 
         Raises:
-            CorpusError: a character is in none of the texts that the tokenizer was made of.
+            CorpusError: a character occurs in none of the texts that the tokenizer was made from.
         """
         return self._encode(text)
 
 
 class SentencePieceTokenizer:
-    """A token is a frequent piece of a word, found by the unigram model of SentencePiece.
+    """A tokenizer whose tokens are frequent pieces of words, found by the unigram model of SentencePiece.
 
     Args:
         model: a serialised SentencePiece model, as ``train`` makes it.
 
     Raises:
-        CorpusError: it is not such a model.
+        CorpusError: ``model`` is no such model.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -122,11 +122,11 @@ class SentencePieceTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 256) -> "SentencePieceTokenizer":
-        """Find the pieces of texts; the same texts in the same order give the same model to the last bit.
+        """Learn pieces from texts; the same texts in the same order give the same model, bit for bit.
 
         Args:
-            texts: to learn from.
-            vocab_size: identifiers, with the blank; fewer if the texts do not hold as many pieces.
+            texts: the texts to learn from.
+            vocab_size: number of identifiers, including the blank; fewer if the texts do not have so many pieces.
 
         Raises:
             CorpusError: there is no text, or it has more characters than ``vocab_size`` allows.
@@ -164,7 +164,7 @@ class SentencePieceTokenizer:
         return [str(self._processor.id_to_piece(number)) for number in range(1, self.vocab_size)]
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into identifiers; a character that was in none of the texts becomes the unknown piece."""
+        """Turn text into identifiers; a character that the texts did not contain becomes the unknown piece."""
         return list(self._processor.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -173,19 +173,18 @@ class SentencePieceTokenizer:
 
 
 def ctc_collapse(ids: Sequence[int]) -> list[int]:
-    """Merge repeated identifiers, then drop the blanks: what the frames of a CTC model spell."""
+    """Merge repeated identifiers, then drop the blanks, as CTC defines it."""
     return [number for number, _ in groupby(ids) if number != BLANK]
 
 
 def tokenizer_for(corpus: Corpus, vocab_size: int = 256) -> Tokenizer:
-    """Make the tokenizer that suits a corpus.
+    """Return the tokenizer for a corpus: words for a closed vocabulary, pieces of words for an open one.
 
-    Words where the vocabulary is closed; otherwise pieces of words, as characters come faster than the frames of a
-    model that takes one in eight, and CTC needs a frame for every token.
+    Characters would be too many: CTC needs a frame for every token, and the model keeps only one frame in eight.
 
     Args:
-        corpus: whose training texts are learnt from.
-        vocab_size: most identifiers for an open vocabulary.
+        corpus: the corpus; pieces are learnt from its training texts.
+        vocab_size: largest number of identifiers for an open vocabulary.
 
     Raises:
         CorpusError: the training texts do not allow it.

@@ -1,4 +1,4 @@
-"""What a client does with a model, and how well a model does."""
+"""Local training on a client, and the word error rate of a model."""
 
 import functools
 import random
@@ -21,12 +21,12 @@ EVALUATION_BATCH = 16
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a client reports of its local training.
+    """The result of local training on a client.
 
     Attributes:
         loss: CTC loss, averaged over the local steps.
-        examples: utterances seen.
-        parameter_bytes: held by the model's parameters.
+        examples: number of utterances used, with repetitions.
+        parameter_bytes: bytes that the model's parameters hold.
     """
 
     loss: float
@@ -41,7 +41,7 @@ def train_locally(
     *,
     steps: int,
     batch: int,
-    rate: float,
+    learning_rate: float,
     clip_norm: float,
     seed: int,
     augment: Augmentation | None = None,
@@ -49,21 +49,21 @@ def train_locally(
     """Train a model in place by SGD, stepping in the backward pass.
 
     Args:
-        model: plain or compressed.
-        utterances: of the client.
-        tokenizer: of the corpus.
-        steps: how many.
-        batch: utterances a step, drawn without replacement while there are enough.
-        rate: learning rate.
-        clip_norm: of the gradient of each variable.
-        seed: of the batches, of dropout and of the augmentation.
-        augment: changes the features at each sight.
+        model: a plain or compressed model.
+        utterances: the client's utterances.
+        tokenizer: the tokenizer of the corpus.
+        steps: number of steps.
+        batch: utterances in a step, drawn without replacement while there are enough.
+        learning_rate: learning rate of SGD.
+        clip_norm: largest norm of the gradient of each variable.
+        seed: seed of the batches, of dropout and of the augmentation.
+        augment: varies the features whenever an utterance is used; None leaves them as they are.
     """
     order = list(utterances)
     draw = random.Random(seed)  # noqa: S311
     draw.shuffle(order)
     torch.manual_seed(seed)
-    stepping = fedomc.step_in_backward(model, torch.optim.SGD, lr=rate, clip_norm=clip_norm)
+    stepping = fedomc.step_in_backward(model, torch.optim.SGD, lr=learning_rate, clip_norm=clip_norm)
     model.train()
     losses, seen = [], 0
     try:
@@ -83,11 +83,11 @@ def train_locally(
 
 @dataclass(frozen=True)
 class Errors:
-    """How a model did on each utterance of a test.
+    """The word errors of a model on each utterance of a test.
 
     Attributes:
-        errors: words substituted, left out or put in, by utterance.
-        words: that were spoken, by utterance.
+        errors: number of words substituted, deleted or inserted, by utterance.
+        words: number of words spoken, by utterance.
     """
 
     errors: tuple[int, ...]
@@ -95,12 +95,12 @@ class Errors:
 
     @property
     def word_error_rate(self) -> float:
-        """In percent."""
+        """The word error rate in percent."""
         return 100.0 * sum(self.errors) / sum(self.words)
 
 
 def word_errors(model: SpeechModel, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> Errors:
-    """Count the word errors of greedy decoding."""
+    """Count the word errors of a model with greedy decoding."""
     errors, words = [], []
     for at in range(0, len(utterances), EVALUATION_BATCH):
         part = utterances[at : at + EVALUATION_BATCH]
@@ -126,7 +126,7 @@ def recognize(model: SpeechModel, inputs: Sequence[Tensor], tokenizer: Tokenizer
 
 
 def features_of(utterance: Utterance, model: SpeechModel) -> Tensor:
-    """Compute the features that a model takes; those of short utterances are kept, 160 kB each at most."""
+    """Return the features of an utterance for a model; those of short utterances are cached, at most 160 kB each."""
     if utterance.frames > 5 * SAMPLE_RATE:
         return features.log_mel(utterance.audio(), model.mels, streaming=model.streaming)
     return _kept_features(utterance, model.mels, model.streaming)

@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    client.client_data.cache_clear()
+    client.load_client_data.cache_clear()
 
 
 @pytest.fixture

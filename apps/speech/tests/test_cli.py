@@ -14,7 +14,7 @@ import pytest
 from nodes import Watcher, results_of
 from typer.testing import CliRunner
 
-from fedomc_speech import federation
+from fedomc_speech import corpus, federation
 from fedomc_speech.cli import app
 from fedomc_speech.in_process import InProcess
 from fedomc_speech.run_folder import RunFolder
@@ -30,8 +30,10 @@ from fedomc_speech.settings import Settings
         (["--format", "S1E3M7@0"], "no variable"),
         (["--seed", "-1"], "seed=-1"),
         (["--corpus", "an4", "--corpus-path", "{tones}", "--cohort", "2", "--output", "/dev/null"], "/dev/null"),
-        (["--corpus", "nothing"], "digits, commands, an4, librispeech"),
+        (["--corpus", "nothing"], "digits, commands, an4, librispeech, folder"),
         (["--corpus", "an4"], "path"),
+        (["--corpus", "folder", "--corpus-path", "{empty}"], "{empty} has neither train.tsv nor train.jsonl"),
+        (["--corpus", "an4", "--corpus-path", "{tones}", "--corpus-digest", "ff"], "not 'ff'"),
         (["--corpus", "an4", "--corpus-path", "{empty}"], "{empty}"),
         (["--corpus", "librispeech", "--corpus-path", "{empty}"], "{empty}"),
         (["--corpus", "an4", "--corpus-path", "{tones}", "--cohort", "9"], "only 4 clients"),
@@ -40,7 +42,7 @@ from fedomc_speech.settings import Settings
         (["--corpus", "an4", "--corpus-path", "{tones}", "--cohort", "2", "--resume"], "nothing to resume"),
         (["--corpus", "an4", "--corpus-path", "{damaged}", "--cohort", "1"], "speaker0-0.wav"),
         (["--rounds", "0"], "rounds=0"),
-        (["--server-rate", "nan"], "server_rate=nan"),
+        (["--server-learning-rate", "nan"], "server_learning_rate=nan"),
         (["--rounding", "up"], "nearest, stochastic"),
     ],
 )
@@ -58,6 +60,19 @@ def test_bad_input_is_one_clear_line(
     assert result.output.count("\n") == 1
     assert "Traceback" not in result.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_not_resumed_on_another_corpus(write_tones: Callable[..., Path], tmp_path: Path) -> None:
+    where = write_tones(tmp_path / "corpus", 2, 2)
+    given = Settings(("FP32",), "an4", str(where), corpus.load("an4", where).digest, rounds=1, cohort=1, batch=1)
+    RunFolder(tmp_path / "run", given, resume=False)
+    texts = where / "etc" / "an4_train.transcription"
+    texts.write_text(texts.read_text().replace("LOW", "HIGH"))
+    arguments = ["--corpus", "an4", "--corpus-path", str(where), "--format", "FP32", "--rounds", "1", "--cohort", "1"]
+    places = ["--output", str(tmp_path), "--name", "run", "--batch", "1", "--resume"]
+    result = CliRunner().invoke(app, ["compare", *arguments, *places])
+    assert result.exit_code == 2 and result.output.count("\n") == 1
+    assert "made with another corpus" in result.output and str(where) in result.output
 
 
 class _Links(HTMLParser):

@@ -52,19 +52,30 @@ WAV = "wav/an4_clstk/fash/an251-fash-b.wav"
         (unlink(WAV), f"{WAV} cannot be read as audio"),
         (overwrite(WAV, "not audio"), f"{WAV} cannot be read as audio"),
         (overwrite("etc/an4_train.fileids", "\n"), "an4_train.fileids lists no utterances"),
-        (overwrite("etc/an4_test.transcription", ""), "an4_test.fileids has 1 lines, .*an4_test.transcription 0"),
-        (overwrite("etc/an4_test.transcription", "YES (an1-fcaw-b)\n"), "utterance 1 of .*an1-fcaw-b.* is not of"),
-        (overwrite("etc/an4_test.transcription", "YES\n"), "utterance 1 of .*'YES', is not of"),
+        (overwrite("etc/an4_test.transcription", ""), "an4_test.fileids has 1 lines, .*an4_test.transcription has 0"),
+        (overwrite("etc/an4_test.transcription", "YES (an1-fcaw-b)\n"), "test.transcription line 1: .*not end with"),
+        (
+            overwrite("etc/an4_test.transcription", "\nYES\n"),
+            "test.transcription line 2: 'YES' does not",
+        ),
+        (
+            overwrite("etc/an4_test.transcription", "<s> </s> (an406-fcaw-b)\n"),
+            r"test.transcription line 1: .*an406-fcaw-b.wav has no transcription",
+        ),
+        (
+            lambda root: write(root, test={"an406-fcaw-b": "YES (an406-fcaw-b)"}),
+            r"test.transcription line 1: .*an406-fcaw-b.wav has no speaker",
+        ),
         (lambda root: write(root, rate=8000), "1 channels at 8000 Hz; convert"),
         (lambda root: write(root, channels=2), "2 channels at 16000 Hz; convert"),
-        (lambda root: write(root, samples=0), "holds no samples"),
+        (lambda root: write(root, samples=0), "has no samples"),
     ],
 )
 def test_errors(tmp_path, spoil, message):
     spoil(write(tmp_path))
     with pytest.raises(CorpusError, match=message) as error:
         load("an4", tmp_path)
-    assert str(tmp_path) in str(error.value)
+    assert str(tmp_path) in str(error.value) and "fetch" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +97,10 @@ def test_file_that_changed_after_loading(tmp_path, spoil, message):
 @pytest.mark.parametrize(
     "name, path, message",
     [
-        ("timit", None, "'timit'; there are digits, commands, an4, librispeech"),
+        ("timit", None, "'timit'; there are digits, commands, an4, librispeech, folder"),
         ("an4", None, "an4 needs the path"),
         ("librispeech", None, "librispeech needs the path"),
+        ("folder", "", "folder needs the path"),
         ("digits", "somewhere", "leave out the path somewhere"),
     ],
 )

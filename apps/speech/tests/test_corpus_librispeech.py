@@ -53,6 +53,10 @@ CHAPTER = "train-clean-100/84/121123"
         (lambda root: (root / CHAPTER / "84-121123-0009.flac").write_text(""), "84-121123-0009 has no text"),
         (lambda root: (root / CHAPTER / "84-121123.trans.txt").unlink(), "84-121123.trans.txt cannot be read"),
         (lambda root: (root / CHAPTER / "84-121123-0000.flac").write_text("x"), "0000.flac cannot be read as audio"),
+        (
+            lambda root: (root / CHAPTER / "84-121123.trans.txt").write_text("84-121123-0000 NO\n84-121123-0001\n"),
+            "84-121123.trans.txt line 2: .*0001.flac has no transcription",
+        ),
     ],
 )
 def test_errors(tmp_path, spoil, message):

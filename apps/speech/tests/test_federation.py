@@ -8,8 +8,9 @@ import pytest
 from flwr.serverapp import Grid
 from nodes import Nodes, Watcher, without_times
 
-from fedomc_speech import federation
-from fedomc_speech.errors import RoundError, SettingsError
+from fedomc_speech import corpus, federation
+from fedomc_speech.client import client_data
+from fedomc_speech.errors import CorpusError, RoundError, SettingsError
 from fedomc_speech.run_folder import RESULTS, RunFolder
 from fedomc_speech.settings import Settings
 
@@ -105,10 +106,10 @@ def test_augmentation_changes_what_clients_hear_the_same_in_each_run(tones: Path
     assert one == same != plain
 
 
-def test_the_client_rate_is_a_unit_with_one_local_step_in_fp32(tones: Path, tmp_path: Path) -> None:
+def test_the_client_learning_rate_has_no_effect_with_one_local_step_in_fp32(tones: Path, tmp_path: Path) -> None:
     losses: dict[str, list[list[float]]] = {"FP32": [], "S1E2M3": []}
     for rate in (0.1, 30.0):
-        found = run(settings(tones, formats=tuple(losses), client_rate=rate), tmp_path / str(rate))[1]
+        found = run(settings(tones, formats=tuple(losses), client_learning_rate=rate), tmp_path / str(rate))[1]
         for format, known in losses.items():
             known.append([row["loss"] for row in found[format]["history"]])
     slow, fast = losses["FP32"]
@@ -149,6 +150,24 @@ def test_resuming_needs_the_same_settings_and_whole_files(tones: Path, tmp_path:
         RunFolder(tmp_path, chosen, resume=True)
 
 
+def test_a_corpus_of_your_own_is_trained_on(tones: Path, tmp_path: Path) -> None:
+    spoken = corpus.load("an4", tones)
+    for part, utterances in (("train", spoken.train), ("test", spoken.test)):
+        lines = [f"{utterance.path}\t{utterance.text}\t{utterance.speaker}\n" for utterance in utterances]
+        (tmp_path / f"{part}.tsv").write_text("audio\ttext\tspeaker\n" + "".join(lines))
+    chosen = settings(tones, corpus="folder", corpus_path=str(tmp_path), formats=("S1E3M7",), rounds=2)
+    done, runs = run(chosen, tmp_path / "run")
+    assert done and [row["clients"] for row in runs["S1E3M7"]["history"]] == [2, 2]
+    assert sum(runs["S1E3M7"]["utterances"]["words"]) == sum(len(one.text.split()) for one in spoken.test)
+
+
+def test_a_corpus_with_another_digest_is_refused_by_server_and_clients(tones: Path, tmp_path: Path) -> None:
+    chosen = settings(tones, corpus_digest="0123456789abcdef")
+    for act in (lambda: run(chosen, tmp_path), lambda: client_data(chosen)):
+        with pytest.raises(CorpusError, match=r"'0123456789abcdef' \(corpus_digest\)"):
+            act()
+
+
 def test_a_round_without_a_client_and_a_federation_without_nodes_are_named(tones: Path, tmp_path: Path) -> None:
     chosen = settings(tones, formats=("FP32",))
     with pytest.raises(RoundError, match="no memory"):
@@ -165,7 +184,7 @@ def test_a_round_without_a_client_and_a_federation_without_nodes_are_named(tones
 def test_training_learns_the_tones(tones: Path, tmp_path: Path) -> None:
     chosen = settings(
         tones, formats=("FP32", "S1E2M3+S1E2M1"), rounds=40, cohort=4, batch=6, warmup=5, evaluate_every=40,
-        server_rate=3e-3,
+        server_learning_rate=3e-3,
     )  # fmt: skip
     _, runs = run(chosen, tmp_path)
     for result in runs.values():

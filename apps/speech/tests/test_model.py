@@ -69,7 +69,7 @@ def test_packed_without_loss_it_trains_as_fp32_does(tones: Path, streaming: bool
     with torch.backends.mkldnn.flags(enabled=False):  # whose sums have another order
         for network in (plain, packed):
             result = training.train_locally(
-                network, loaded.train, tokenizer, steps=3, batch=4, rate=0.1, clip_norm=0.3, seed=0
+                network, loaded.train, tokenizer, steps=3, batch=4, learning_rate=0.1, clip_norm=0.3, seed=0
             )
             losses.append(result.loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -48,8 +48,8 @@ def test_training_learns_the_tones_the_same_each_time(loaded: corpus.Corpus) -> 
 
 
 def test_the_rate_rises_and_falls() -> None:
-    settings = Pretraining(steps=100, warmup=10, rate=2.0)
-    rates = [settings.rate_in(step) for step in range(1, 101)]
+    settings = Pretraining(steps=100, warmup=10, learning_rate=2.0)
+    rates = [settings.learning_rate_in(step) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.2) and rates.index(max(rates)) == 9
     assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] > 0
 
@@ -59,8 +59,8 @@ def test_the_rate_rises_and_falls() -> None:
     [
         ("steps", 0),
         ("batch", 0),
-        ("rate", 0.0),
-        ("rate", float("nan")),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
         ("warmup", -1),
         ("weight_decay", -0.1),
         ("clip_norm", 0.0),
@@ -122,8 +122,8 @@ def of_another_class(path: Path) -> None:
     ("make", "says"),
     [
         (lambda path: None, "No such file"),
-        (lambda path: path.write_bytes(b"nothing"), "cannot be taken"),
-        (truncated, "cannot be taken"),
+        (lambda path: path.write_bytes(b"nothing"), "cannot be loaded"),
+        (truncated, "cannot be loaded"),
         (of_other_words, r'tokens: \["one", "ten"\], not \["one", "two"\]'),
         (of_fewer_words, r'tokens: \["one"\], not'),
         (without_words, "model: nothing, not SpeechModel"),
@@ -153,7 +153,7 @@ def test_a_federation_begins_with_the_file(tones: Path, loaded: corpus.Corpus, t
     for initial in ("", str(tmp_path / "model")):
         chosen = Settings(
             formats=("S1E3M7",), corpus="an4", corpus_path=str(tones), initial=initial, augment=True, rounds=1,
-            cohort=4, server_rate=1e-9,
+            cohort=4, server_learning_rate=1e-9,
         )  # fmt: skip
         folder = RunFolder(tmp_path / f"run{len(losses)}", chosen, resume=False)
         federation.run(chosen, cast(Grid, Nodes(4)), folder, Watcher())

@@ -54,11 +54,11 @@ def test_the_policy_of_a_variant() -> None:
         ({"formats": "S1E3M7@0.9 S1E3M7@.90"}, "twice"),
         ({"rounds": 0}, "rounds=0"),
         ({"warmup": -1}, "warmup=-1"),
-        ({"client-rate": "fast"}, "client-rate"),
+        ({"client-learning-rate": "fast"}, "client-learning-rate"),
         ({"augment": "perhaps"}, "type bool"),
         ({"augment": 1}, "type bool"),
-        ({"client-rate": float("nan")}, "client_rate=nan"),
-        ({"server-rate": -1.0}, "server_rate"),
+        ({"client-learning-rate": float("nan")}, "client_learning_rate=nan"),
+        ({"server-learning-rate": -1.0}, "server_learning_rate"),
         ({"aggregate": "median"}, "median"),
         ({"lossless": "sideways"}, "sideways"),
         ({"rest-format": "S1E5"}, "S1E5"),
@@ -83,7 +83,7 @@ def test_truth_values_are_read_as_toml_and_run_configs_write_them(written: objec
 
 def test_settings_survive_a_round_trip() -> None:
     settings = Settings(
-        formats=("FP32", "S1E3M7@0.9"), rounds=7, client_rate=0.25, corpus_path="/somewhere", streaming=True
+        formats=("FP32", "S1E3M7@0.9"), rounds=7, client_learning_rate=0.25, corpus_path="/somewhere", streaming=True
     )
     assert Settings.from_mapping(settings.to_dict()) == settings
     dashed = {key.replace("_", "-"): value for key, value in settings.to_dict().items()}
@@ -107,9 +107,9 @@ def test_the_command_line_has_all_settings_and_defaults() -> None:
         assert parameter.default == (None if field.name == "formats" else field.default), field.name
 
 
-def test_the_server_rate_rises_and_falls() -> None:
-    settings = Settings(rounds=100, warmup=10, server_rate=2.0)
-    rates = [settings.server_rate_in(number) for number in range(1, 101)]
+def test_the_server_learning_rate_rises_and_falls() -> None:
+    settings = Settings(rounds=100, warmup=10, server_learning_rate=2.0)
+    rates = [settings.server_learning_rate_in(number) for number in range(1, 101)]
     assert rates[0] == 0.2
     assert max(rates) == rates[9] == 2.0
     assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)

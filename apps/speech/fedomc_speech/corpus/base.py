@@ -1,5 +1,8 @@
-"""What a corpus is: utterances of speakers, and how they are divided among the clients of a federation."""
+"""Corpora: utterances of speakers, and their division among the clients of a federation."""
 
+import functools
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +15,19 @@ import soundfile
 from fedomc_speech.errors import CorpusError
 
 SAMPLE_RATE = 16_000
-"""Samples a second of all audio."""
+"""The sample rate of all audio, in Hz."""
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A stretch of an audio file and the words that are spoken in it.
+    """A segment of an audio file and the words that are spoken in it.
 
     Attributes:
         speaker: name of the speaker.
         text: lower-case words separated by single spaces.
-        path: the audio file: mono, ``SAMPLE_RATE``.
-        start: first sample of the stretch.
-        frames: length of the stretch in samples.
+        path: the audio file, mono at ``SAMPLE_RATE``.
+        start: first sample of the segment.
+        frames: length of the segment in samples.
     """
 
     speaker: str
@@ -34,7 +37,7 @@ class Utterance:
     frames: int
 
     def audio(self) -> npt.NDArray[np.float32]:
-        """Read the stretch from the file.
+        """Read the segment from the file.
 
         Returns:
             The samples, [frames], within -1..1.
@@ -49,8 +52,8 @@ class Utterance:
         _check_format(self.path, rate, samples.shape[1])
         if len(samples) != self.frames:
             raise CorpusError(
-                f"{self.path} has {len(samples)} of the {self.frames} samples from sample {self.start} on; "
-                "load the corpus again, or fetch it again"
+                f"{self.path} has {len(samples)} of the {self.frames} samples from sample {self.start} on: "
+                "the file changed after the corpus was loaded; start again"
             )
         mono: npt.NDArray[np.float32] = samples[:, 0]
         return mono
@@ -64,33 +67,76 @@ class Corpus:
         name: as given to ``load``.
         train: utterances that the clients train on.
         test: utterances of speakers who are not in ``train``.
-        words: the closed vocabulary, sorted, or None if any word may come.
+        words: the vocabulary, sorted, if it is closed; None if any word may occur.
+        synthetic: whether it is synthesised on this machine, so that its name says everything about it.
     """
 
     name: str
     train: tuple[Utterance, ...]
     test: tuple[Utterance, ...]
     words: tuple[str, ...] | None
+    synthetic: bool = False
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify the lists and transcriptions, wherever the files are.
+
+        They cover, in order, each utterance's speaker, text, length and file name without the suffix. The audio itself
+        is not read. The digest of a synthetic corpus is empty.
+        """
+        if self.synthetic:
+            return ""
+        parts = [
+            [(u.speaker, u.text, u.path.stem, u.start, u.frames) for u in part] for part in (self.train, self.test)
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def recording(speaker: str, text: str, path: Path) -> Utterance:
-    """Make an utterance of a whole audio file; the text is brought to lower case and single spaces.
+def recording(speaker: str, text: str, path: Path, line: str) -> Utterance:
+    """Return the utterance that a whole audio file holds.
+
+    Args:
+        speaker: name of the speaker.
+        text: what is spoken; it is brought to lower case and single spaces.
+        path: the audio file.
+        line: the place in a list that names the file, for error messages.
 
     Raises:
-        CorpusError: the file is missing, unreadable or empty, or is not mono at ``SAMPLE_RATE``.
+        CorpusError: the speaker or the text is empty, or the file is missing, unreadable or empty, or is not mono at
+            ``SAMPLE_RATE``. The message begins with ``line``.
     """
+    speaker, text = speaker.strip(), " ".join(text.lower().split())
+    if not speaker:
+        raise CorpusError(f"{line}: {path} has no speaker; name one")
+    if not text:
+        raise CorpusError(f"{line}: {path} has no transcription; write what is spoken, or remove the line")
     try:
         info = soundfile.info(path)
+        _check_format(path, info.samplerate, info.channels)
+        if info.frames == 0:
+            raise CorpusError(f"{path} has no samples; remove it from the list")
     except (OSError, soundfile.SoundFileError) as error:
-        raise _unreadable(path, error) from error
-    _check_format(path, info.samplerate, info.channels)
-    if info.frames == 0:
-        raise CorpusError(f"{path} holds no samples; fetch the corpus again")
-    return Utterance(speaker, " ".join(text.lower().split()), path, 0, info.frames)
+        raise CorpusError(f"{line}: {_unreadable(path, error)}") from error
+    except CorpusError as error:
+        raise CorpusError(f"{line}: {error}") from None
+    return Utterance(speaker, text, path, 0, info.frames)
+
+
+def read_lines(path: Path, advice: str) -> list[tuple[str, str]]:
+    """Read the lines of a list that are not blank, each with its place: ``FILE line N``.
+
+    Raises:
+        CorpusError: the file cannot be read; the message ends with the advice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path} cannot be read ({error}); {advice}") from error
+    return [(f"{path} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def vocabulary(utterances: Iterable[Utterance]) -> tuple[str, ...]:
-    """List the words of the utterances, sorted."""
+    """Return the words of the utterances, sorted."""
     return tuple(sorted({word for utterance in utterances for word in utterance.text.split()}))
 
 
@@ -100,18 +146,19 @@ def split(
     """Divide utterances among the clients of a federation.
 
     Args:
-        utterances: of any number of speakers.
+        utterances: the utterances of any number of speakers.
         kind: ``speaker`` gives each client whole speakers (not identically distributed): one each, sorted by name, or,
-            if there are fewer clients, several with about as many utterances for every client. ``iid`` shuffles the
-            utterances and gives every client equally many, give or take one.
-        clients: how many; None is one for each speaker.
-        seed: of the shuffling.
+            if there are fewer clients, several, so that all clients have about equally many utterances. ``iid``
+            shuffles the utterances and gives all clients equally many, up to a difference of one.
+        clients: number of clients; None is one for each speaker.
+        seed: seed of the shuffling.
 
     Returns:
-        The utterances of each client; none is empty.
+        The utterances of each client, at least one.
 
     Raises:
-        CorpusError: no utterances, more clients than speakers or utterances, less than one client, or an unknown kind.
+        CorpusError: there are no utterances, more clients than speakers or utterances, no client, or the kind is
+            unknown.
     """
     if kind not in ("speaker", "iid"):
         raise CorpusError(f"no split is called {kind!r}; there are 'speaker' and 'iid'")
@@ -130,7 +177,7 @@ def split(
         return [tuple(shuffled[client::clients]) for client in range(clients)]
     shares: list[list[str]] = [[] for _ in range(clients)]
     sizes = [0] * clients
-    for speaker in sorted(speakers, key=lambda name: (-len(speakers[name]), name)):  # the largest first balances best
+    for speaker in sorted(speakers, key=lambda name: (-len(speakers[name]), name)):  # largest first balances best
         smallest = sizes.index(min(sizes))
         shares[smallest].append(speaker)
         sizes[smallest] += len(speakers[speaker])
@@ -138,7 +185,7 @@ def split(
 
 
 def _unreadable(path: Path, error: Exception) -> CorpusError:
-    return CorpusError(f"{path} cannot be read as audio ({error}); load the corpus again, or fetch it again")
+    return CorpusError(f"{path} cannot be read as audio ({error}); replace the file, or remove it from the list")
 
 
 def _check_format(path: Path, rate: int, channels: int) -> None:

@@ -1,6 +1,6 @@
-"""Spelled names, numbers, dates and commands: what the speakers of AN4 say, in synthetic voices.
+"""The corpus ``commands``: spelled names, numbers, dates and commands as in AN4, in synthetic voices.
 
-Its vocabulary is that of AN4, so that a model trained on the one can go on with the other.
+Its vocabulary is that of AN4, so that a model trained on one can be trained further on the other.
 """
 
 from collections.abc import Callable
@@ -49,12 +49,12 @@ NAMES = (
     *("franklin", "garden", "grove", "highland", "hill", "jay", "lake", "lane", "liberty", "main", "maple", "market"),
     *("oak", "park", "pine", "place", "road", "school", "spring", "square", "street", "terrace", "valley", "walnut"),
 )
-"""People, towns and streets to spell."""
+"""Names of people, towns and streets, to be spelled."""
 
 
 @dataclass(frozen=True)
 class CommandsConfig(SyntheticConfig):
-    """Utterances in the manner of AN4's."""
+    """The configuration of ``commands``, whose utterances resemble AN4's."""
 
     name = "commands"
     version = 1

@@ -1,4 +1,4 @@
-"""Spoken digits and commands: a federation to try things on."""
+"""The corpus ``digits``: spoken digits and commands, to try things on."""
 
 from dataclasses import dataclass
 from random import Random
@@ -9,11 +9,11 @@ from fedomc_speech.errors import CorpusError
 
 @dataclass(frozen=True)
 class DigitsConfig(SyntheticConfig):
-    """Independent words in a row.
+    """The configuration of ``digits``, whose utterances are sequences of independent words.
 
     Attributes:
-        min_words: of an utterance.
-        max_words: of an utterance.
+        min_words: smallest number of words in an utterance.
+        max_words: largest number of words in an utterance.
     """
 
     name = "digits"

@@ -1,8 +1,8 @@
-"""Speech from text with espeak-ng: a thin binding, and a fresh process to run it in.
+"""Text to speech with espeak-ng: a thin binding, and a separate process to run it in.
 
-The audio of espeak-ng depends on its random numbers and on what it said before, so the same sentences sound the same
-to the last bit only if they are spoken from the first in a process of their own. That process runs this file as a
-script, which is why nothing else of the application is imported here.
+The audio of espeak-ng depends on its random numbers and on what it has said before. The same sentences therefore give
+the same audio, bit for bit, only if a new process speaks all of them from the first. That process runs this file as a
+script, which is why it imports nothing else of the application.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 SAMPLE_RATE = 22_050
-"""Samples a second that espeak-ng makes."""
+"""The sample rate of espeak-ng, in Hz."""
 
 # From espeak-ng/speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
@@ -41,13 +41,13 @@ class EspeakError(RuntimeError):
 
 @dataclass(frozen=True)
 class Speech:
-    """Something to say.
+    """A sentence to speak.
 
     Attributes:
-        text: words.
-        voice: accent and variant, such as ``en-us+f2``. espeak-ng ignores a variant that it does not know.
+        text: the words.
+        voice: accent and variant, such as ``en-us+f2``. espeak-ng ignores unknown variants.
         rate: words a minute, 80 to 450.
-        pitch: 0 to 100, 50 is the normal one of the voice.
+        pitch: 0 to 100; 50 is the voice's normal pitch.
     """
 
     text: str
@@ -57,10 +57,10 @@ class Speech:
 
 
 class Espeak:
-    """The espeak-ng library, which exists once in a process.
+    """The espeak-ng library; a process can have only one.
 
     Args:
-        seed: of its random numbers.
+        seed: seed of its random numbers.
 
     Raises:
         EspeakError: the library does not start.
@@ -95,13 +95,13 @@ class Espeak:
         return 0
 
     def speak(self, speech: Speech) -> npt.NDArray[np.int16]:
-        """Say something.
+        """Speak a sentence.
 
         Returns:
-            The samples, [samples], at ``SAMPLE_RATE``.
+            int16 samples, ``[samples]``, at ``SAMPLE_RATE``.
 
         Raises:
-            EspeakError: there is no such voice, or no sound came out.
+            EspeakError: there is no such voice, or no sound was made.
         """
         if self._library.espeak_SetVoiceByName(speech.voice.encode()) != 0:
             raise EspeakError(f"espeak-ng has no voice {speech.voice!r}")
@@ -117,15 +117,15 @@ class Espeak:
 
 
 def synthesize(speeches: Sequence[Speech], seed: int = 0) -> Generator[npt.NDArray[np.int16], None, None]:
-    """Say things one after the other in a fresh process, so that they sound the same each time.
+    """Speak sentences one after the other in a new process, so that they sound the same each time.
 
     Close the iterator to end the process early.
 
     Yields:
-        The samples of each, [samples], at ``SAMPLE_RATE``.
+        int16 samples of each sentence, ``[samples]``, at ``SAMPLE_RATE``.
 
     Raises:
-        EspeakError: the process failed; the message tells why.
+        EspeakError: the process failed; the message says why.
     """
     with tempfile.TemporaryFile() as request, tempfile.TemporaryFile() as errors:
         request.write(json.dumps({"seed": seed, "speeches": [asdict(speech) for speech in speeches]}).encode())
@@ -150,17 +150,17 @@ def synthesize(speeches: Sequence[Speech], seed: int = 0) -> Generator[npt.NDArr
 
 
 def resample(samples: npt.NDArray[np.int16], rate: int, new_rate: int) -> npt.NDArray[np.float64]:
-    """Bring samples to another rate with a windowed sinc that keeps out what the lower rate cannot hold.
+    """Resample audio with a windowed sinc, which removes frequencies that the lower rate cannot represent.
 
-    The filter is rounded to multiples of 2^-24, so that every sum is exact and any machine gives the same result.
+    The filter is rounded to multiples of 2^-24, so that every sum is exact and all machines give the same result.
 
     Args:
-        samples: [samples].
-        rate: of the samples.
-        new_rate: of the result; either rate in samples a second.
+        samples: int16 ``[samples]``.
+        rate: sample rate of ``samples`` in Hz.
+        new_rate: sample rate of the result in Hz.
 
     Returns:
-        The same stretch of time in the same units, [ceil(samples * new_rate / rate)].
+        float64 ``[ceil(samples * new_rate / rate)]``, in the units of ``samples``.
     """
     divisor = math.gcd(rate, new_rate)
     step, phases = rate // divisor, new_rate // divisor  # every ``step`` inputs give ``phases`` outputs

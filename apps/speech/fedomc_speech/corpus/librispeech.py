@@ -7,7 +7,7 @@ Subsets as published: ``SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac``, an
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedomc_speech.corpus.base import Corpus, Utterance, recording
+from fedomc_speech.corpus.base import Corpus, Utterance, read_lines, recording
 from fedomc_speech.errors import CorpusError
 
 
@@ -17,13 +17,13 @@ def load_librispeech(
     """Read subsets of LibriSpeech; the vocabulary is open.
 
     Args:
-        path: the folder ``LibriSpeech``, the one that holds it, or one of the subsets with the others beside it.
+        path: the folder ``LibriSpeech``, its parent, or the folder of a subset that has the others beside it.
         train: names of the subsets to train on.
         test: names of the subsets to test on.
 
     Raises:
-        CorpusError: a subset or a file is missing or damaged, a text and a file do not match, or there are no
-            utterances.
+        CorpusError: a subset or a file is missing or damaged, a text and a file do not match, there are no utterances,
+            or one of them has no transcription.
     """
     bases = [path, path / "LibriSpeech"]
     if path.name in (*train, *test):
@@ -47,13 +47,12 @@ def _subsets(bases: Sequence[Path], names: Sequence[str]) -> tuple[Utterance, ..
 def _chapter(folder: Path) -> list[Utterance]:
     speaker = folder.parent.name
     transcript = folder / f"{speaker}-{folder.name}.trans.txt"
-    try:
-        lines = transcript.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{transcript} cannot be read ({error}); unpack LibriSpeech again") from error
-    texts = dict(line.strip().partition(" ")[::2] for line in lines if line.strip())
+    texts: dict[str, tuple[str, str]] = {}
+    for place, line in read_lines(transcript, "unpack LibriSpeech again"):
+        name, _, text = line.strip().partition(" ")
+        texts[name] = (place, text)
     files = {file.stem: file for file in folder.glob("*.flac")}
     if odd := sorted(texts.keys() ^ files.keys()):
         what = "text" if odd[0] in files else "audio"
         raise CorpusError(f"{folder / odd[0]} has no {what}; unpack LibriSpeech again")
-    return [recording(speaker, text, files[name]) for name, text in sorted(texts.items())]
+    return [recording(speaker, text, files[name], place) for name, (place, text) in sorted(texts.items())]

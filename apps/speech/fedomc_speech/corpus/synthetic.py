@@ -1,8 +1,8 @@
-"""Speech that is synthesised on this machine: a corpus without any download.
+"""Corpora of speech that is synthesised on this machine, without any download.
 
-Every speaker has a voice of their own, a pair of an accent and a voice variant, with a pitch and a rate; those of the
-test are pairs that no training speaker has. A corpus is kept in the cache directory of the user as one WAV file per
-speaker and a manifest with the SHA-256 of every file; one that is damaged is made again, and comes out the same.
+Every speaker has a voice of their own: a pair of an accent and a voice variant, with a pitch and a rate. The test's
+speakers have pairs that no training speaker has. A corpus is cached in the user's cache directory as one WAV file for
+each speaker and a manifest with the SHA-256 of every file. A damaged one is synthesised again, with the same result.
 """
 
 import functools
@@ -47,32 +47,32 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SyntheticConfig(ABC):
-    """What a synthetic corpus is made of; a subclass says what the speakers say.
+    """The configuration of a synthetic corpus; a subclass defines what the speakers say.
 
     Attributes:
-        train_speakers: the clients of the federation.
-        test_speakers: others; both together at most 104.
-        train_utterances: of each training speaker.
-        test_utterances: of each test speaker.
-        min_snr: power of the speech over that of the noise, in dB, drawn evenly for every utterance.
-        max_snr: the upper end.
-        seed: of everything that is drawn.
+        train_speakers: number of speakers to train on, who are the clients of the federation.
+        test_speakers: number of other speakers to test on; there are at most 104 in all.
+        train_utterances: number of utterances of each training speaker.
+        test_utterances: number of utterances of each test speaker.
+        min_snr: lowest signal-to-noise ratio in dB; it is drawn uniformly for every utterance.
+        max_snr: highest signal-to-noise ratio in dB.
+        seed: seed of all random numbers.
 
     Raises:
-        CorpusError: a count below one, too many speakers, or a range that is empty.
+        CorpusError: a count is below one, there are too many speakers, or the range of ratios is empty.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
-    """Of the corpus; another version is another corpus in the cache."""
+    """Version of the corpus; each version has a place of its own in the cache."""
     words: ClassVar[tuple[str, ...]]
     """The closed vocabulary."""
     rates: ClassVar[tuple[int, int]]
-    """Of the speakers: the lowest and the highest, in words a minute."""
+    """The lowest and highest rate of the speakers, in words a minute."""
     pitches: ClassVar[tuple[int, int]]
-    """Of the speakers, as espeak-ng counts them."""
+    """The lowest and highest pitch of the speakers, on espeak-ng's scale."""
     spellings: ClassVar[Mapping[str, str]] = {}
-    """What is given to espeak-ng for a word that it would say otherwise."""
+    """Spellings for espeak-ng of words that it would pronounce differently."""
 
     train_speakers: int = 32
     test_speakers: int = 8
@@ -107,14 +107,14 @@ class _Speaker:
 
 
 def load_synthetic(config: SyntheticConfig, cache: Path | None = None, progress: Progress | None = None) -> Corpus:
-    """Load a corpus, and make it first if it is not in the cache or damaged there.
+    """Load a corpus, and synthesise it first if it is not in the cache or damaged there.
 
-    Two processes that make it at the same time do no harm; the second to be ready drops its own.
+    Two processes may synthesise the same corpus at the same time; the one that finishes second discards its copy.
 
     Args:
-        config: says which.
-        cache: directory to keep it in; None is ``fedomc`` in the cache directory of the user.
-        progress: called with the utterances made and all utterances while it is made.
+        config: the configuration of the corpus.
+        cache: the cache directory; None is ``fedomc`` in the user's cache directory.
+        progress: called with the number of utterances done and of all utterances while the corpus is synthesised.
 
     Raises:
         CorpusError: the cache cannot be written, or espeak-ng does not work.
@@ -143,10 +143,10 @@ def load_synthetic(config: SyntheticConfig, cache: Path | None = None, progress:
 
 @contextmanager
 def progress_bar(description: str = "Synthesising speech") -> Iterator[Progress]:
-    """Show a bar on the terminal (standard error) from the first report of progress on.
+    """Show a bar on the terminal (standard error) once progress is reported.
 
     Yields:
-        The function to hand to ``load`` as ``progress``.
+        The function to pass to ``load`` as ``progress``.
     """
     console = Console(stderr=True)
     with RichProgress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -160,7 +160,7 @@ def _user_cache() -> Path:
 
 
 def _description(config: SyntheticConfig) -> dict[str, Any]:
-    """Tell all that decides what the corpus sounds like."""
+    """Return everything that determines how the corpus sounds."""
     try:
         synthesiser = importlib.metadata.version("espeakng-loader")
     except importlib.metadata.PackageNotFoundError as error:
@@ -177,12 +177,12 @@ def _random(config: SyntheticConfig, purpose: str) -> Random:
 
 
 def _speakers(config: SyntheticConfig) -> list[_Speaker]:
-    """Draw the speakers, those of the training first."""
+    """Draw the speakers, training speakers first."""
     random = _random(config, "speakers")
     accents, variants = random.sample(ACCENTS, len(ACCENTS)), random.sample(VARIANTS, len(VARIANTS))
     speakers = []
     for number in range(config.train_speakers + config.test_speakers):
-        # 8 accents and 13 variants have no common factor: no pair comes twice before all 104 have come.
+        # 8 accents and 13 variants have no common factor, so that no pair repeats before all 104 have occurred.
         accent, variant = accents[number % len(accents)], variants[number % len(variants)]
         name = f"{number:03}-{accent}-{variant}"
         utterances = config.train_utterances if number < config.train_speakers else config.test_utterances
@@ -198,7 +198,7 @@ def _spelled(text: str, config: SyntheticConfig) -> str:
 
 
 def _record(speech: npt.NDArray[np.int16], snr: float, random: Random) -> npt.NDArray[np.int16]:
-    """Bring speech to the sample rate and a common loudness, with silence before and after, and add noise."""
+    """Resample speech, normalise its loudness, surround it with silence, and add noise."""
     voice = espeak.resample(speech, espeak.SAMPLE_RATE, SAMPLE_RATE)
     voice *= _PEAK / abs(voice).max()
     before, after = (round(random.uniform(*_SILENCE) * SAMPLE_RATE) for _ in range(2))
@@ -240,7 +240,7 @@ def _build(directory: Path, config: SyntheticConfig, description: dict[str, Any]
 
 
 def _open(directory: Path, config: SyntheticConfig) -> Corpus:
-    """Read the corpus from the cache; a CorpusError if anything in it is not as it was made."""
+    """Read the corpus from the cache; raise a CorpusError if anything in it has changed."""
     try:
         manifest = json.loads((directory / "manifest.json").read_bytes())
         content = manifest["content"]
@@ -257,17 +257,17 @@ def _open(directory: Path, config: SyntheticConfig) -> Corpus:
         for u in content["utterances"]
     )
     train = config.train_speakers * config.train_utterances
-    return Corpus(config.name, utterances[:train], utterances[train:], tuple(sorted(config.words)))
+    return Corpus(config.name, utterances[:train], utterances[train:], tuple(sorted(config.words)), synthetic=True)
 
 
 @functools.cache
 def _file_digest(path: Path, size: int, modified: int) -> str:
-    """Compute the SHA-256 of a file once a process, and again if its size or time of modification changed."""
+    """Return the SHA-256 of a file, computed anew only if its size or modification time has changed."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _install(built: Path, directory: Path, config: SyntheticConfig, scratch: Path) -> None:
-    """Put the corpus in its place in one step, unless another process has put a whole one there."""
+    """Move the corpus to its place atomically, unless another process has put a whole one there."""
     while True:
         try:
             built.rename(directory)

@@ -1,4 +1,4 @@
-"""``python -m fedomc_speech.deployment``: make keys, or run the app on this machine as a real deployment."""
+"""``python -m fedomc_speech.deployment``: make keys, or run the app as a real deployment on this machine."""
 
 import signal
 import sys
@@ -16,24 +16,24 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 @app.command()
 def keys(
-    folder: Annotated[Path, typer.Argument(help="For the files; nothing in it is replaced.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the files; nothing in it is replaced.")],
     nodes: Annotated[int, typer.Option(help="Number of SuperNodes.")] = 3,
-    host: Annotated[list[str] | None, typer.Option(help="Address or name of the SuperLink; repeat it.")] = None,
-    days: Annotated[int, typer.Option(help="How long the certificates are valid.")] = 365,
+    host: Annotated[list[str] | None, typer.Option(help="Address or name of the SuperLink; may be repeated.")] = None,
+    days: Annotated[int, typer.Option(help="Number of days for which the certificates are valid.")] = 365,
 ) -> None:
-    """Make a certificate authority, the SuperLink's certificate and a key pair for each SuperNode."""
+    """Make a certificate authority, the SuperLink's certificate, and a key pair for each SuperNode."""
     make_keys(folder, nodes, host or ("127.0.0.1", "localhost"), days)
     typer.echo(f"{folder}: ca.crt, server.crt, server.key, {nodes} node keys")
 
 
 @app.command()
 def run(
-    folder: Annotated[Path, typer.Argument(help="For keys, Flower's files and logs.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for keys, Flower's files and logs.")],
     nodes: Annotated[int, typer.Option(help="Number of SuperNodes.")] = 3,
-    run_config: Annotated[str, typer.Option(help="More settings, as for flwr run.")] = "",
+    run_config: Annotated[str, typer.Option(help="More settings, as flwr run takes them.")] = "",
 ) -> None:
-    """Start a SuperLink and SuperNodes on this machine, run the app once, and end them all."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that all processes are ended
+    """Start a SuperLink and SuperNodes on this machine, run the app once, and stop them all."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that all processes are stopped
     typer.echo(f"Starting a SuperLink and {nodes} SuperNodes; logs are in {folder / 'logs'}")
     with Loopback(folder, nodes) as loopback:
         settings = f"split='iid' clients={nodes} cohort={nodes} output='{folder.absolute() / 'results'}'"

@@ -1,4 +1,4 @@
-"""Who is who: a certificate authority, the SuperLink's certificate, and a key pair for each SuperNode."""
+"""Keys of a deployment: a certificate authority, the SuperLink's certificate, and a key pair for each SuperNode."""
 
 import datetime
 import ipaddress
@@ -16,19 +16,19 @@ from fedomc_speech.errors import SettingsError
 
 
 def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = ("127.0.0.1", "localhost"), days: int = 365) -> None:
-    """Write ``ca.crt``, ``ca.key``, ``server.crt``, ``server.key`` and ``node-0``, ``node-0.pub`` and so on.
+    """Write ``ca.crt``, ``ca.key``, ``server.crt``, ``server.key``, and ``node-0``, ``node-0.pub`` and so on.
 
-    Private keys are readable by their owner alone. Only ``ca.crt`` and its own ``node-i`` belong on the machine of a
-    SuperNode; ``ca.key`` is needed for further certificates alone and may be kept elsewhere.
+    Private keys can only be read by their owner. The machine of a SuperNode needs ``ca.crt`` and its own ``node-i``,
+    nothing else. ``ca.key`` is only needed to make further certificates and may be kept elsewhere.
 
     Args:
-        folder: for the files; made if it is missing. Nothing in it is replaced.
-        nodes: how many SuperNodes.
+        folder: the folder for the files; it is created if it is missing. Existing files are never replaced.
+        nodes: number of SuperNodes.
         hosts: addresses and names under which the SuperLink is reached; the first is its common name.
-        days: how long the certificates are valid.
+        days: number of days for which the certificates are valid.
 
     Raises:
-        SettingsError: a file is there already or cannot be written, or a number makes no sense.
+        SettingsError: a file exists already or cannot be written, or a number is impossible.
     """
     if nodes < 1 or days < 1 or not hosts:
         raise SettingsError(f"nodes={nodes}, days={days}, hosts={list(hosts)}: at least one of each is needed")
@@ -88,7 +88,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))  # for clocks that are behind
+        .not_valid_before(now - datetime.timedelta(minutes=5))  # some clocks are behind
         .not_valid_after(now + datetime.timedelta(days=days))
     )
 

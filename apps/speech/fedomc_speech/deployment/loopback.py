@@ -1,4 +1,4 @@
-"""A SuperLink and its SuperNodes as processes of this machine, reachable from this machine alone."""
+"""A SuperLink and its SuperNodes as processes of this machine, which only this machine can reach."""
 
 import json
 import os
@@ -21,7 +21,7 @@ APP = Path(__file__).parents[2]
 """The folder of the Flower app."""
 
 NAME = "loopback"
-"""Of the connection in Flower's configuration."""
+"""The name of the connection in Flower's configuration."""
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -30,18 +30,21 @@ ENVIRONMENT = {
 }
 
 _PATIENCE = 60.0
-"""Seconds for a process to start or to end."""
+"""Seconds to wait for a process to start or to end."""
 
 
 def app_with_client(folder: Path, client: Path) -> Path:
-    """Copy the app with another ClientApp, for benchmarks and tests.
+    """Copy the app to a folder, with another ClientApp, for benchmarks and tests.
 
     Args:
-        folder: which is made.
-        client: a Python file with a ClientApp ``app``.
+        folder: the folder, which must not exist.
+        client: a Python file that defines a ClientApp ``app``.
 
     Returns:
         The folder.
+
+    Raises:
+        DeploymentError: the app's ``pyproject.toml`` does not name its own ClientApp exactly once.
     """
     shutil.copytree(APP / "fedomc_speech", folder / "fedomc_speech", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(client, folder)
@@ -49,7 +52,8 @@ def app_with_client(folder: Path, client: Path) -> Path:
     for ours, theirs in (("fedomc_speech.client:app", f"{client.stem}:app"), ("fedomc_speech/**/*.py", "**/*.py")):
         if text.count(ours) != 1:
             raise DeploymentError(
-                f"{APP / 'pyproject.toml'} has {ours!r} not once: another client cannot take its place"
+                f"{APP / 'pyproject.toml'} has {ours!r} {text.count(ours)} times instead of once: "
+                "the ClientApp cannot be replaced"
             )
         text = text.replace(ours, theirs)
     (folder / "pyproject.toml").write_text(text)
@@ -57,19 +61,19 @@ def app_with_client(folder: Path, client: Path) -> Path:
 
 
 class Loopback:
-    """A federation of processes: a SuperLink with TLS, and SuperNodes that it knows by their keys.
+    """A federation of processes: a SuperLink with TLS, and SuperNodes that it authenticates by their keys.
 
-    Everything is in one folder: ``keys``, ``flwr`` (Flower's configuration and apps) and ``logs``. Use it as a context;
-    at its end all processes that it started are ended.
+    All files are in one folder: ``keys``, ``flwr`` (Flower's configuration and apps) and ``logs``. Use it as a context
+    manager, which stops all processes at its end.
 
     Args:
-        folder: for all files; keys that are there are used.
-        nodes: how many SuperNodes; number i holds part i of the data.
-        environment: more variables for all processes.
+        folder: the folder for all files; existing keys in it are used.
+        nodes: number of SuperNodes; node i holds part i of the data.
+        environment: additional environment variables for all processes.
 
     Attributes:
-        node_ids: Flower's numbers of the SuperNodes.
-        port: of the SuperLink.
+        node_ids: Flower's IDs of the SuperNodes.
+        port: port of the SuperLink.
     """
 
     def __init__(self, folder: Path, nodes: int = 3, environment: Mapping[str, str] | None = None) -> None:
@@ -159,15 +163,15 @@ class Loopback:
                 self._check(f"node-{number}", deadline)
 
     def online(self) -> set[int]:
-        """Ask the SuperLink which nodes are there."""
+        """Return the IDs of the nodes that the SuperLink lists as online."""
         answer = self.flwr("supernode", "list", NAME)
         return {int(node["node-id"]) for node in answer["nodes"] if node["status"] == "online"}
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
-        """Call ``flwr`` and read its answer.
+        """Call ``flwr`` and return its answer.
 
         Raises:
-            DeploymentError: it fails.
+            DeploymentError: the call fails.
         """
         done = subprocess.run(  # noqa: S603
             ["flwr", *arguments, "--format", "json"],  # noqa: S607
@@ -182,20 +186,20 @@ class Loopback:
         return answer
 
     def submit(self, run_config: str, app: Path = APP, log: str | None = None) -> subprocess.Popen[bytes]:
-        """Start a run of the app and follow its log.
+        """Start a run of the app, and stream its log.
 
         Args:
-            run_config: settings that are not those of the app's ``pyproject.toml``, as ``flwr run`` takes them.
+            run_config: settings that differ from those in the app's ``pyproject.toml``, as ``flwr run`` takes them.
             app: folder of the app.
-            log: name of the file for it in ``logs``; None for this process's own output.
+            log: name of a file in ``logs`` for the run's log; None writes it to this process's own output.
 
         Returns:
-            The process, which ends when the run does, with 0 also if the run failed: its results say how it went.
+            The process, which ends when the run does. It exits with 0 even if the run failed; see the run's results.
         """
         return self._launch(log, ["flwr", "run", str(app), NAME, "--stream", "--run-config", run_config])
 
     def log(self, name: str) -> str:
-        """Read a log: ``superlink``, ``node-0`` or what ``submit`` was told."""
+        """Return the contents of a log: ``superlink``, ``node-0`` or the name that was given to ``submit``."""
         return (self.logs / f"{name}.log").read_text(errors="replace")
 
     def pid(self, name: str) -> int:
@@ -203,17 +207,17 @@ class Loopback:
         return self._processes[name].pid
 
     def stop(self) -> None:
-        """End all processes that were started here, the SuperLink last, and wait for them."""
+        """Stop all processes that were started here, the SuperLink last, and wait for them."""
         for name in [*reversed(self._processes)]:
             self.stop_one(name)
 
     def stop_one(self, name: str) -> None:
-        """End one process with what it started, and wait for it."""
+        """Stop one process and its child processes, and wait for it."""
         process = self._processes.pop(name)
         _signal_group(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE / 4)
-        _signal_group(process.pid, signal.SIGKILL)  # what is left of its group
+        _signal_group(process.pid, signal.SIGKILL)  # the rest of its group
         process.wait()
 
     def _launch(self, name: str | None, command: list[str]) -> subprocess.Popen[bytes]:
@@ -234,7 +238,7 @@ class Loopback:
             self._check(name, deadline)
 
     def _check(self, name: str, deadline: float) -> None:
-        """Wait a moment, unless it is too late for that."""
+        """Wait a moment; raise a DeploymentError if the process has ended or the time is over."""
         if self._processes[name].poll() is not None or time.monotonic() > deadline:
             raise DeploymentError(f"{name} did not start: {self.log(name)[-2000:]}")
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The command ``experiments``: say what it will cost, run what is missing, write the results."""
+"""The command ``experiments``: announce the cost, run what is missing, and write the results."""
 
 import threading
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from fedomc_speech.progress import minutes
 from fedomc_speech.settings import FP32, Settings
 
 VISIT_SECONDS, ROUND_SECONDS = 0.017, 0.12
-"""What a visit takes besides its steps, and a round besides the visits, with the tiny model."""
+"""The seconds that a visit takes besides its steps, and a round besides its visits, with the tiny model."""
 
 
 def run(
@@ -31,19 +31,27 @@ def run(
     *,
     further: bool = True,
 ) -> bool:
-    """Run experiments and write what is known to a folder; False if it was stopped before the end.
+    """Run experiments and write the results to a folder; earlier results of other rows and seeds are kept.
 
     Args:
-        experiments: to run.
-        rows: only these; empty means all. What is known of the others stays.
-        seeds: likewise.
-        runs: where the runs are kept.
-        folder: for tables and figures.
-        workers: how many runs at a time.
-        console: where to write.
-        stop: set it to stop.
-        further: whether all rows are the further ones, too.
+        experiments: the experiments to run.
+        rows: names of the rows to run; empty means all.
+        seeds: the seeds to run; empty means all.
+        runs: the folder of the runs.
+        folder: the folder for tables and figures.
+        workers: number of runs at the same time.
+        console: where to write progress.
+        stop: set it to stop after the round that is under way.
+        further: whether "all" rows include the further ones.
+
+    Returns:
+        False if it was stopped before the end.
+
+    Raises:
+        SettingsError: the folder holds results that were made with other corpora.
+        ExperimentError: runs failed, or another process runs experiments in the same folder.
     """
+    results.check_corpora(folder, experiments)
     wanted = _in_order([experiment.only(rows, seeds, further=further) for experiment in experiments])
     initials = list({e.initial.name: e.initial for e in experiments if e.initial}.values())
     console.print(_announce(wanted, runs, workers, initials), soft_wrap=True)
@@ -56,7 +64,7 @@ def run(
 
 
 def _in_order(experiments: Sequence[Experiment]) -> list[Settings]:
-    """Take the first seed of everything first: whoever stops early has a bit of all."""
+    """List the runs seed by seed, so that someone who stops early has some of every experiment."""
     listed = {
         key_of(one): (experiment.seeds.index(one.seed), one) for experiment in experiments for one in experiment.runs()
     }
@@ -64,7 +72,7 @@ def _in_order(experiments: Sequence[Experiment]) -> list[Settings]:
 
 
 def _announce(wanted: Sequence[Settings], runs: Runs, workers: int, initials: Sequence[Initial]) -> str:
-    """Say how much is left and what it takes, from one local step of each kind."""
+    """Describe what is left to run and what that will take, estimated from one local step of each kind."""
     missing = [one for one in wanted if runs.result(one) is None]
     needed = {one.initial for one in missing if one.initial and not Path(one.initial).exists()}
     untrained = [initial for initial in initials if initial.name in {Path(path).name for path in needed}]
@@ -81,10 +89,10 @@ def _announce(wanted: Sequence[Settings], runs: Runs, workers: int, initials: Se
     for initial in untrained:
         start = replace(initial.start, formats=(FP32,), batch=initial.training.batch)
         seconds += initial.training.steps * cost_of(start, start.variants[0]).step_seconds
-    training = f"{len(untrained)} models to begin with are to be trained. " if untrained else ""
+    training = f"{len(untrained)} initial models will be trained first. " if untrained else ""
     return (
-        f"{len(wanted) - len(missing)} of {len(wanted)} runs are there. {training}The others send about "
+        f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished. {training}The others will send about "
         f"{sent / 1e9:.1f} GB of messages within this machine and take about {minutes(seconds / workers)} with "
-        f"{workers} at a time, measurements aside. Ctrl-C stops after the round (and loses a model that is being "
-        "trained to begin with); the same command goes on."
+        f"{workers} at a time, not counting measurements of the word error rate. Ctrl-C stops after the round; an "
+        "initial model that is being trained is lost. The same command continues."
     )

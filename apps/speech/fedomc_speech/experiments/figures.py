@@ -1,4 +1,4 @@
-"""The figures of the results, from the experiments' files alone; each as PNG and SVG."""
+"""The figures of the results, drawn from the experiments' JSON files; each as PNG and SVG."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _STYLE: Any = {"svg.hashsalt": "fedomc", "svg.fonttype": "path", "font.size": 9,
 
 
 def draw_all(folder: Path, everything: Sequence[dict[str, Any]]) -> list[Path]:
-    """Draw what each experiment has to show into a folder; returns the files."""
+    """Draw the figures of each experiment into a folder, and return the paths of the files."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     with rc_context(_STYLE):
@@ -33,7 +33,7 @@ def draw_all(folder: Path, everything: Sequence[dict[str, Any]]) -> list[Path]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the points that no other beats in both coordinates, by the first one; less is better."""
+    """Return the indices of the Pareto-optimal points, sorted by the first coordinate; smaller is better in both."""
     order = sorted(range(len(points)), key=lambda i: points[i])
     front: list[int] = []
     for i in order:
@@ -51,15 +51,15 @@ def _save(figure: Figure | None, path: Path) -> list[Path]:
     return made
 
 
-def _axes(columns: int, title: str, height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.8 * columns, height), layout="constrained")
+def _axes(columns: int, title: str, height: float = 3.6, width: float = 4.8) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
     figure.suptitle(title, wrap=True)
     found = figure.subplots(1, columns, squeeze=False)
     return figure, list(found[0])
 
 
 def _logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
-    """Make the x axis logarithmic, with ticks that can be read."""
+    """Make the x axis logarithmic, with the given ticks."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xticks([tick for tick in ticks if low <= tick <= high])
@@ -68,7 +68,7 @@ def _logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
 
 
 def _curves(gathered: dict[str, Any]) -> Figure:
-    """Word error rate by round and by bytes sent: the mean of the seeds, and their range."""
+    """Draw word error rate by round and by bytes sent: the mean over seeds, and their range."""
     figure, (by_round, by_bytes) = _axes(2, gathered["title"])
     for row in gathered["rows"]:
         histories = np.array([run["history"] for run in row["runs"]], dtype=float)  # [seeds, points, 3]
@@ -84,7 +84,7 @@ def _curves(gathered: dict[str, Any]) -> Figure:
 
 
 def _errors_by_layer(gathered: dict[str, Any]) -> Figure | None:
-    """Error of the last round's broadcast by variable, relative to the variable."""
+    """Draw the error of each variable in the last round's broadcast, relative to the variable."""
     rows = [row for row in gathered["rows"] if row["runs"][0]["variables"]]
     if not rows:
         return None
@@ -106,7 +106,7 @@ def _errors_by_layer(gathered: dict[str, Any]) -> Figure | None:
 
 
 def _differences(gathered: dict[str, Any]) -> Figure | None:
-    """What each row loses to FP32, with the interval over seeds."""
+    """Draw each row's difference to FP32, with the interval over seeds."""
     rows = [row for row in summarize(gathered) if row["format"] != FP32]
     if not rows:
         return None
@@ -125,14 +125,14 @@ def _differences(gathered: dict[str, Any]) -> Figure | None:
 
 
 def _by_tens(axes: Axes) -> None:
-    """Make room near zero for what would vanish beside much larger differences."""
+    """Stretch the x axis near zero, where small differences would vanish beside much larger ones."""
     axes.set_xscale("symlog", linthresh=5)
     axes.set_xticks([-10, -5, 0, 5, 10, 20, 50, 100], ["-10", "-5", "0", "5", "10", "20", "50", "100"])
     axes.minorticks_off()
 
 
 def _label_beside(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Write the labels one above the other at the right, each with a line to its point: the points lie too close."""
+    """Write the labels one above the other at the right, each with a line to its point, as the points lie close."""
     order = sorted(range(len(points)), key=lambda i: (points[i][1], -points[i][0]))
     low, high = axes.get_ylim()
     for i, at in zip(order, spread([(points[i][1] - low) / (high - low) for i in order], 0.045), strict=True):
@@ -143,7 +143,7 @@ def _label_beside(axes: Axes, points: Sequence[tuple[float, float]], labels: Seq
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Move sorted places up, no more than it takes, until each is ``gap`` above the last."""
+    """Move sorted places up, as little as possible, so that each is at least ``gap`` above the one before."""
     moved: list[float] = []
     for place in places:
         moved.append(max(place, moved[-1] + gap) if moved else place)
@@ -151,11 +151,11 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _front(gathered: dict[str, Any]) -> Figure | None:
-    """Word error rate against bytes held and sent, and the rows that no other beats."""
+    """Draw word error rate against bytes held and sent, and the Pareto front."""
     rows = summarize(gathered)
     if len(rows) < 4:
         return None
-    figure, panels = _axes(2, f"{gathered['title']}: word error rate against bytes", 4.4)
+    figure, panels = _axes(2, f"{gathered['title']}: word error rate against bytes", 4.4, 6.4)
     costs = ("memory_ratio",), ("down_ratio", "up_ratio")
     for axes, keys in zip(panels, costs, strict=True):
         points = [(100 * sum(row[key] for key in keys) / len(keys), row["wer"]) for row in rows]

@@ -1,17 +1,19 @@
-"""An experiment as data: a TOML file that names settings, the rows of its table, and the seeds.
+"""Experiments as TOML files, which name settings, the rows of a table, and seeds.
 
-title = "From scratch, non-streaming, by speaker"
-paper = "LibriSpeech by speaker"     # what of the paper it stands for
-model = "Conformer"                  # as the tables call it
-seeds = [0, 1, 2]
-pooled = true                        # whether it counts in the mean over experiments
-formats = ["FP32", "S1E3M7@0.9"]     # a row each
-[settings]                           # of all rows, as in `fedomc_speech.settings`
-rounds = 300
-[[rows]]                             # a row with settings of its own
-name = "no transformation"
-format = "S1E3M7@0.9"
-transform = "none"
+For example::
+
+    title = "From scratch, non-streaming, by speaker"
+    paper = "LibriSpeech by speaker"     # the paper's experiment that it corresponds to
+    model = "Conformer"                  # the model's name in the tables
+    seeds = [0, 1, 2]
+    pooled = true                        # whether it counts in the mean over experiments
+    formats = ["FP32", "S1E3M7@0.9"]     # one row for each
+    [settings]                           # of all rows, see `fedomc_speech.settings`
+    rounds = 300
+    [[rows]]                             # a row with settings of its own
+    name = "no transformation"
+    format = "S1E3M7@0.9"
+    transform = "none"
 """
 
 import dataclasses
@@ -33,8 +35,8 @@ SUMMARY = "summary"
 """The name of the file with all rows, next to a file for each experiment."""
 
 VERSION = 2
-"""Of what a run gives: raise it with every change to training, model, features or defaults by which the same settings
-give something else."""
+"""Part of every key. Raise it with each change to training, model, features or defaults after which the same settings
+give other results."""
 
 _COMPRESSION = (
     "format_by_name",
@@ -45,22 +47,25 @@ _COMPRESSION = (
     "lossless",
     "rest_format",
 )
-"""Settings that mean nothing to a run in FP32."""
+"""Settings that have no effect on a run in FP32."""
 
-_FP32_CLIENT_RATE = 0.1
-"""Of runs in FP32 with one local step, whatever that of a row: it is a mere unit there, as Adam on the server divides
-by the size of what comes back. To a format it is more: how far the step stands out from what the weights are rounded
-to."""
+_FP32_CLIENT_LEARNING_RATE = 0.1
+"""The clients' learning rate of FP32 runs with one local step, whatever that of the row is. It has no effect there,
+because the server's Adam divides by the size of what comes back, so that rows share these runs. It matters to a format
+that rounds the step to the grid of the weights."""
+
+_OF_START = ("corpus", "corpus_path", "augment")
+"""Settings of a pre-training that are not in ``Pretraining``."""
 
 _KEYS = {"title", "paper", "model", "seeds", "pooled", "formats", "settings", "pretraining", "rows"}
 
 
 @dataclass(frozen=True)
 class Initial:
-    """A model to begin with.
+    """The model that the runs of an experiment begin with.
 
     Attributes:
-        start: corpus, model and augmentation.
+        start: settings that name the corpus, the model and the augmentation.
         training: how it is trained.
     """
 
@@ -69,8 +74,8 @@ class Initial:
 
     @property
     def name(self) -> str:
-        """Name its file, by all that decides what is in it."""
-        described = {**_told(self.start), **dataclasses.asdict(self.training)}
+        """The name of its file, with a digest of all that decides what is in it."""
+        described = {**_described(self.start), **dataclasses.asdict(self.training)}
         return f"initial-{self.start.corpus}-{_digest(described)}.safetensors"
 
 
@@ -79,9 +84,9 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: as the table calls it.
-        settings: with one format; the seed is that of each run.
-        further: whether it is left out where nobody asks for it or for further rows.
+        name: its name in the table.
+        settings: settings with one format; each run replaces the seed.
+        further: whether it is left out unless it is asked for, by name or with ``further``.
     """
 
     name: str
@@ -94,7 +99,7 @@ class Row:
         values = self.settings.to_dict()
         plain = {key: value for key, value in values.items() if key not in _COMPRESSION}
         if self.settings.local_steps == 1:
-            plain["client_rate"] = _FP32_CLIENT_RATE
+            plain["client_learning_rate"] = _FP32_CLIENT_LEARNING_RATE
         return Settings.from_mapping({**plain, "formats": [FP32]})
 
     def run(self, seed: int) -> Settings:
@@ -105,17 +110,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a TOML file describes.
+    """The contents of a TOML file.
 
     Attributes:
-        name: of the file.
-        title: of the table.
-        paper: what of the paper it stands for.
-        model: as the tables call it.
-        seeds: of each row.
+        name: name of the file, without its suffix.
+        title: title of the table.
+        paper: the paper's experiment that it corresponds to.
+        model: the model's name in the tables.
+        seeds: the seeds of each row's runs.
         pooled: whether it counts in the mean over experiments.
-        rows: of the table.
-        initial: the model that all rows begin with; None if that is a random one.
+        rows: the rows of the table.
+        initial: the model that all rows begin with; None for a random one.
     """
 
     name: str
@@ -132,11 +137,11 @@ class Experiment:
         """Read a TOML file.
 
         Args:
-            path: of the file.
-            overrides: settings that take the place of the file's; those that a row has of its own stay.
+            path: the file.
+            overrides: settings that replace the file's shared ones; a row's own settings stay.
 
         Raises:
-            SettingsError: it cannot be read, or something in it is wrong.
+            SettingsError: the file cannot be read, or something in it is wrong.
         """
         try:
             stored = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -154,12 +159,12 @@ class Experiment:
             raise SettingsError(f"{', '.join(sorted(unknown))} is unknown: there are {', '.join(sorted(_KEYS))}")
         shared = {**_table(stored, "settings"), **overrides}
         if name == SUMMARY or type(stored.get("pooled", False)) is not bool:
-            raise SettingsError(f"pooled must be true or false, and {SUMMARY} is no name for an experiment")
+            raise SettingsError(f"pooled must be true or false, and no experiment may be named {SUMMARY}")
         seeds = stored.get("seeds", [0])
         if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
             raise SettingsError(f"seeds={seeds!r}: a list of whole numbers is expected")
         if len(set(seeds)) != len(seeds):
-            raise SettingsError(f"seeds={seeds!r}: one is there twice")
+            raise SettingsError(f"seeds={seeds!r}: each seed may occur only once")
         formats, own = stored.get("formats", []), stored.get("rows", [])
         if not isinstance(formats, list) or not isinstance(own, list):
             raise SettingsError("formats and rows must be lists")
@@ -167,12 +172,12 @@ class Experiment:
         initial = _initial(stored, shared) if "pretraining" in stored else None
         if initial is not None:
             if "initial" in shared:
-                raise SettingsError("initial and pretraining: one of them says with which model to begin")
+                raise SettingsError("initial and pretraining both name a model to begin with: remove one of them")
             shared["initial"] = initial.name
         rows = tuple(_row(one, shared) for one in described)
         names = [row.name for row in rows]
         if not rows or len(set(names)) != len(names):
-            raise SettingsError(f"rows {names}: each needs a name of its own, and there must be one")
+            raise SettingsError(f"rows {names}: there must be at least one, each with a name of its own")
         made = cls(
             name,
             title=str(stored.get("title", name)),
@@ -183,16 +188,18 @@ class Experiment:
             rows=rows,
             initial=initial,
         )
-        list(made.runs())  # raises what is wrong with a seed
+        list(made.runs())  # raises the error of a seed
+        if "folder" in made.needs_path():
+            raise SettingsError("the corpus folder needs corpus_path, the path of the folder: set it beside corpus")
         return made
 
     def only(self, rows: Sequence[str], seeds: Sequence[int], *, further: bool = True) -> "Experiment":
         """Return a part of the experiment.
 
         Args:
-            rows: by name; empty means all.
-            seeds: empty means all.
-            further: whether all rows are the further ones, too.
+            rows: names of rows; empty means all.
+            seeds: seeds; empty means all.
+            further: whether "all" includes the further rows.
 
         Raises:
             SettingsError: there is no such row.
@@ -208,32 +215,42 @@ class Experiment:
         )
 
     def needs_path(self) -> set[str]:
-        """Name the corpora of which the path must be known."""
-        initial = {self.initial.start.corpus} if self.initial else set()
-        return ({row.settings.corpus for row in self.rows} | initial) & set(corpus.PUBLISHED)
+        """Return the names of the corpora of which a path must be given, as the file gives none."""
+        given = [row.settings for row in self.rows] + ([self.initial.start] if self.initial else [])
+        return {one.corpus for one in given if one.corpus in corpus.RECORDED and not one.corpus_path}
 
     def at(self, paths: Mapping[str, Path | None], folder: Path) -> "Experiment":
-        """Return the experiment with corpora and initial models where they are on this machine.
+        """Return the experiment with the corpora and initial models where they are on this machine.
+
+        The settings then name the digest of each corpus, which is part of a run's key.
 
         Args:
-            paths: of the corpora.
+            paths: folders of the corpora by name; one that is named here takes the place of the file's.
             folder: of the initial models.
+
+        Raises:
+            CorpusError: a corpus cannot be loaded.
         """
+        digests: dict[tuple[str, str], str] = {}
 
         def placed(settings: Settings) -> Settings:
-            path, initial = paths.get(settings.corpus), settings.initial
-            if self.initial and initial:
-                initial = str(folder.absolute() / self.initial.name)
-            return replace(
-                settings, corpus_path=str(path.absolute()) if path else settings.corpus_path, initial=initial
-            )
+            path = paths.get(settings.corpus) or settings.corpus_path
+            if not path:
+                return settings
+            where = settings.corpus, str(Path(path).absolute())
+            if where not in digests:
+                digests[where] = corpus.load(*where, settings.corpus_digest).digest
+            return replace(settings, corpus_path=where[1], corpus_digest=digests[where])
 
-        rows = tuple(replace(row, settings=placed(row.settings)) for row in self.rows)
         initial = self.initial and replace(self.initial, start=placed(self.initial.start))
+        rows = tuple(replace(row, settings=placed(row.settings)) for row in self.rows)
+        if initial:
+            start = str(folder.absolute() / initial.name)
+            rows = tuple(replace(row, settings=replace(row.settings, initial=start)) for row in rows)
         return replace(self, rows=rows, initial=initial)
 
     def runs(self) -> Iterator[Settings]:
-        """List the runs that the rows need, each with its baseline, seed by seed."""
+        """Yield the runs of all rows, each after its baseline, seed by seed."""
         for seed in self.seeds:
             for row in self.rows:
                 yield replace(row.baseline, seed=seed)
@@ -241,26 +258,28 @@ class Experiment:
 
 
 def key_of(run: Settings) -> str:
-    """Name a run by its settings, so that rows of any experiments that need the same run share it.
+    """Name a run by its settings and its corpus, so that rows of any experiments that need the same run share it.
 
-    Settings at their defaults do not count: one that is new leaves the names of older runs as they are.
+    The corpus counts by its digest: the same lists and transcriptions in another folder are the same run, others in the
+    same folder are another one. Settings at their defaults do not count: a new setting leaves the names of earlier runs
+    as they are.
     """
-    return f"{run.corpus}-{run.split}-{run.formats[0]}-seed{run.seed}-{_digest(_told(run))}"
+    return f"{run.corpus}-{run.split}-{run.formats[0]}-seed{run.seed}-{_digest(_described(run))}"
 
 
 def chosen(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the settings, as plain values, that are not at their defaults."""
+    """Return the settings that are not at their defaults, as plain values."""
     defaults = Settings().to_dict()
     return {key: value for key, value in settings.items() if value != defaults.get(key)}
 
 
-def _told(settings: Settings) -> dict[str, Any]:
-    """Tell the settings that are not at their defaults, without where things are on this machine."""
-    told: dict[str, Any] = {"version": VERSION} if VERSION > 1 else {}
-    told |= {key: value for key, value in chosen(settings.to_dict()).items() if key != "corpus_path"}
+def _described(settings: Settings) -> dict[str, Any]:
+    """Return the settings that are not at their defaults, without the places of files on this machine."""
+    described: dict[str, Any] = {"version": VERSION} if VERSION > 1 else {}
+    described |= {key: value for key, value in chosen(settings.to_dict()).items() if key != "corpus_path"}
     if settings.initial:
-        told["initial"] = Path(settings.initial).name
-    return told
+        described["initial"] = Path(settings.initial).name
+    return described
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -276,12 +295,12 @@ def _table(stored: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _initial(stored: Mapping[str, Any], shared: Mapping[str, Any]) -> Initial:
     values = dict(_table(stored, "pretraining"))
-    of_start: dict[str, Any] = {key: values.pop(key) for key in ("corpus", "augment") if key in values}
+    of_start: dict[str, Any] = {key: values.pop(key) for key in _OF_START if key in values}
     same = {key: shared[key] for key in ("model", "streaming") if key in shared}
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Pretraining)}
     for key, value in values.items():
         if key not in kinds:
-            raise SettingsError(f"pretraining: {key} is unknown: there are corpus, augment, {', '.join(kinds)}")
+            raise SettingsError(f"pretraining: {key} is unknown: there are {', '.join([*_OF_START, *kinds])}")
         if type(value) is not kinds[key] and not (kinds[key] is float and type(value) is int):
             raise SettingsError(f"pretraining: {key}={value!r}: a value of type {kinds[key].__name__} is expected")
     return Initial(Settings.from_mapping({"corpus": "commands", **same, **of_start}), Pretraining(**values))
@@ -292,7 +311,7 @@ def _row(described: Any, shared: Mapping[str, Any]) -> Row:
         raise SettingsError(f"row {described!r}: a table with a format is expected")
     own = {key: value for key, value in described.items() if key not in ("name", "format", "further")}
     for wrong in {"formats", "seed"} & (set(own) | set(shared)):
-        raise SettingsError(f"{wrong} does not belong into settings: it is the rows that have formats, and all seeds")
+        raise SettingsError(f"{wrong} does not belong into settings: write formats and seeds at the top of the file")
     name = str(described.get("name", described["format"]))
     if "|" in name or "\n" in name:
         raise SettingsError(f"row {name!r}: a name without | and line breaks is expected, for the tables")

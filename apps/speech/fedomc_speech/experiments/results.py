@@ -1,4 +1,4 @@
-"""From runs to tables: a JSON file for each experiment, one summary, and the tables in the text about them."""
+"""The results of experiments: a JSON file for each, a summary of all, and the tables in ``README.md``."""
 
 import json
 import math
@@ -22,12 +22,13 @@ _KEPT = ("wer", "wer_compressed", "parameter_ratio", "down_ratio", "up_ratio", "
 
 
 def gather(experiment: Experiment, runs: Runs, earlier: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Put together what the runs of an experiment found; None if there is no pair of a run and its baseline yet.
+    """Collect the results of an experiment; None if no run is finished together with its baseline.
 
     Args:
-        experiment: whose rows are wanted.
-        runs: where its runs are. A row has the seeds for which it and its baseline are finished.
-        earlier: what was found before: stands where there is no run, if it was made with the same settings.
+        experiment: the experiment.
+        runs: the folder of its runs. A row has the seeds for which it and its baseline are finished.
+        earlier: earlier results of the experiment. They are kept where there is no run, if settings and corpus are the
+            same.
     """
     known = {}
     if earlier is not None and earlier.get("version") == VERSION:
@@ -54,8 +55,27 @@ def gather(experiment: Experiment, runs: Runs, earlier: dict[str, Any] | None = 
     }
 
 
+def check_corpora(folder: Path, experiments: Sequence[Experiment]) -> None:
+    """Check that the results in a folder were made with the same corpora as these experiments.
+
+    Raises:
+        SettingsError: a corpus of the same name has another digest, so that one table would mix the two.
+    """
+    known = {gathered["experiment"]: gathered for gathered in read_all(folder)}
+    for experiment in experiments:
+        digests = {row.settings.corpus: row.settings.corpus_digest for row in experiment.rows}
+        for row in known.get(experiment.name, {"rows": ()})["rows"]:
+            name, digest = row["settings"]["corpus"], row["settings"].get("corpus_digest", "")
+            if name in digests and digest != digests[name]:
+                raise SettingsError(
+                    f"{folder / experiment.name}.json was made with another corpus {name}: the digest of its lists and "
+                    f"transcriptions is {digest!r}, yours is {digests[name]!r}. Choose another folder for the tables "
+                    "with --results"
+                )
+
+
 def _identity(name: str, settings: dict[str, Any]) -> str:
-    """Tell a row from others; a setting that is new does not count while it is at its default."""
+    """Return a string that identifies a row; settings at their defaults do not count."""
     return json.dumps([name, chosen(settings)], sort_keys=True)
 
 
@@ -81,7 +101,7 @@ def _shortened(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarize(gathered: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compute the rows of the summary; rates in percent, differences to FP32 of the same seed in percent points."""
+    """Return the rows of the summary: rates in percent, differences to FP32 of the same seed in percentage points."""
     rows = []
     for row in gathered["rows"]:
         runs, settings = row["runs"], row["settings"]
@@ -122,7 +142,7 @@ def summarize(gathered: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def pool(all_gathered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compute the mean difference of each row over the experiments that are pooled, every seed of each one value."""
+    """Return the mean difference of each row over all seeds of the pooled experiments."""
     runs: dict[str, list[dict[str, Any]]] = {}
     experiments: dict[str, list[str]] = {}
     for gathered in all_gathered:
@@ -150,15 +170,15 @@ def pool(all_gathered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _differences_of(runs: Iterable[dict[str, Any]], key: str) -> list[float]:
-    """Compare runs to the FP32 runs of the same seed, whose model has no packed copy."""
+    """Return the difference of each run to the FP32 run of the same seed, whose model has no packed copy."""
     return [run[key] - run["baseline"]["wer"] for run in runs]
 
 
 def write(folder: Path, experiments: Sequence[Experiment], runs: Runs) -> list[dict[str, Any]]:
-    """Write what the runs found next to what is there of other experiments; returns the summary's rows.
+    """Write the results of experiments to a folder, and return the rows of the summary.
 
-    Each experiment has a JSON file; ``summary.json`` is made of all that are in the folder, and so are the tables
-    between the marks in ``README.md``.
+    Each experiment has a JSON file; results of other experiments in the folder stay. ``summary.json`` and the tables
+    between the marks in ``README.md`` are made from all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = {gathered["experiment"]: gathered for gathered in read_all(folder)}
@@ -170,7 +190,7 @@ def write(folder: Path, experiments: Sequence[Experiment], runs: Runs) -> list[d
 
 
 def rewrite(folder: Path) -> list[dict[str, Any]]:
-    """Make summary and tables from the experiments' files in a folder."""
+    """Write summary and tables from the experiments' JSON files in a folder, and return the rows of the summary."""
     everything = read_all(folder)
     rows = [row for gathered in everything for row in summarize(gathered)]
     write_atomically(folder / f"{SUMMARY}.json", json.dumps(rows, indent=2) + "\n")
@@ -183,10 +203,10 @@ def rewrite(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
-    """Read the experiments' files of a folder.
+    """Read the experiments' JSON files in a folder.
 
     Raises:
-        SettingsError: one is damaged.
+        SettingsError: a file is damaged.
     """
     everything = []
     for path in sorted(folder.glob("*.json")):
@@ -196,13 +216,13 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
             stored = json.loads(path.read_text(encoding="utf-8"))
             summarize(stored)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise SettingsError(f"{path} is damaged ({error!r}): delete it and make it again") from None
+            raise SettingsError(f"{path} is damaged ({error!r}): delete it, and run the experiment again") from None
         everything.append(stored)
     return everything
 
 
 def with_tables(text: str, tables: dict[str, str]) -> str:
-    """Replace what is between the marks of each table that is known."""
+    """Return a text with each table between marks replaced, where its name is known."""
 
     def replaced(match: re.Match[str]) -> str:
         name = match[1]
@@ -212,7 +232,7 @@ def with_tables(text: str, tables: dict[str, str]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Write the rows of an experiment as a Markdown table."""
+    """Return the rows of an experiment as a Markdown table."""
     lines = [
         "| | seeds | WER | packed | to FP32, points | 95% over seeds | 95% over utterances | memory | down | up |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -233,7 +253,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def pooled_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Write the pooled differences as a Markdown table."""
+    """Return the pooled differences as a Markdown table."""
     lines = [
         "| | experiments | pairs of runs | to FP32, points | 95% | packed, to FP32 | 95% |",
         "|---|---|---|---|---|---|---|",

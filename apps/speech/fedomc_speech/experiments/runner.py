@@ -1,4 +1,4 @@
-"""Run many settings, a process for each core; what is finished is never run again, what was stopped goes on."""
+"""Run many settings, with a process on each core. Finished runs are never repeated; stopped runs continue."""
 
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ LOG = "experiments.log"
 
 @dataclass(frozen=True)
 class _Done:
-    """What a worker tells of a round."""
+    """A worker's message that a round is done."""
 
     run: Settings
     number: int
@@ -43,27 +43,27 @@ class Runs:
     """The folder of all runs, each in a folder of its own.
 
     Args:
-        path: of the folder.
+        path: the folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def folder(self, run: Settings) -> Path:
-        """Return where a run is kept."""
+        """Return the folder of a run."""
         return self.path / key_of(run)
 
     def result(self, run: Settings) -> dict[str, Any] | None:
-        """Read what a run found; None if it is not finished.
+        """Return the result of a run; None if it is not finished.
 
         Raises:
-            SettingsError: its file is damaged.
+            SettingsError: the run's file is damaged.
         """
         folder = self._opened(run)
         return None if folder is None or not folder.finished(str(run.variants[0])) else folder.runs[0]
 
     def rounds(self, run: Settings) -> int:
-        """Tell how many rounds of a run are done."""
+        """Return the number of rounds of a run that are done."""
         folder = self._opened(run)
         if folder is None:
             return 0
@@ -74,10 +74,10 @@ class Runs:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder.
+        """Hold a lock on the folder, so that no other process runs experiments in it.
 
         Raises:
-            ExperimentError: there is one.
+            ExperimentError: another process holds the lock.
         """
         try:
             with FileLock(self.path / "lock", blocking=False):
@@ -86,7 +86,7 @@ class Runs:
             raise ExperimentError(f"another process runs experiments in {self.path}: wait for it") from None
 
     def open(self, run: Settings) -> RunFolder:
-        """Open the folder of a run to go on, or to begin."""
+        """Open the folder of a run, to start it or to continue."""
         return self._opened(run) or RunFolder(self.folder(run), run, resume=False)
 
     def _opened(self, run: Settings) -> RunFolder | None:
@@ -102,21 +102,21 @@ def run_all(
     stop: Event,
     initials: Sequence[Initial] = (),
 ) -> bool:
-    """Run what is not finished yet.
+    """Run all settings that are not finished.
 
     Args:
-        wanted: in the order in which they begin; the same one may be there twice.
-        runs: where they are kept.
-        workers: how many at a time, each on a core of its own.
-        console: where to write; the same lines go into a log in the folder of the runs.
+        wanted: the settings, in the order in which they start; duplicates are run once.
+        runs: the folder of the runs.
+        workers: number of runs at the same time, each on a core of its own.
+        console: where to write progress; the same lines go into a log in the folder of the runs.
         stop: set it to stop all runs after the round that is under way.
-        initials: models that runs begin with; they are trained when the first run needs them.
+        initials: models that runs begin with; each is trained when the first run needs it.
 
     Returns:
         False if it was stopped.
 
     Raises:
-        ExperimentError: runs failed, after the others; or another process is at work in the same folder.
+        ExperimentError: runs failed (raised after all others are done), or another process works in the same folder.
     """
     unique = list({key_of(run): run for run in wanted}.values())
     missing = [run for run in unique if runs.result(run) is None]
@@ -155,7 +155,7 @@ def run_all(
 
 
 class _Shown:
-    """What is seen of the runs: a bar on a terminal, and a line for each measurement in a log, and elsewhere."""
+    """Shows the progress of the runs: a bar on a terminal, otherwise a line for each measurement; both are logged."""
 
     def __init__(self, missing: Sequence[Settings], runs: Runs, workers: int, console: Console) -> None:
         self.console = console
@@ -214,19 +214,19 @@ _making: dict[str, tuple[Initial, Any]] = {}
 
 
 class _Stopped(Exception):
-    """A pre-training was stopped; nothing of it is kept."""
+    """A pre-training was stopped; it leaves no file."""
 
 
 def _prepare(stopping: Any, events: Any, making: dict[str, tuple[Initial, Any]]) -> None:
     global _stopping, _events, _making
     _stopping, _events, _making = stopping, events, making
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
 
 def _end_with_parent() -> None:
-    """Whoever starts the experiments again must not meet workers that somebody left behind."""
+    """End this worker when its parent process ends, so that none is left behind when experiments start again."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -234,7 +234,7 @@ def _end_with_parent() -> None:
 
 
 def _make_initial(path: Path) -> None:
-    """Train a model to begin with, unless it is there or another worker is at it: then wait."""
+    """Train an initial model unless it exists; if another worker is training it, wait for that."""
     if path.name not in _making:
         return
     initial, lock = _making[path.name]
@@ -275,8 +275,8 @@ def _run(run: Settings, path: Path) -> bool:
             _make_initial(Path(run.initial))
         except _Stopped:
             return False
-    where = Path(run.corpus_path) if run.corpus_path else None
-    parts = corpus.split(corpus.load(run.corpus, where).train, run.split, run.clients or None, run.seed)
+    loaded = corpus.load(run.corpus, run.corpus_path, run.corpus_digest)
+    parts = corpus.split(loaded.train, run.split, run.clients or None, run.seed)
     folder = Runs(path).open(run)
     log_to(folder.path / "flower.log")
     done = federation.run(run, InProcess(len(parts)), folder, _Watcher(run))

@@ -1,4 +1,4 @@
-"""How sure a difference is: paired intervals over seeds, and a bootstrap over utterances."""
+"""Confidence intervals of differences: paired over seeds, and by a bootstrap over utterances."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval; NaN where one value says nothing of it."""
+    """A mean and its 95% interval; the interval of a single value is NaN."""
 
     mean: float
     low: float
@@ -31,17 +31,17 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def bootstrap(errors: npt.ArrayLike, baseline: npt.ArrayLike, words: npt.ArrayLike) -> Interval:
-    """Compute the interval of a difference of word error rates if other utterances had been tested.
+    """Compute the interval of a difference of word error rates by resampling the test utterances.
 
-    The same utterances are drawn for all seeds, and for both of what is compared.
+    The same utterances are drawn for all seeds, and for errors and baseline.
 
     Args:
-        errors: of each utterance, [seeds, utterances].
-        baseline: what they are compared to, [seeds, utterances].
-        words: of each utterance, [utterances].
+        errors: word errors in each utterance, ``[seeds, utterances]``.
+        baseline: word errors of the baseline, ``[seeds, utterances]``.
+        words: words in each utterance, ``[utterances]``.
 
     Returns:
-        Of the difference in percent points, mean of the seeds.
+        The difference in percentage points, averaged over seeds, and its interval.
     """
     difference = (np.asarray(errors, np.float64) - np.asarray(baseline, np.float64)).mean(0)  # [utterances]
     spoken = np.asarray(words, np.float64)

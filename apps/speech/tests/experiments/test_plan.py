@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fedomc_speech import corpus
 from fedomc_speech.errors import SettingsError
 from fedomc_speech.experiments.plan import Experiment, key_of
 from fedomc_speech.settings import FP32, Settings
@@ -56,23 +58,47 @@ def test_rows_that_differ_in_compression_alone_share_a_baseline(experiment: Expe
     assert len(keys) == 2 * 4 * 2 and len(set(keys)) == 2 * 5
 
 
-def test_a_client_rate_is_a_unit_in_fp32_with_one_local_step_alone(tmp_path: Path) -> None:
-    text = TEXT.replace("local_steps = 4", "local_steps = 4\nclient_rate = 0.5").replace(
-        "rounds = 7", "client_rate = 30.0"
+def test_fp32_with_one_local_step_has_one_client_learning_rate(tmp_path: Path) -> None:
+    text = TEXT.replace("local_steps = 4", "local_steps = 4\nclient_learning_rate = 0.5").replace(
+        "rounds = 7", "client_learning_rate = 30.0"
     )
     fp32, one, _, steps = read(tmp_path, text).rows
-    assert one.run(0).client_rate == 30.0
-    assert fp32.run(0) == one.baseline and one.baseline.client_rate == 0.1
-    assert steps.baseline.client_rate == 0.5
+    assert one.run(0).client_learning_rate == 30.0
+    assert fp32.run(0) == one.baseline and one.baseline.client_learning_rate == 0.1
+    assert steps.baseline.client_learning_rate == 0.5
 
 
-def test_the_key_names_everything_but_where_the_corpus_lies(experiment: Experiment) -> None:
-    run = experiment.rows[1].run(3)
+def test_the_key_names_everything_but_where_the_corpus_lies(
+    experiment: Experiment, tones: Path, write_tones: Callable[..., Path], tmp_path: Path
+) -> None:
+    def run_at(path: Path) -> Settings:
+        return experiment.at({"an4": path}, tmp_path).rows[1].run(3)
+
+    run = run_at(tones)
     assert key_of(run).startswith("an4-speaker-S1E3M7@0.9-seed3-")
-    assert key_of(replace(run, corpus_path="/elsewhere")) == key_of(run)
     assert key_of(replace(run, batch=9)) != key_of(run)
     assert experiment.needs_path() == {"an4"}
-    assert {row.settings.corpus_path for row in experiment.at({"an4": Path("/data")}, Path("runs")).rows} == {"/data"}
+    assert {row.settings.corpus_path for row in experiment.at({"an4": tones}, tmp_path).rows} == {str(tones)}
+    elsewhere = write_tones(tmp_path / "elsewhere")
+    assert key_of(run_at(elsewhere)) == key_of(run)
+    texts = elsewhere / "etc" / "an4_test.transcription"
+    texts.write_text(texts.read_text().replace("LOW", "HIGH"))
+    assert key_of(run_at(elsewhere)) != key_of(run)
+
+
+def test_a_file_may_name_a_corpus_of_your_own(tones: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for part in ("train", "test"):
+        audio = tones / "wav/an4_clstk/speaker0/speaker0-0.wav"
+        (tmp_path / "folder" / f"{part}.tsv").write_text(f"audio\ttext\tspeaker\n{audio}\tlow\t{part}er\n")
+    text = TEXT.replace('corpus = "an4"', f'corpus = "folder"\ncorpus_path = "{tmp_path / "folder"}"')
+    experiment = read(tmp_path, text)
+    assert experiment.needs_path() == set()
+    [settings] = {(row.settings.corpus_path, row.settings.corpus_digest) for row in experiment.at({}, tmp_path).rows}
+    assert settings == (str(tmp_path / "folder"), corpus.load("folder", tmp_path / "folder").digest)
+    with pytest.raises(SettingsError, match="corpus_path") as caught:
+        read(tmp_path, TEXT.replace('"an4"', '"folder"'))
+    assert "mine.toml" in str(caught.value)
 
 
 def test_a_part_of_an_experiment(experiment: Experiment) -> None:
@@ -124,7 +150,7 @@ def test_all_rows_begin_with_the_same_model(tmp_path: Path) -> None:
         ("seeds = ['a']\nformats = ['FP32']", "seed"),
         ("seeds = [-1]\nformats = ['FP32']", "seed"),
         ("formats = 'FP32'", "lists"),
-        ("formats = []", "must be one"),
+        ("formats = []", "at least one"),
         ("formats = ['FP32', 'FP32']", "name of its own"),
         ("formats = ['S9']", "S9"),
         ("formats = ['FP32']\nsettings = 3", "settings must be a table"),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from typer.testing import CliRunner
 
 from fedomc_speech.cli import app
 from fedomc_speech.errors import ExperimentError
+from fedomc_speech.experiments import results
 from fedomc_speech.experiments.plan import Experiment, key_of
 from fedomc_speech.experiments.runner import LOG, Runs, run_all
 from fedomc_speech.run_folder import CHECKPOINT
+
+REPOSITORY = Path(__file__).parents[4]
 
 TEXT = """
 title = "Tones"
@@ -106,6 +110,32 @@ def test_an_experiment_becomes_tables_and_figures(file: Path, tones: Path, tmp_p
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")}
     assert "8 of 8 runs" in invoke(file, tmp_path, "--an4", str(tones), "--further")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")}
+
+
+def test_another_corpus_does_not_get_the_results_of_the_first(
+    file: Path, tones: Path, write_tones: Callable[..., Path], tmp_path: Path
+) -> None:
+    file.write_text(TEXT.replace("rounds = 2", "rounds = 1").replace("seeds = [0, 1]", "seeds = [0]"))
+    assert "0 of 1 runs" in invoke(file, tmp_path, "--an4", str(tones), "--row", "FP32")
+    other = write_tones(tmp_path / "other", 3, 4)
+    arguments = ["experiments", str(file), "--output", str(tmp_path / "runs"), "--row", "FP32", "--an4", str(other)]
+    refused = CliRunner().invoke(app, [*arguments, "--results", str(tmp_path / "results")])
+    assert refused.exit_code == 2 and "tones.json was made with another corpus an4" in refused.output
+    done = CliRunner().invoke(app, [*arguments, "--results", str(tmp_path / "others")])
+    assert done.exit_code == 0 and "0 of 1 runs" in done.output
+    first, second = (json.loads((tmp_path / name / "tones.json").read_text()) for name in ("results", "others"))
+    words = [gathered["rows"][0]["runs"][0]["utterances"]["words"] for gathered in (first, second)]
+    assert [len(spoken) for spoken in words] == [6, 4]
+    again = CliRunner().invoke(app, [*arguments, "--results", str(tmp_path / "others")])
+    assert "1 of 1 runs" in again.output
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "apps/speech/experiments").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_published_results_are_those_of_the_experiments_files(path: Path, tmp_path: Path) -> None:
+    known = json.loads((REPOSITORY / "docs/results" / f"{path.stem}.json").read_text())
+    [digest] = {row["settings"]["corpus_digest"] for row in known["rows"]}
+    experiment = Experiment.read(path, {"corpus_digest": digest})
+    assert results.gather(experiment, Runs(tmp_path), known) == known
 
 
 def test_what_has_no_corpus_is_left_out(file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""The filter that compresses models: on the server for each client, and on a client for the server.
+
+What the server's messages to different clients have in common, a variable's frame, is encoded once and kept until the
+next round.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from nvflare.apis.dxo import DXO, MetaKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from torch import Tensor
+
+from fedomc.errors import PolicyError
+from fedomc.methods import Encoding, encode
+from fedomc.nvflare.messages import (
+    ALGORITHM,
+    SENT,
+    ModelFilter,
+    dtype_of,
+    kind_of,
+    library_of,
+    name_of,
+    replaced,
+    round_of,
+)
+from fedomc.serialization import frame
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.training.module_state import some
+from fedomc.training.policy import CompressionPolicy
+
+
+class CompressFilter(ModelFilter):
+    """Compress the models that the server sends to clients, or that a client sends back.
+
+    The variables that stay FP32 are drawn from the policy's seed, the round and the client's name, alike on both sides.
+    Weights are encoded in the policy's format, differences of weights in its ``update_format`` if it has one. A policy
+    with an ``update_format`` needs clients that send differences. Variables that are not float32 stay as they are. A
+    client sends the codes of a ``CompressedTensor`` unchanged: among weights it must have one part, among differences
+    two, of which only the update is sent.
+
+    Attributes:
+        policy: how to compress.
+    """
+
+    def __init__(self, policy: CompressionPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+        self._lock = threading.Lock()
+        self._round = -1
+        self._frames: dict[str, tuple[weakref.ref[Any], int, bytes]] = {}
+
+    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
+        """Return the compressed model in a new DXO; None, so that the DXO is passed on, if it holds no model.
+
+        Raises:
+            PolicyError: the policy fits no variable; another filter has already encoded the model; a
+                ``CompressedTensor`` has one part where two are needed, or the other way round; a client sends whole
+                weights, but the policy has an ``update_format``.
+            NonFiniteError: a variable to compress has a NaN or an infinity.
+        """
+        if (kind := kind_of(dxo)) is None:
+            return None
+        if (other := dxo.get_meta_prop(MetaKey.PROCESSED_ALGORITHM)) is not None:
+            raise PolicyError(f"the model is encoded already, by {other!r}: use only one of the two filters")
+        to_client = self.is_task()
+        client = name_of(fl_ctx.get_peer_context() if to_client else fl_ctx)
+        if not to_client and kind == frame.VARIABLE and self.policy.update_format is not None:
+            raise whole_weights_error(f"{client} sends", self.policy)
+        round = round_of(shareable)
+        shapes = {name: tuple(value.shape) for name, value in dxo.data.items() if _is_float32(value)}
+        selection = self.policy.select(shapes, round=round, client=client)
+        data, count = dict(dxo.data), 0
+        for name, value in dxo.data.items():
+            if is_compressed(value):
+                data[name] = _own_codes(name, value, kind)
+            elif name in selection and to_client:
+                data[name] = self._shared_frame(name, value, kind, round)
+            elif name in selection:
+                data[name] = _to_frame(name, value, kind, selection[name])
+            else:
+                continue
+            count += 1
+        if to_client:
+            sent = {
+                name: (tuple(np.shape(value)), dtype_of(value), library_of(value)) for name, value in dxo.data.items()
+            }
+            with self._lock:  # a job may have several models, and a message a collection of them
+                fl_ctx.set_prop(SENT, {**fl_ctx.get_prop(SENT, {}), **sent}, private=True, sticky=True)
+        before, after = (sum(map(_nbytes, values.values())) for values in (dxo.data, data))
+        left = [name for name in self.policy.compressible(shapes) if name not in selection]
+        self.log_info(
+            fl_ctx,
+            f"round {round}, {'to' if to_client else 'from'} {client}: {count} of {len(data)} variables compressed, "
+            f"{before} -> {after} bytes; drawn to stay FP32: {some(left)}",
+        )
+        library = "torch" if any(isinstance(value, Tensor) for value in dxo.data.values()) else "numpy"
+        encoding = frame.encoding_fields(self.policy.encoding(round=round, client=client))
+        meta = {MetaKey.PROCESSED_ALGORITHM: ALGORITHM, ALGORITHM: {"library": library, **encoding}}
+        return replaced(dxo, data, meta)
+
+    def _shared_frame(self, name: str, value: Any, kind: int, round: int) -> bytes:
+        """Return the frame of a variable, which is encoded once for all clients of a round."""
+        with self._lock:
+            if round != self._round:
+                self._round, self._frames = round, {}
+            source, source_kind, data = self._frames.get(name, (lambda: None, kind, b""))
+            if source() is not value or source_kind != kind:
+                data = _to_frame(name, value, kind, self.policy.encoding(self.policy.format_of(name), round=round))
+                self._frames[name] = (weakref.ref(value), kind, data)
+            return data
+
+
+def whole_weights_error(who: str, policy: CompressionPolicy) -> PolicyError:
+    """Return the error for whole weights under a policy with an update format.
+
+    The update format would be ignored, and the weights rounded so coarsely that small changes are lost.
+    """
+    return PolicyError(
+        f"{who} whole weights, but update_format={policy.update_format} is for what a client changed: pass "
+        "params_transfer_type=TransferType.DIFF to the recipe (in a script of your own, send ParamsType.DIFF), or use "
+        "a policy without update_format"
+    )
+
+
+def _is_float32(value: Any) -> bool:
+    return isinstance(value, np.ndarray | Tensor) and dtype_of(value) == "float32"
+
+
+def _nbytes(value: Any) -> int:
+    return len(value) if isinstance(value, bytes) else int(getattr(value, "nbytes", 0))
+
+
+def _to_frame(name: str, value: Any, kind: int, how: Encoding) -> bytes:
+    if isinstance(value, np.ndarray):
+        value = np.ascontiguousarray(value).reshape(value.shape)
+        value = torch.from_numpy(value if value.flags.writeable else value.copy())
+    format, rounding = how.format, how.base_rounding
+    if kind == frame.UPDATE:
+        format, rounding = how.update_format or how.format, how.rounding
+    packed = encode(value.cpu(), format, how.transform, rounding, how.seed, name)
+    return frame.to_bytes(packed, tuple(value.shape), kind, name)
+
+
+def _own_codes(name: str, value: CompressedTensor, kind: int) -> bytes:
+    if kind == frame.VARIABLE and value.update is not None:
+        raise PolicyError(
+            f"{name} is in two parts, of which the update travels, but the model is sent as weights: send it as "
+            "differences (ParamsType.DIFF), or use a policy without update_format"
+        )
+    if kind == frame.UPDATE and value.update is None:
+        raise PolicyError(
+            f"{name} is in one part and has no update to send among differences: send weights (ParamsType.FULL), "
+            "or use a policy with update_format"
+        )
+    return frame.to_bytes(value.parts[-1], tuple(value.shape), kind, name)
