@@ -54,10 +54,8 @@ class Variant:
         """Return the compression policy of this variant; None for FP32."""
         if self.format == FP32:
             return None
-        base, _, update = self.format.partition("+")
-        return fedomc.CompressionPolicy(
-            format=base,
-            update_format=update or None,
+        return fedomc.CompressionPolicy.parse(
+            self.format,
             transform=settings.transform or None,
             weight_matrices_only=settings.weight_matrices_only,
             fraction=self.fraction,
