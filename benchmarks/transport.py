@@ -36,7 +36,8 @@ from torch import Tensor
 
 import fedomc
 from fedomc.flower import collect, install
-from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
+from fedomc.flower.arrays import STYPE, packed_array, read_packed
+from fedomc.flower.config import CONFIG, to_config
 from fedomc.methods.packed import Packed, encode
 from fedomc.serialization import frame
 from fedomc_speech import corpus, features, model

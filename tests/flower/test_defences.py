@@ -42,7 +42,7 @@ from flwr.supercore.privacy_accounting import (
 from torch import nn
 
 import fedomc
-from fedomc.flower import OMCStrategy, OneByOne, collect, install, omc_mod
+from fedomc.flower import OMCStrategy, StreamingGrid, collect, install, omc_mod
 from fedomc.flower.arrays import STYPE, packed_array
 from fedomc.methods.packed import encode
 from fedomc.serialization.checkpointing import Checkpoints
@@ -327,7 +327,7 @@ def test_what_cannot_be_right_is_refused(defence: str) -> None:
     outside = make(kind, OMCStrategy(strategies.FedAvg(), policy()))
     for call in (
         lambda: configured(outside),
-        lambda: outside.start(OneByOne(Network(CLIENTS, lambda message: None)), model(), num_rounds=1),  # type: ignore[arg-type]
+        lambda: outside.start(StreamingGrid(Network(CLIENTS, lambda message: None)), model(), num_rounds=1),  # type: ignore[arg-type]
     ):
         with pytest.raises(fedomc.PolicyError, match=rf"OMCStrategy\({kind.__name__}\(FedAvg.*docs/defences.md"):
             call()

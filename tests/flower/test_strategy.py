@@ -12,8 +12,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 from torch import nn
 
 import fedomc
-from fedomc.flower import OMCStrategy, broadcast, collect, install
-from fedomc.flower import arrays as arrays_module
+from fedomc.flower import OMCStrategy, client, collect, downlink, install
 from fedomc.flower.arrays import STYPE, read_packed
 
 NODES = (11, 22, 33, 44)
@@ -64,13 +63,13 @@ def trained(message: Message) -> Message:
 
 def test_every_client_gets_its_own_payload_and_each_variable_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
-    real = broadcast.encode
+    real = downlink.encode
 
     def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
         encoded.append(args[5])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(broadcast, "encode", counted)
+    monkeypatch.setattr(downlink, "encode", counted)
     arrays = collect(build())
     messages = configure(OMCStrategy(FedAvg(), policy()), arrays)
     packed = {
@@ -477,12 +476,12 @@ def test_a_consumed_message_is_let_go_of_one_variable_at_a_time(monkeypatch: pyt
     message.content["arrays"] = own
     held = [weakref.ref(array) for array in own.values()]
     del own, array
-    counts, real = [], arrays_module._read
+    counts, real = [], client._read
 
     def counted(*args: object) -> torch.Tensor:
         counts.append(sum(array() is not None for array in held))
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(arrays_module, "_read", counted)
+    monkeypatch.setattr(client, "_read", counted)
     install(build(), message, consume=True)
     assert counts == list(range(len(held), 0, -1))

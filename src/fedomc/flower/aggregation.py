@@ -20,18 +20,19 @@ in whatever order they arrive, as long as nothing is subnormal: two orders diffe
 """
 
 import functools
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.flower.broadcast import Broadcast, Returned, Values, add_changes
+from fedomc.flower.arrays import LazyArray, Values, dense_array, in_dtype
+from fedomc.flower.downlink import Broadcast
+from fedomc.flower.variables import ReplyVariable, add_changes
 from fedomc.methods.packed import Packed
 
 AGGREGATES = ("difference", "value")
@@ -77,7 +78,7 @@ class Mean:
         self._totals: dict[str, Tensor] = {}
         self._sent: dict[tuple[str, int], tuple[Packed, float]] = {}
 
-    def add(self, replies: Sequence[tuple[Mapping[str, Returned], float]]) -> None:
+    def add(self, replies: Sequence[tuple[Mapping[str, ReplyVariable], float]]) -> None:
         """Add replies with their weights, of all of them one variable at a time; nothing of them is kept.
 
         The fewer times a sum is read and written, the faster it goes: that is most of what there is to move.
@@ -137,11 +138,11 @@ class Mean:
             part += flat[start:stop] if server == 1 else flat[start:stop] * part.dtype.type(server)
         return values.reshape(own.shape)
 
-    def _add_sent(self, reply: Mapping[str, Returned], weight: float) -> None:
-        for name, returned in reply.items():
-            if isinstance(returned.sent, Packed):
-                key = name, id(returned.sent)
-                self._sent[key] = returned.sent, weight + self._sent.get(key, (returned.sent, 0.0))[1]
+    def _add_sent(self, reply: Mapping[str, ReplyVariable], weight: float) -> None:
+        for name, variable in reply.items():
+            if isinstance(variable.sent, Packed):
+                key = name, id(variable.sent)
+                self._sent[key] = variable.sent, weight + self._sent.get(key, (variable.sent, 0.0))[1]
 
     def _move(self) -> None:
         for name, total in self._sums.items():
@@ -162,20 +163,7 @@ class Mean:
         self._unit = unit
 
 
-class LazyArray(Array):
-    """An ``Array`` whose values are made when they are asked for; it is never sent."""
-
-    def __init__(self, dtype: object, shape: tuple[int, ...], values: Callable[[], Values]) -> None:
-        super().__init__(str(dtype), tuple(shape), "fedomc.lazy", b"")
-        self.__dict__["_values"] = values
-
-    def numpy(self) -> Values:
-        """Make the values."""
-        values: Values = self.__dict__["_values"]()
-        return values
-
-
-def decoded(broadcast: Broadcast, reply: Mapping[str, Returned], *, value: bool) -> ArrayRecord:
+def decoded(broadcast: Broadcast, reply: Mapping[str, ReplyVariable], *, value: bool) -> ArrayRecord:
     """Give the arrays of a reply for who needs them all, in the model's order: each is decoded when it is asked for.
 
     Until then a reply takes no more memory than its bytes. Strategies that look at a variable at a time (``FedMedian``,
@@ -184,40 +172,24 @@ def decoded(broadcast: Broadcast, reply: Mapping[str, Returned], *, value: bool)
     """
     record = ArrayRecord()
     for name in broadcast.arrays:
-        returned, server = reply[name], broadcast.dense(name)
+        variable, server = reply[name], broadcast.dense(name)
 
-        def values(name: str = name, returned: Returned = returned) -> Values:
-            return _values(returned, broadcast.dense(name), value)
+        def values(name: str = name, variable: ReplyVariable = variable) -> Values:
+            return _values(variable, broadcast.dense(name), value)
 
         record[name] = LazyArray(server.dtype, server.shape, values)
     return record
 
 
-def _values(returned: Returned, server: Values, value: bool) -> Values:
+def _values(variable: ReplyVariable, server: Values, value: bool) -> Values:
     """Decode the value of a reply, or the server's value with what the client changed."""
-    if not returned.is_update and (value or not isinstance(returned.sent, Packed)):
-        values = returned.read()
+    if not variable.is_update and (value or not isinstance(variable.sent, Packed)):
+        values = variable.read()
         if not isinstance(values, Packed):
             return values.copy()
         return values.decode(torch.empty(server.size)).numpy().reshape(server.shape)
-    flat = returned.change(torch.empty(server.size))
+    flat = variable.change(torch.empty(server.size))
     if value:
-        assert isinstance(returned.sent, Packed)
-        return returned.sent.add_to(flat).numpy().reshape(server.shape)
+        assert isinstance(variable.sent, Packed)
+        return variable.sent.add_to(flat).numpy().reshape(server.shape)
     return flat.numpy().reshape(server.shape) + server
-
-
-def dense_array(values: Values) -> Array:
-    """Put values into an ``Array``, with one copy where Flower makes three."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-    data = b"".join((header.getvalue(), np.asarray(values, order="C").reshape(-1).view(np.uint8).data))
-    return Array(str(values.dtype), tuple(values.shape), "numpy.ndarray", data)
-
-
-def in_dtype(values: Values, dtype: str) -> Values:
-    """Convert values; to whole numbers by rounding."""
-    wanted = np.dtype(dtype)
-    if values.dtype == wanted:
-        return values
-    return np.asarray(values if wanted.kind == "f" else np.rint(values)).astype(wanted)

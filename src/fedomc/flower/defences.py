@@ -18,21 +18,18 @@ what ``LocalDpMod`` made noisy, sees private values only through the noise: it t
 """
 
 import math
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 from flwr.app import ArrayRecord, Error
-from flwr.common.constant import ErrorCode
-from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+from flwr.serverapp import PrivacyAccountant
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore.privacy_accounting import PrivacyAccountant
 
 from fedomc.errors import PayloadError, PolicyError
-from fedomc.flower.aggregation import LazyArray
-from fedomc.flower.arrays import STYPE
-from fedomc.flower.broadcast import Broadcast, Values
+from fedomc.flower._flower import caller_of_type, is_mod_failure, mentions_secure_aggregation
+from fedomc.flower.arrays import STYPE, LazyArray, Values
+from fedomc.flower.downlink import Broadcast
 
 GUIDE = "see docs/defences.md"
 
@@ -63,6 +60,12 @@ def layers(strategy: Strategy) -> Iterator[Strategy]:
     while isinstance(inner, Strategy):
         yield inner
         inner = getattr(inner, "strategy", None)
+
+
+def innermost(strategy: Strategy) -> Strategy:
+    """Return the strategy at the end of ``layers``, which is the one that aggregates."""
+    *_, last = layers(strategy)
+    return last
 
 
 def clipping_of(strategy: Strategy) -> Clipping | None:
@@ -116,15 +119,13 @@ def check_nesting() -> None:
     Raises:
         PolicyError: ``OMCStrategy`` is inside a strategy that clips.
     """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_back is not None:
-        frame = frame.f_back
-        if isinstance(outer := frame.f_locals.get("self"), Clipping):
-            name = type(outer).__name__
-            raise PolicyError(
-                f"{name}(OMCStrategy(...)) would clip packed replies: turn it round, "
-                f"OMCStrategy({name}(FedAvg(), ...), policy) ({GUIDE})"
-            )
+    outer = caller_of_type(Clipping)
+    if outer is not None:
+        name = type(outer).__name__
+        raise PolicyError(
+            f"{name}(OMCStrategy(...)) would clip packed replies: turn it round, "
+            f"OMCStrategy({name}(FedAvg(), ...), policy) ({GUIDE})"
+        )
 
 
 def bounded(inner: Strategy, broadcast: Broadcast, arrays: ArrayRecord) -> ArrayRecord:
@@ -157,9 +158,9 @@ def bounded(inner: Strategy, broadcast: Broadcast, arrays: ArrayRecord) -> Array
 def explained(error: Error) -> str:
     """Add to the reason of a client's error what a wrong order of mods has to do with it."""
     reason = str(error.reason)
-    if RECORD_KEY_CONFIGS in reason:
+    if mentions_secure_aggregation(reason):
         return f"{reason} ({NO_SECURE_AGGREGATION})"
-    if error.code == ErrorCode.MOD_FAILED_PRECONDITION or STYPE in reason:
+    if is_mod_failure(error.code) or STYPE in reason:
         return (
             f"{reason} (mods that look at arrays come after omc_mod, ClientApp(mods=[omc_mod, ...]), and not around a "
             f"client that trains compressed; {GUIDE})"

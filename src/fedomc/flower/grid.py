@@ -11,7 +11,7 @@ _INTERVAL = 0.1
 """Seconds between two looks for replies; more if looking takes long."""
 
 
-class OneByOne(Grid):
+class StreamingGrid(Grid):
     """Another grid's nodes, with a ``send_and_receive`` that fetches a reply when the one before was dealt with.
 
     Args:

@@ -1,18 +1,21 @@
 """``omc_mod``: compressed messages for client code that knows nothing of them."""
 
+from collections.abc import Callable
+
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fedomc.codec.elements import FloatFormat
 from fedomc.errors import PayloadError
-from fedomc.flower.arrays import CONFIG, STYPE, Instructions, from_config, packed_array, read_packed, records_of
+from fedomc.flower.arrays import STYPE, packed_array, read_packed, records_of
+from fedomc.flower.config import CONFIG, from_config
 from fedomc.methods.packed import Encoding, Packed, encode
 from fedomc.serialization import frame
+from fedomc.serialization.uplink import UplinkConfig
 
 
-def omc_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
     """Decode what comes from ``OMCStrategy`` for a client's unchanged code, and encode what it returns.
 
     For ``ClientApp(mods=[omc_mod])``, where the training loop cannot be changed. It compresses **communication only**:
@@ -54,7 +57,7 @@ def omc_mod(message: Message, context: Context, call_next: ClientAppCallable) ->
     return reply
 
 
-def _encoded(name: str, array: Array, came: frame.Frame, instructions: Instructions) -> Array:
+def _encoded(name: str, array: Array, came: frame.Frame, instructions: UplinkConfig) -> Array:
     if tuple(array.shape) != came.shape or array.dtype != "float32":
         raise PayloadError(
             f"{name} goes back as {array.dtype} {tuple(array.shape)}, but came as float32 {came.shape}: "

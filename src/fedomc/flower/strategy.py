@@ -1,40 +1,32 @@
-"""``OMCStrategy``: any Flower strategy, with compressed messages; what is added up is told in ``aggregation``."""
+"""``OMCStrategy``: any of Flower's strategies, with compressed messages."""
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from logging import ERROR, INFO, WARNING
-from typing import NoReturn, cast
+from typing import NoReturn
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
-from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fedomc.codec.elements import FloatFormat
 from fedomc.errors import NonFiniteError, PayloadError, PolicyError
 from fedomc.flower import defences
-from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded, dense_array, in_dtype, is_the_mean
-from fedomc.flower.arrays import records_of, view_dense
-from fedomc.flower.broadcast import Broadcast, Returned, float32_shapes
-from fedomc.flower.grid import OneByOne
-from fedomc.flower.resuming import restore, state_of
-from fedomc.flower.tiers import Announced
+from fedomc.flower._flower import logger
+from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded, is_the_mean
+from fedomc.flower.arrays import dense_array, in_dtype, records_of, view_dense
+from fedomc.flower.checkpointing import RunState, from_checkpoint, settings_of, to_checkpoint
+from fedomc.flower.downlink import Broadcast, float32_shapes
+from fedomc.flower.grid import StreamingGrid
+from fedomc.flower.replies import Checked, check_metrics, checked_replies, like_most, log_left_out, weight_of
+from fedomc.flower.tiers import NodeCapabilities
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
 from fedomc.serialization.checkpointing import Checkpoints
 from fedomc.serialization.entropy import require
 from fedomc.training.policy import CompressionPolicy, TieredPolicy
 
 LOSSLESS = ("none", "down", "up", "both")
-
-_Checked = tuple[Message, dict[str, Returned]]
-
-_LARGEST_WEIGHT = 2.0**63
-"""Of a reply; it is a count, and sums of larger numbers might not be finite."""
 
 _FEW = 3
 """Of replies that come one by one, so many are added together; and the metrics that most of the first so many have,
@@ -113,7 +105,7 @@ class OMCStrategy(Strategy):
         self.traffic: list[Traffic] = []
         self._broadcast: Broadcast | None = None
         self._sent: list[Metadata] = []
-        self._means = Announced()
+        self._capabilities = NodeCapabilities()
         self.report: RoundReport | None = None
 
     def summary(self) -> None:
@@ -144,10 +136,11 @@ class OMCStrategy(Strategy):
         Returns:
             The last model and the metrics by round.
         """
-        one_by_one = OneByOne(grid)
+        one_by_one = StreamingGrid(grid)
         initial_arrays, done = self.resume(initial_arrays)
-        log(INFO, "Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
-        log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
+        logger.info("Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
+        size = sum(len(array.data) for array in initial_arrays.values()) / 2**20
+        logger.info("%d rounds of a model of %.2f MB", num_rounds, size)
         self.summary()
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         result, arrays = Result(), initial_arrays
@@ -155,28 +148,29 @@ class OMCStrategy(Strategy):
         def measure(number: int) -> None:
             metrics = None if evaluate_fn is None else evaluate_fn(number, arrays)
             if metrics is not None:
-                log(INFO, "round %d: measured on the server: %s", number, metrics)
+                logger.info("round %d: measured on the server: %s", number, metrics)
                 result.evaluate_metrics_serverapp[number] = metrics
 
         if not done:
             measure(0)
         for number in range(done + 1, num_rounds + 1):
-            log(INFO, "[ROUND %d/%d]", number, num_rounds)
+            logger.info("[ROUND %d/%d]", number, num_rounds)
             messages = self.configure_train(number, arrays, train_config, one_by_one)
             new, metrics = self.aggregate_train(number, one_by_one.send_and_receive(messages, timeout=timeout))
             if new is not None:
                 arrays = new
             if metrics is not None:
-                log(INFO, "round %d: metrics of training: %s", number, metrics)
+                logger.info("round %d: metrics of training: %s", number, metrics)
                 result.train_metrics_clientapp[number] = metrics
             messages = self.configure_evaluate(number, arrays, evaluate_config, one_by_one)
             metrics = self.aggregate_evaluate(number, one_by_one.send_and_receive(messages, timeout=timeout))
             if metrics is not None:
-                log(INFO, "round %d: metrics of evaluation: %s", number, metrics)
+                logger.info("round %d: metrics of evaluation: %s", number, metrics)
                 result.evaluate_metrics_clientapp[number] = metrics
             measure(number)
             if self.checkpoints is not None:
-                self.checkpoints.save(number, state_of(self, number, arrays))
+                state = RunState(number, arrays, traffic=self.traffic)
+                self.checkpoints.save(number, to_checkpoint(state, self.inner, self._settings()))
         result.arrays = arrays
         return result
 
@@ -205,7 +199,12 @@ class OMCStrategy(Strategy):
         stored = None if self.checkpoints is None else self.checkpoints.load()
         if stored is None:
             return arrays, 0
-        return restore(self, stored, arrays)
+        state = from_checkpoint(stored, self.inner, self._settings(), arrays)
+        self.traffic[:] = state.traffic
+        return state.arrays, state.round
+
+    def _settings(self) -> dict[str, object]:
+        return settings_of(self.inner, self.aggregate, self.policy)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -236,8 +235,8 @@ class OMCStrategy(Strategy):
         """Check the replies and aggregate what they decode to.
 
         If the inner strategy needs no more than a mean, a few replies at a time are added to it, one variable of all
-        of them after the other, and let go of; of an iterator, such as ``OneByOne`` gives, no more are in memory at
-        any time. Other strategies get all replies, which decode when they are looked at.
+        of them after the other, and released; of an iterator, such as ``StreamingGrid`` gives, no more are in memory
+        at any time. Other strategies get all replies, which decode when they are looked at.
         """
         if self._broadcast is None or self.report is None:
             raise RuntimeError("aggregate_train was called before configure_train")
@@ -249,7 +248,7 @@ class OMCStrategy(Strategy):
             try:
                 arrays = _in_dtypes_of(broadcast.arrays, arrays)
             except NonFiniteError as error:
-                log(ERROR, "round %d: %s; the model stays as it was", server_round, error)
+                logger.error("round %d: %s; the model stays as it was", server_round, error)
                 arrays = None
         if metrics is not None:
             metrics = MetricRecord({**metrics, **self.report.metrics(variables=False)})
@@ -273,13 +272,13 @@ class OMCStrategy(Strategy):
         for reply in replies:
             try:
                 if not reply.has_error():
-                    self._check_metrics(reply)
+                    check_metrics(reply, self._weight_name)
                 agreed.append(reply)
             except PayloadError as error:
-                _left_out(server_round, reply.metadata.src_node_id, error)
-        usual = _usual(reply for reply in agreed if not reply.has_error())
-        agreed = [reply for reply in agreed if reply.has_error() or _is_like(usual, server_round, reply)]
-        if not any(self._weight(reply) > 0 for reply in agreed if not reply.has_error()):
+                log_left_out(server_round, reply.metadata.src_node_id, error)
+        is_like = like_most(reply for reply in agreed if not reply.has_error())
+        agreed = [reply for reply in agreed if reply.has_error() or is_like(server_round, reply)]
+        if not any(weight_of(reply, self._weight_name) > 0 for reply in agreed if not reply.has_error()):
             return None
         return self.inner.aggregate_evaluate(server_round, agreed)
 
@@ -287,15 +286,15 @@ class OMCStrategy(Strategy):
         tiers = self.policy
         if not isinstance(tiers, TieredPolicy):
             return self._broadcast_by(lambda node: tiers, arrays, server_round)
-        self._means.ask(grid, {message.metadata.dst_node_id for message in messages})
+        self._capabilities.ask(grid, {message.metadata.dst_node_id for message in messages})
         shapes = float32_shapes(arrays)
 
         def policy_of(node: int) -> CompressionPolicy | None:
             client = self.client_name(node)
             try:
-                return tiers.choose(shapes, **self._means.of(node), round=server_round, client=client)
+                return tiers.choose(shapes, **self._capabilities.of(node), round=server_round, client=client)
             except PolicyError as error:
-                log(WARNING, "round %d: node %d gets the default tier: %s", server_round, node, error)
+                logger.warning("round %d: node %d gets the default tier: %s", server_round, node, error)
                 return tiers.choose()
 
         return self._broadcast_by(policy_of, arrays, server_round)
@@ -306,14 +305,14 @@ class OMCStrategy(Strategy):
         return Broadcast(arrays, policy_of, server_round, self.client_name, self.lossless, self.rest_format)
 
     def _mean(
-        self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
+        self, server_round: int, broadcast: Broadcast, usable: Iterator[Checked], errors: list[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate with a strategy that takes the mean for the reply of a single client."""
         assert self.report is not None
         mean, kept = Mean(broadcast, value=self.aggregate == "value"), list[Message]()
         while some := list(islice(usable, _FEW)):
             with self.report.timed("decode"):
-                mean.add([(variables, self._weight(reply)) for reply, variables in some])
+                mean.add([(variables, weight_of(reply, self._weight_name)) for reply, variables in some])
             for reply, _ in some:
                 reply.content = _without_arrays(reply.content)
                 kept.append(reply)
@@ -322,18 +321,18 @@ class OMCStrategy(Strategy):
             return self.inner.aggregate_train(server_round, errors)
         kept = self._sorted(kept)
         contents = [reply.content for reply in kept]
-        log(INFO, "round %d: the mean of %d replies, %d errors", server_round, len(kept), len(errors))
+        logger.info("round %d: the mean of %d replies, %d errors", server_round, len(kept), len(errors))
         assert isinstance(self.inner, FedAvg)
         if is_the_mean(self.inner):
             with self.report.timed("aggregate"):
-                return mean.arrays(), self.inner.train_metrics_aggr_fn(contents, self._weighted_by)
+                return mean.arrays(), self.inner.train_metrics_aggr_fn(contents, self._weight_name)
         one = kept[0]
-        one.content = RecordDict({"arrays": mean.result(), "metrics": MetricRecord({self._weighted_by: 1.0})})
+        one.content = RecordDict({"arrays": mean.result(), "metrics": MetricRecord({self._weight_name: 1.0})})
         with _metrics_of(self.inner, contents), self.report.timed("aggregate"):
             return self.inner.aggregate_train(server_round, [*errors, one])
 
     def _all(
-        self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
+        self, server_round: int, broadcast: Broadcast, usable: Iterator[Checked], errors: list[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate with a strategy that looks at each reply."""
         received = []
@@ -344,11 +343,11 @@ class OMCStrategy(Strategy):
             try:
                 content[key] = defences.bounded(self.inner, broadcast, arrays)
             except PayloadError as error:
-                _left_out(server_round, reply.metadata.src_node_id, error)
+                log_left_out(server_round, reply.metadata.src_node_id, error)
                 continue
             reply.content = content
             received.append(reply)
-        if not any(self._weight(reply) > 0 for reply in received):
+        if not any(weight_of(reply, self._weight_name) > 0 for reply in received):
             received = []  # a mean of nothing
         if not received and not errors:
             return None, None
@@ -360,7 +359,7 @@ class OMCStrategy(Strategy):
         """Sort by the clients' names, so that what is computed does not depend on who was first."""
         return sorted(replies, key=lambda reply: str(self.client_name(reply.metadata.src_node_id)))
 
-    def _usable(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[_Checked]:
+    def _usable(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[Checked]:
         """Give the replies that can be used; errors are put aside.
 
         Their metrics must be named alike, since Flower aggregates none otherwise: as those of most, or, where replies
@@ -371,102 +370,27 @@ class OMCStrategy(Strategy):
             asked = [reply for reply in replies if reply.metadata.src_node_id in broadcast.nodes]
             others = [reply for reply in replies if reply.metadata.src_node_id not in broadcast.nodes]
             replies = self._sorted(asked) + others
-        checked = self._checked(broadcast, replies, errors)
+        report = self.report
+        assert report is not None
+        checked = checked_replies(broadcast, self._sent, replies, errors, report, self._weight_name)
         first = list(checked if whole else islice(checked, _FEW))
-        usual = _usual(reply for reply, _ in first)
-        assert self.report is not None
+        is_like = like_most(reply for reply, _ in first)
         received = 0
         for one in _each(first, checked):
             reply = one[0]
-            if _is_like(usual, broadcast.round, reply):
-                self.report.count("up", reply)
+            if is_like(broadcast.round, reply):
+                report.count("up", reply)
                 received += 1
                 yield one
             del one, reply
-        self.traffic[-1] = replace(self.traffic[-1], received=received, up_bytes=self.report.up_bytes.total())
-
-    def _checked(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[_Checked]:
-        report, answered = self.report, set[int]()
-        assert report is not None
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                node = self._asked(reply)
-                errors.append(reply)
-                answered.add(node)
-                _left_out(broadcast.round, node, defences.explained(reply.error))
-            elif node not in broadcast.nodes or node in answered:
-                _left_out(broadcast.round, node, "it was not asked, or has answered before")
-            else:
-                answered.add(node)
-                try:
-                    with report.timed("decode"):
-                        variables = broadcast.read(reply)
-                    self._check_metrics(reply)
-                except PayloadError as error:
-                    _left_out(broadcast.round, node, error)
-                else:
-                    yield reply, variables
-                    del variables
-            del reply
-        for node in sorted(broadcast.nodes - answered):
-            log(WARNING, "round %d: left out node %d: no reply came in time", broadcast.round, node)
-
-    def _asked(self, reply: Message) -> int:
-        """Return the node whose reply this is: of a node that is gone, the SuperLink answers in its own name."""
-        asked = {sent.message_id: sent.dst_node_id for sent in self._sent if sent.message_id}
-        return asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-
-    def _check_metrics(self, reply: Message) -> None:
-        """Refuse what would make a weighted mean mean nothing."""
-        records = list(records_of(reply.content, MetricRecord).values())
-        if len(records) != 1:
-            raise PayloadError(f"the reply has {len(records)} metric records, one expected")
-        for name, value in records[0].items():
-            if not all(map(_is_a_number, value if isinstance(value, list) else [value])):
-                raise PayloadError(f"metric {name}={value} is not finite, or beyond 64 bits")
-        weight = records[0].get(self._weighted_by)
-        if isinstance(weight, list) or weight is None or not 0 <= weight <= _LARGEST_WEIGHT:
-            raise PayloadError(f"metric {self._weighted_by}={weight}: a number from 0 to 2**63 is expected")
+        self.traffic[-1] = replace(self.traffic[-1], received=received, up_bytes=report.up_bytes.total())
 
     @property
-    def _weighted_by(self) -> str:
-        *_, innermost = defences.layers(self.inner)
-        return getattr(innermost, "weighted_by_key", "num-examples")
-
-    def _weight(self, reply: Message) -> float:
-        return float(cast(float, next(iter(records_of(reply.content, MetricRecord).values()))[self._weighted_by]))
+    def _weight_name(self) -> str:
+        return getattr(defences.innermost(self.inner), "weighted_by_key", "num-examples")
 
 
-def _is_a_number(value: float) -> bool:
-    """Tell whether numpy can add up such values; Python's whole numbers have no bound."""
-    return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
-
-
-def _left_out(server_round: int, node: int, why: object) -> None:
-    log(WARNING, "round %d: left out node %d: %s", server_round, node, why)
-
-
-def _structure(reply: Message) -> tuple[object, ...]:
-    metrics = next(iter(records_of(reply.content, MetricRecord).values()))
-    kinds = sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items())
-    return (*sorted(records_of(reply.content, ArrayRecord)), *sorted(records_of(reply.content, MetricRecord)), *kinds)
-
-
-def _usual(replies: Iterable[Message]) -> tuple[object, ...] | None:
-    """Return how the records and metrics of most replies are named."""
-    counts = Counter(_structure(reply) for reply in replies)
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def _is_like(usual: tuple[object, ...] | None, server_round: int, reply: Message) -> bool:
-    if _structure(reply) == usual:
-        return True
-    _left_out(server_round, reply.metadata.src_node_id, "its records or metrics are not those of the other replies")
-    return False
-
-
-def _each(first: list[_Checked], rest: Iterator[_Checked]) -> Iterator[_Checked]:
+def _each(first: list[Checked], rest: Iterator[Checked]) -> Iterator[Checked]:
     """Chain without holding on to what was given."""
     while first:
         yield first.pop(0)

@@ -1,12 +1,11 @@
 """Client tiers: a node announces what it can hold, and is sent a format that fits."""
 
-from logging import WARNING
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from fedomc.flower._flower import logger
 from fedomc.flower.arrays import records_of
 
 _ACTION = "fedomc"
@@ -27,7 +26,7 @@ def announce(message: Message, context: Context) -> Message:
     return Message(RecordDict({_RECORD: ConfigRecord({**config})}), reply_to=message)
 
 
-class Announced:
+class NodeCapabilities:
     """What nodes have announced; each is asked once, or again if it did not answer."""
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class Announced:
                 self._of[reply.metadata.src_node_id] = _read(reply.content)
         for node in unknown:
             if node not in self._of:
-                log(WARNING, "node %d has announced no tier and gets the default", node)
+                logger.warning("node %d has announced no tier and gets the default", node)
 
     def of(self, node: int) -> dict[str, Any]:
         """Return what a node has announced, as ``TieredPolicy.choose`` takes it."""

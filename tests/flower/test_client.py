@@ -12,9 +12,9 @@ from torch import nn
 
 import fedomc
 from fedomc.errors import PolicyError
-from fedomc.flower import arrays as arrays_module
-from fedomc.flower import collect, install
-from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
+from fedomc.flower import client, collect, install
+from fedomc.flower.arrays import STYPE, packed_array, read_packed
+from fedomc.flower.config import CONFIG, to_config
 from fedomc.methods.packed import encode
 from fedomc.serialization import frame
 
@@ -107,14 +107,14 @@ def test_a_consumed_model_is_let_go_of_one_parameter_at_a_time(monkeypatch: pyte
     _, message = payload(POLICIES["one part"])
     model = install(Model(), message)
     held = [weakref.ref(parameter) for parameter in model.parameters()]
-    counts, real = [], arrays_module._written
+    counts, real = [], client._written
 
     def counted(tensor: torch.Tensor, *rest: Any) -> Array:
         if isinstance(tensor, nn.Parameter):
             counts.append(sum(parameter() is not None for parameter in held))
         return real(tensor, *rest)
 
-    monkeypatch.setattr(arrays_module, "_written", counted)
+    monkeypatch.setattr(client, "_written", counted)
     collect(model, message, consume=True)
     assert counts == list(range(len(held), 0, -1))
 
