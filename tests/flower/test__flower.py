@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.common import EvaluateIns, FitIns, GetParametersIns, GetPropertiesIns, Parameters
 from flwr.compat.common import recorddict_compat
+from flwr.serverapp.strategy import FedAvg
 
 import fedomc.flower
 from fedomc.flower import _flower
@@ -62,7 +63,7 @@ def test_the_errors_of_mods_are_recognized() -> None:
 def test_the_error_of_secure_aggregation_is_recognized() -> None:
     app = ClientApp(mods=[secaggplus_mod])
     app.train()(lambda message, context: message)
-    with pytest.raises(Exception) as raised:  # noqa: PT011, B017
+    with pytest.raises(Exception) as raised:
         app(Message(RecordDict({"config": ConfigRecord()}), 1, "train"), context())
     says = CHANGED + "secaggplus_mod fails in another way where the server does not know secure aggregation"
     assert _flower.mentions_secure_aggregation(repr(raised.value)), says
@@ -84,24 +85,33 @@ def test_messages_of_the_legacy_api_are_recognized() -> None:
 
 def test_the_error_of_a_legacy_client_is_recognized() -> None:
     app = ClientApp(lambda context: NumPyClient().to_client())
-    with pytest.raises(Exception) as raised:  # noqa: PT011, B017
+    with pytest.raises(Exception) as raised:
         app(Message(RecordDict({"config": ConfigRecord()}), 1, "train"), context())
     says = CHANGED + "a legacy client fails in another way when it gets a message of the new API"
     assert _flower.mentions_legacy_content(repr(raised.value)), says
 
 
-def test_the_innermost_caller_of_a_type_is_found() -> None:
+def test_the_innermost_caller_that_is_accepted_is_found() -> None:
     class Outer:
         def call(self) -> object:
             return Inner().call()
 
     class Inner:
         def call(self) -> object:
-            return _flower.caller_of_type(Outer), _flower.caller_of_type(Inner), _flower.caller_of_type(str)
+            return [_flower.find_caller(lambda owner, t=t: isinstance(owner, t)) for t in (Outer, Inner, str)]
 
     outer = Outer()
     found = outer.call()
     assert found[0] is outer and type(found[1]) is Inner and found[2] is None  # type: ignore[index]
+
+
+def test_a_stand_in_shares_the_attributes_of_a_strategy() -> None:
+    strategy = FedAvg(fraction_train=0.25)
+    other = _flower.stand_in(strategy, {"aggregate_train": lambda *_: ("instead", None)})
+    assert isinstance(other, FedAvg) and other.fraction_train == 0.25
+    assert other.aggregate_train(1, []) == ("instead", None), CHANGED + "strategies have slots, or hooks for attributes"
+    other.best = 3  # type: ignore[attr-defined]
+    assert vars(strategy)["best"] == 3
 
 
 def test_no_other_module_uses_a_private_name_of_flower() -> None:
@@ -121,6 +131,7 @@ def test_no_other_module_uses_a_private_name_of_flower() -> None:
                     "__init__",
                     "__name__",
                     "__mro__",
+                    "__module__",
                 ):
                     found.append(f"{path.name}:{node.lineno} .{attr}")
     assert not found, f"go through fedomc.flower._flower: {found}"

@@ -117,7 +117,7 @@ def mean_of(
     broadcast: Broadcast, replies: list[Message], weights: list[float], value: bool, together: int = 3
 ) -> dict[str, np.ndarray]:
     mean = Mean(broadcast, value=value)
-    read = [(read_variables(broadcast, reply), weight) for reply, weight in zip(replies, weights, strict=True)]
+    read = [(read_variables(broadcast, reply)[1], weight) for reply, weight in zip(replies, weights, strict=True)]
     for at in range(0, len(read), together):
         mean.add(read[at : at + together])
     return {name: array.numpy().copy() for name, array in mean.result().items()}

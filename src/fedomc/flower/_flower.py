@@ -6,17 +6,18 @@ No other module of ``fedomc.flower`` may reach for a private name of Flower. Eac
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from flwr.app import Array, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import ErrorCode
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+from flwr.serverapp.strategy import Strategy
 
 __all__ = [
     "ArrayChunk",
-    "caller_of_type",
+    "find_caller",
     "hold_chunks",
     "is_legacy_content",
     "is_mod_failure",
@@ -24,6 +25,7 @@ __all__ = [
     "held_chunks",
     "mentions_legacy_content",
     "mentions_secure_aggregation",
+    "stand_in",
 ]
 
 logger = logging.getLogger("flwr")
@@ -37,8 +39,6 @@ _CHUNKS = "_chunks"
 
 _LEGACY_PREFIXES = ("fitins", "evaluateins", "getparametersins", "getpropertiesins")
 """How the names of all records in a message of the legacy API (``NumPyClient``, ``client_fn``) begin."""
-
-T = TypeVar("T")
 
 
 def hold_chunks(array: Array, chunks: Chunks, *, keep_data: bool) -> None:
@@ -73,12 +73,20 @@ def mentions_legacy_content(reason: str) -> bool:
     return any(f"{prefix}." in reason for prefix in _LEGACY_PREFIXES)
 
 
-def caller_of_type(kind: type[T] | Any) -> T | None:
-    """Return the innermost caller that is a method of an instance of a type; None if there is none.
+def find_caller(accepts: Callable[[Any], bool]) -> Any:
+    """Return the object of the innermost calling method whose object is accepted; None if there is none.
 
-    Flower does not tell a strategy which strategy wraps it, so the only way to find out is to look who called.
+    Flower does not tell a strategy which strategy wraps it, so the only way to find out is to look at who called.
     """
-    return next((owner for owner in _callers() if isinstance(owner, kind)), None)
+    return next((owner for owner in _callers() if accepts(owner)), None)
+
+
+def stand_in(strategy: Strategy, methods: Mapping[str, Callable[..., Any]]) -> Strategy:
+    """Return an object that is a strategy in everything, its attributes included, but for some methods."""
+    kind = type(type(strategy).__name__, (type(strategy),), {name: staticmethod(m) for name, m in methods.items()})
+    other: Strategy = object.__new__(kind)
+    other.__dict__ = strategy.__dict__  # what one of the two sets, the other finds
+    return other
 
 
 def _callers() -> Iterator[Any]:

@@ -105,6 +105,10 @@ class Mean:
             self.weight += weight
         self._count += len(replies)
 
+    def scale(self, factor: float) -> None:
+        """Multiply the weight of everything that was added by a factor from 0 to 1."""
+        self._rescale(factor, 2.0 ** (math.frexp(self.weight * self._unit * factor)[1] + _HEADROOM))
+
     def result(self) -> ArrayRecord:
         """Give the mean as arrays that each can be asked once for its values, which takes the place of its sum."""
         record = ArrayRecord()
@@ -155,11 +159,15 @@ class Mean:
 
     def _choose_unit(self, weight: float) -> None:
         """Choose a power of two that all weights together stay below: then no sum leaves the range of float32."""
-        unit = 2.0 ** (math.frexp(self.weight * self._unit + weight)[1] + _HEADROOM)
+        self._rescale(1.0, 2.0 ** (math.frexp(self.weight * self._unit + weight)[1] + _HEADROOM))
+
+    def _rescale(self, factor: float, unit: float) -> None:
+        """Multiply all weights by a factor and count them in another unit, in one step that no sum underflows in."""
+        ratio = factor * self._unit / unit
         for tensor in (*self._sums.values(), *self._totals.values()):
-            tensor.mul_(self._unit / unit)
-        self.weight *= self._unit / unit
-        self._sent = {key: (packed, w * (self._unit / unit)) for key, (packed, w) in self._sent.items()}
+            tensor.mul_(ratio)
+        self.weight *= ratio
+        self._sent = {key: (packed, weight * ratio) for key, (packed, weight) in self._sent.items()}
         self._unit = unit
 
 

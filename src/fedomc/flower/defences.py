@@ -27,7 +27,7 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
 
 from fedomc.errors import PayloadError, PolicyError
-from fedomc.flower._flower import caller_of_type, is_mod_failure, mentions_secure_aggregation
+from fedomc.flower._flower import find_caller, is_mod_failure, mentions_secure_aggregation
 from fedomc.flower.arrays import STYPE, LazyArray, Values
 from fedomc.flower.downlink import Broadcast
 
@@ -111,15 +111,18 @@ def check_model(inner: Strategy, arrays: ArrayRecord) -> None:
             )
 
 
-def check_nesting() -> None:
-    """Refuse to be called by a strategy that clips: it would be given packed replies, and all that were damaged.
+def check_nesting(inner: Strategy) -> None:
+    """Refuse to be called by a strategy that clips: it would be given packed replies, the damaged ones among them.
 
-    A strategy is told nothing of what it is wrapped by, so this looks at who called.
+    A strategy is told nothing of what wraps it, so this looks at who called.
+
+    Args:
+        inner: the wrapped strategy, which may itself be a caller: if its ``start`` runs.
 
     Raises:
         PolicyError: ``OMCStrategy`` is inside a strategy that clips.
     """
-    outer = caller_of_type(Clipping)
+    outer = find_caller(lambda owner: isinstance(owner, Clipping) and vars(owner) is not vars(inner))
     if outer is not None:
         name = type(outer).__name__
         raise PolicyError(

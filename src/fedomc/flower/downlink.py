@@ -60,6 +60,7 @@ class Broadcast:
         self.errors: dict[str, tuple[float, float]] = {}
         self._dense: dict[str, Values] = {}
         self._sent: dict[int, dict[str, Packed]] = {}
+        self._record_names: dict[int, list[str]] = {}
 
     def compress(self, message: Message) -> None:
         """Replace the model in a message by the payload of the client that the message goes to.
@@ -70,6 +71,8 @@ class Broadcast:
         node = message.metadata.dst_node_id
         self.nodes.add(node)
         policy, client = self._policy_of(node), self._client_name(node)
+        records = records_of(message.content, ArrayRecord)
+        self._record_names[node] = models = [k for k, record in records.items() if set(record) == set(self.arrays)]
         if policy is None:
             return
         pieces = self._pieces_for(policy, client)
@@ -77,8 +80,6 @@ class Broadcast:
         payload = ArrayRecord()
         for name, array in self.arrays.items():
             payload[name] = pieces[name][0] if name in pieces else array
-        records = records_of(message.content, ArrayRecord)
-        models = [key for key, record in records.items() if set(record) == set(self.arrays)]
         if not models:
             raise PolicyError("the inner strategy sends no model of the variables it was given: nothing to compress")
         content = RecordDict(dict(message.content.items()))
@@ -100,6 +101,10 @@ class Broadcast:
     def packed(self, node: int) -> dict[str, Packed]:
         """Return the variables that a node was sent compressed."""
         return self._sent.get(node, {})
+
+    def record_names(self, node: int) -> list[str]:
+        """Return the names of the array records in which a node was sent the model."""
+        return self._record_names.get(node) or ["arrays"]
 
     def _pieces_for(self, policy: CompressionPolicy, client: str | int) -> dict[str, tuple[Array, Packed]]:
         """Return the variables that a client is sent compressed, as arrays and as codes."""
