@@ -87,6 +87,33 @@ def test_every_client_gets_its_own_payload_and_each_variable_is_encoded_once(mon
     assert len({id(array) for array in shared if array.stype == STYPE}) == 1
 
 
+def test_evaluation_and_the_next_round_send_what_was_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    real = downlink.encode
+
+    def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
+        encoded.append(args[5])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(downlink, "encode", counted)
+    grid: Grid = Nodes()  # type: ignore[assignment]
+    wrapped, alone = OMCStrategy(FedAvg(), policy(fraction=1.0)), OMCStrategy(FedAvg(), policy(fraction=1.0))
+    arrays = collect(build())
+    list(wrapped.configure_evaluate(1, arrays, ConfigRecord(), grid))
+    assert len(encoded) == 8
+    again = configure(wrapped, arrays, 2)
+    assert len(encoded) == 8
+    assert wrapped.report is not None and wrapped.report.errors.keys() == set(encoded)
+    expected = configure(alone, arrays, 2)
+    for node, message in expected.items():
+        own = again[node].content["arrays"]
+        assert {n: a.data for n, a in message.content["arrays"].items()} == {n: a.data for n, a in own.items()}
+    assert alone.report is not None and wrapped.report.errors == alone.report.errors
+    encoded.clear()
+    list(wrapped.configure_evaluate(2, collect(build()), ConfigRecord(), grid))  # other arrays, if of the same values
+    assert len(encoded) == 8
+
+
 def test_each_variable_travels_both_ways_in_its_own_format() -> None:
     mixed = policy(format="S1E2M1", fraction=1.0, format_by_name={"0.*": "S1E3M7", "[0-3].*": "S1E2M3"})
     message = configure(OMCStrategy(FedAvg(), mixed), collect(build()))[NODES[0]]

@@ -3,20 +3,19 @@
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor, nn
 
 from fedomc.errors import PayloadError
-from fedomc.flower.arrays import STYPE, packed_array, read_dense, read_packed, records_of
+from fedomc.flower.arrays import STYPE, framed_array, read_dense, read_packed, records_of
 from fedomc.flower.chunks import ChunkedArray
 from fedomc.flower.config import CONFIG, from_config
-from fedomc.methods.packed import encode
 from fedomc.serialization import frame
-from fedomc.serialization.uplink import UplinkConfig
-from fedomc.tensor.compressed import CompressedTensor
+from fedomc.serialization.uplink import UplinkConfig, reply_frame
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.training.model import replace_parameters
 from fedomc.training.module_state import check_names, fill_, some, state_of
 
@@ -48,7 +47,8 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
     if tied:
         raise PayloadError(f"{some(tied)} is tied to another variable and travels under one name: send collect(model)")
     check_names(model, arrays.keys())
-    items = _consumed(message, config) if consume else iter(arrays.items())
+    parameters = {name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}
+    items = _consumed(message, parameters, config) if consume else iter(arrays.items())
     size = sum(len(array.data) for array in arrays.values())
     del arrays
     fill_(model, ((name, _read(array, name, state[name], config)) for name, array in items))
@@ -64,9 +64,9 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
 
     Args:
         model: the model, plain or compressed.
-        message: the message that the model was filled from. With it the arrays travel as its sender asked for: entropy
-            coded if it asked for that, which may use the codes that were sent, and variables that arrived in the format
-            of the unquantized ones go back in it, as updates.
+        message: the message that the model was filled from. With it the arrays travel as its sender asked for, see
+            ``serialization.uplink.reply_frame``: entropy coded, for instance, and variables that were sent compressed
+            but are dense in the model go back compressed.
         consume: release each parameter once it is written, so that model and arrays are never both in memory, and hold
             the arrays in the form in which Flower sends them, so that sending makes no copy. Afterwards the parameters
             lie on the meta device and have no gradients; ``install`` can fill the model again.
@@ -75,8 +75,9 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
         The arrays by qualified name; tied parameters appear once.
 
     Raises:
-        NonFiniteError: an update of an unquantized variable has a value that is NaN or infinite.
-        PayloadError: a variable has a dtype that numpy does not have; the message is damaged or of another model.
+        NonFiniteError: a variable that is encoded here has a value or a change that is NaN or infinite.
+        PayloadError: a variable has a dtype that numpy does not have; the message is damaged or of another model, or
+            what is needed of it was released.
         PolicyError: the sender asked for entropy coding, but zstandard is not installed; or a parameter of a model that
             is to be consumed is stepped in backward.
     """
@@ -131,66 +132,62 @@ def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> 
     return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
 
 
-def _consumed(message: Message | RecordDict, config: UplinkConfig | None) -> Iterator[tuple[str, Array]]:
+def _consumed(
+    message: Message | RecordDict, parameters: Collection[str], config: UplinkConfig | None
+) -> Iterator[tuple[str, Array]]:
     """Yield a message's arrays and release them one by one; the arrays in the message have no data from now on."""
     content = message.content if isinstance(message, Message) else message
     ((key, record),) = records_of(content, ArrayRecord).items()
     pending = deque(record.items())
     if isinstance(message, Message):  # other messages may share the content and the record, which stay as they are
         message.content = content = RecordDict(dict(content.items()))
-    content[key] = _without_data(record, config)
+    content[key] = _without_data(record, parameters, config)
     del record
     while pending:
         yield pending.popleft()
 
 
-def _without_data(record: Mapping[str, Array], config: UplinkConfig | None) -> ArrayRecord:
+def _without_data(record: Mapping[str, Array], parameters: Collection[str], config: UplinkConfig | None) -> ArrayRecord:
     emptied = ArrayRecord()
     for name, array in record.items():
-        keep = _needed_by_collect(array, config)
+        keep = _needed_by_collect(array, name in parameters, config)
         emptied[name] = array if keep else Array(array.dtype, tuple(array.shape), array.stype, b"")
     return emptied
 
 
-def _needed_by_collect(array: Array, config: UplinkConfig | None) -> bool:
-    """Tell whether ``collect`` may write a difference to what this array holds."""
+def _needed_by_collect(array: Array, parameter: bool, config: UplinkConfig | None) -> bool:
+    """Tell whether ``collect`` reads what this array holds: to write a difference to it, or the format that it had."""
     if config is None or array.stype != STYPE:
         return False
-    return config.rest_format is not None or (config.lossless and config.encoding.update_format is None)
+    dense = not parameter or config.rest_format is not None  # buffers are dense in the model
+    return dense or (config.lossless and config.encoding.update_format is None)
 
 
 def _written(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> Array:
     """Write a variable as it is to travel; the array is what was sent of it."""
     if array is not None and tuple(array.shape) != tuple(tensor.shape):
         raise PayloadError(f"{name}: shape {tuple(tensor.shape)}, but {tuple(array.shape)} was sent")
-    if isinstance(tensor, CompressedTensor):
-        return _packed(tensor, array, name, config is not None and config.lossless)
-    if config is not None and config.rest_format is not None and array is not None and array.stype == STYPE:
-        return _rest_update(tensor, array, name, config)
+    data = reply_frame(tensor, _sent_frame(tensor, name, array, config), config, name)
+    if data is not None:
+        return framed_array(data, tuple(tensor.shape))
     try:
         return Array(tensor.detach().cpu().numpy())
     except TypeError as error:
         raise PayloadError(f"{name} is {tensor.dtype}, which cannot be sent: call model.float() first") from error
 
 
-def _packed(tensor: CompressedTensor, array: Array | None, name: str, lossless: bool) -> Array:
-    """Write the part of a compressed variable that travels."""
-    shape = tuple(tensor.shape)
-    if tensor.update is not None:
-        return packed_array(tensor.update, shape, frame.UPDATE, lossless=lossless)
-    sent = None
-    if lossless and array is not None and array.stype == STYPE:
-        sent = read_packed(array, name, copy=False).packed
-    return packed_array(tensor.base, shape, lossless=lossless, sent=sent)
-
-
-def _rest_update(tensor: Tensor, array: Array, name: str, config: UplinkConfig) -> Array:
-    """Write the change of a dense variable since it arrived in the format of the unquantized ones."""
-    assert config.rest_format is not None
-    flat = tensor.detach().cpu().to(torch.float32, copy=True).view(-1)
-    read_packed(array, name, copy=False).packed.add_to(flat, -1.0)
-    update = encode(flat, config.rest_format, config.encoding.transform, name=name)
-    return packed_array(update, tuple(tensor.shape), frame.UPDATE, lossless=config.lossless)
+def _sent_frame(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> frame.Frame | None:
+    """Read the frame that was sent of a variable, if what goes back depends on it."""
+    if array is None or array.stype != STYPE or config is None:
+        return None
+    if is_compressed(tensor) and (tensor.update is not None or not config.lossless):
+        return None
+    if not array.data:
+        raise PayloadError(
+            f"{name}: install(consume=True) has released what was sent, which is needed now that the variable is no "
+            "longer compressed: install without consume, or collect before you decompress the model"
+        )
+    return read_packed(array, name, copy=False)
 
 
 def _trim_memory(freed: int) -> None:
