@@ -1,6 +1,7 @@
 """What each client is sent in a round: one model, of which every variable is encoded once in each format."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
@@ -19,6 +20,15 @@ _STRETCH = 8 * CHUNK
 """Values whose compression error is measured at a time."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A variable in one format: as it travels, its codes, and the sums of squares of their error and of the values."""
+
+    array: Array
+    packed: Packed
+    error: tuple[float, float]
+
+
 class Broadcast:
     """One round's model: its FP32 values, each variable encoded once in each format, and what each node was sent.
 
@@ -29,6 +39,8 @@ class Broadcast:
         client_name: names a node for the random draws.
         lossless: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
         rest_format: the format in which the variables travel that partial quantization leaves in FP32; None is FP32.
+        former: the broadcast before this one. If it was of the same model, which lies in the same arrays, what it
+            encoded is taken from it: evaluation sends the model that the next round trains.
 
     Attributes:
         arrays: the model.
@@ -46,6 +58,7 @@ class Broadcast:
         client_name: Callable[[int], str | int],
         lossless: str = "none",
         rest_format: FloatFormat | None = None,
+        former: "Broadcast | None" = None,
     ) -> None:
         self.arrays = arrays
         self.round = server_round
@@ -56,9 +69,10 @@ class Broadcast:
         self._lossless_up = lossless in ("up", "both")
         self._rest_format = rest_format
         self._shapes = float32_shapes(arrays)
-        self._pieces: dict[tuple[object, ...], tuple[Array, Packed]] = {}
+        self._pieces: dict[tuple[object, ...], _Piece] = {}
         self.errors: dict[str, tuple[float, float]] = {}
         self._dense: dict[str, Values] = {}
+        self._former_pieces = former._pieces if former is not None and former._is_of(arrays) else {}
         self._sent: dict[int, dict[str, Packed]] = {}
         self._record_names: dict[int, list[str]] = {}
 
@@ -76,10 +90,10 @@ class Broadcast:
         if policy is None:
             return
         pieces = self._pieces_for(policy, client)
-        self._sent[node] = {name: packed for name, (_, packed) in pieces.items()}
+        self._sent[node] = {name: piece.packed for name, piece in pieces.items()}
         payload = ArrayRecord()
         for name, array in self.arrays.items():
-            payload[name] = pieces[name][0] if name in pieces else array
+            payload[name] = pieces[name].array if name in pieces else array
         if not models:
             raise PolicyError("the inner strategy sends no model of the variables it was given: nothing to compress")
         content = RecordDict(dict(message.content.items()))
@@ -106,7 +120,7 @@ class Broadcast:
         """Return the names of the array records in which a node was sent the model."""
         return self._record_names.get(node) or ["arrays"]
 
-    def _pieces_for(self, policy: CompressionPolicy, client: str | int) -> dict[str, tuple[Array, Packed]]:
+    def _pieces_for(self, policy: CompressionPolicy, client: str | int) -> dict[str, _Piece]:
         """Return the variables that a client is sent compressed, as arrays and as codes."""
         selection = policy.select(self._shapes, round=self.round, client=client)
         shared = {fmt: policy.encoding(fmt, round=self.round) for fmt in policy.formats}
@@ -118,17 +132,27 @@ class Broadcast:
                     pieces[name] = self._piece(name, rest, frame.DENSE)
         return pieces
 
-    def _piece(self, name: str, how: Encoding, kind: int) -> tuple[Array, Packed]:
+    def _piece(self, name: str, how: Encoding, kind: int) -> _Piece:
         """Encode a variable, once for all clients that are sent it in this format."""
         seed = how.seed if how.base_rounding == "stochastic" else 0
         key = (name, kind, how.format, how.transform, how.base_rounding, seed)
-        if key not in self._pieces:
+        piece = self._pieces.get(key) or self._former_pieces.get(key)
+        if piece is None:
             values = flat_tensor(self.dense(name))
             packed = encode(values, how.format, how.transform, how.base_rounding, seed, name)
             array = packed_array(packed, self._shapes[name], kind, lossless=self._lossless_down)
-            self._pieces[key] = array, packed
-            self.errors[name] = max(self.errors.get(name, (0.0, 0.0)), _error(packed, values))
-        return self._pieces[key]
+            piece = _Piece(array, packed, _error(packed, values))
+        self._pieces[key] = piece
+        self.errors[name] = max(self.errors.get(name, (0.0, 0.0)), piece.error)
+        return piece
+
+    def release_former(self) -> None:
+        """Release what the former broadcast encoded and this one does not send."""
+        self._former_pieces = {}
+
+    def _is_of(self, arrays: ArrayRecord) -> bool:
+        own = self.arrays
+        return own is arrays or (list(own) == list(arrays) and all(own[name] is arrays[name] for name in own))
 
 
 def float32_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:

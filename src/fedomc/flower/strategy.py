@@ -110,6 +110,7 @@ class OMCStrategy(Strategy):
         self.traffic: list[Traffic] = []
         self.report: RoundReport | None = None
         self._round: TrainingRound | None = None
+        self._broadcast: Broadcast | None = None
         self._evaluation: Sequence[Metadata] = ()
         self._capabilities = NodeCapabilities()
 
@@ -278,8 +279,7 @@ class OMCStrategy(Strategy):
         broadcast = self._broadcast_of(arrays, server_round, grid, messages)
         self.report = report = RoundReport(server_round)
         with report.timed("encode"):
-            for message in messages:
-                broadcast.compress(message)
+            self._send(broadcast, messages)
         for message in messages:
             report.count("down", message)
         report.errors = broadcast.errors
@@ -329,8 +329,7 @@ class OMCStrategy(Strategy):
         """Let the inner strategy choose the clients; they evaluate what they would be sent for training."""
         messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
         broadcast = self._broadcast_of(arrays, server_round, grid, messages)
-        for message in messages:
-            broadcast.compress(message)
+        self._send(broadcast, messages)
         self._evaluation = [message.metadata for message in messages]
         return messages
 
@@ -338,6 +337,13 @@ class OMCStrategy(Strategy):
         """Check the metrics and have the inner strategy aggregate them; None if no reply has a weight above zero."""
         messages = checked_evaluations(self._evaluation, replies, server_round, self._weight_name, self.weight_cap)
         return None if messages is None else self.inner.aggregate_evaluate(server_round, messages)
+
+    def _send(self, broadcast: Broadcast, messages: Iterable[Message]) -> None:
+        """Give each message its payload; the broadcast takes the place of the former one."""
+        for message in messages:
+            broadcast.compress(message)
+        broadcast.release_former()
+        self._broadcast = broadcast
 
     def _broadcast_of(self, arrays: ArrayRecord, server_round: int, grid: Grid, messages: list[Message]) -> Broadcast:
         tiers = self.policy
@@ -359,7 +365,9 @@ class OMCStrategy(Strategy):
     def _broadcast_by(
         self, policy_of: Callable[[int], CompressionPolicy | None], arrays: ArrayRecord, server_round: int
     ) -> Broadcast:
-        return Broadcast(arrays, policy_of, server_round, self.client_name, self.lossless, self.rest_format)
+        return Broadcast(
+            arrays, policy_of, server_round, self.client_name, self.lossless, self.rest_format, self._broadcast
+        )
 
     @property
     def _weight_name(self) -> str:
