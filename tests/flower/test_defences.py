@@ -313,6 +313,28 @@ def test_a_wrong_order_of_mods_fails_with_its_reason_and_nothing_is_added_up(
         assert re.search(rf"left out node {node}: .*{reason}.*docs/defences\.md", flower_log.text)
 
 
+def plain_client(message: Message, context: Context) -> Message:
+    values = {name: array.numpy() for name, array in message.content["arrays"].items()}
+    return Message(RecordDict({"arrays": ArrayRecord({n: Array(a) for n, a in values.items()})}), reply_to=message)
+
+
+def test_a_client_that_is_not_adapted_is_told_what_to_do(flower_log: pytest.LogCaptureFixture) -> None:
+    """On the client by Flower's own error, in which the type of the array speaks; on the server by the log."""
+    strategy = OMCStrategy(strategies.FedAvg(), policy())
+    app, old = ClientApp(), ClientApp(lambda context: NumPyClient().to_client())
+    app.train()(plain_client)
+    messages = configured(strategy)
+    replies = [ask(app, messages[0]), *(ask(old, message) for message in messages[1:])]
+    says = "Unsupported serialization type .* read it with fedomc.flower.install or fedomc.flower.omc_mod"
+    assert re.search(says, str(replies[0].error.reason))
+    assert strategy.aggregate_train(1, replies)[0] is None
+    assert re.search(r"left out node 1: .*fedomc\.flower\.install and answer with .*omc_mod", flower_log.text)
+    assert re.search(r"left out node 2: .*legacy app.*@app\.train\(\) of flwr\.clientapp", flower_log.text)
+    flower_log.clear()
+    assert strategy.aggregate_evaluate(1, replies) is None
+    assert "fedomc.flower.install and answer" in flower_log.text
+
+
 def test_mods_that_count_bytes_are_right_on_either_side() -> None:
     for message in configured(OMCStrategy(strategies.FedAvg(), policy()), count=2):
         app = client(message_size_mod, arrays_size_mod, omc_mod, message_size_mod, arrays_size_mod)
@@ -538,7 +560,7 @@ def test_secure_aggregation_adds_up_what_clients_trained_compressed() -> None:
 def test_a_legacy_workflow_is_refused() -> None:
     strategy: Any = OMCStrategy(strategies.FedAvg(), policy())
     context = LegacyContext(Context(1, 0, {}, RecordDict(), {}), strategy=strategy)
-    with pytest.raises(fedomc.PolicyError, match=r"compress_, then decompress_.*docs/defences"):
+    with pytest.raises(fedomc.PolicyError, match=r"use flwr\.serverapp.*compress_, then decompress_.*docs/defences"):
         default_init_params_workflow(None, context)  # type: ignore[arg-type]
 
 

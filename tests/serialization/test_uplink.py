@@ -68,7 +68,7 @@ def test_what_was_sent_dense_is_no_frame_and_what_is_wrong_is_named() -> None:
     for value in (randn(3, 3), randn(*SHAPE).double()):
         with pytest.raises(fedomc.PayloadError, match=r"^w goes back as torch\.float"):
             reply_frame(value, sent(frame.VARIABLE, "S1E2M3"), config, "w")
-    with pytest.raises(fedomc.PayloadError, match="^w .* names no format"):
+    with pytest.raises(fedomc.PayloadError, match=r"^w .* names no format"):
         reply_frame(randn(*SHAPE), sent(frame.DENSE, "S1E5M10"), config, "w")
-    with pytest.raises(fedomc.NonFiniteError, match="^w "):
+    with pytest.raises(fedomc.NonFiniteError, match=r"^w "):
         reply_frame(torch.full(SHAPE, torch.nan), sent(frame.VARIABLE, "S1E2M3"), config, "w")

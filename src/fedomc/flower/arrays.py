@@ -16,8 +16,12 @@ from fedomc.errors import PayloadError
 from fedomc.methods.packed import Packed
 from fedomc.serialization import frame
 
-STYPE = "fedomc.serialization.frame"
-"""The serialization type of an ``Array`` that holds a compressed variable."""
+STYPE = "fedomc.frame: read it with fedomc.flower.install or fedomc.flower.omc_mod"
+"""The serialization type of an ``Array`` that holds a compressed variable.
+
+A client that knows nothing of compression fails with Flower's error "Unsupported serialization type", and the type is
+the only part of it that can say what to do.
+"""
 
 Values = np.ndarray[Any, Any]
 

@@ -27,7 +27,12 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
 
 from fedomc.errors import PayloadError, PolicyError
-from fedomc.flower._flower import find_caller, is_mod_failure, mentions_secure_aggregation
+from fedomc.flower._flower import (
+    find_caller,
+    is_mod_failure,
+    mentions_legacy_content,
+    mentions_secure_aggregation,
+)
 from fedomc.flower.arrays import STYPE, LazyArray, Values
 from fedomc.flower.downlink import Broadcast
 
@@ -159,11 +164,22 @@ def bounded(inner: Strategy, broadcast: Broadcast, arrays: ArrayRecord) -> Array
 
 
 def explained(error: Error) -> str:
-    """Add to the reason of a client's error what a wrong order of mods has to do with it."""
+    """Return the reason of a client's error, with what to do about it if it comes from how the app is put together."""
     reason = str(error.reason)
     if mentions_secure_aggregation(reason):
         return f"{reason} ({NO_SECURE_AGGREGATION})"
-    if is_mod_failure(error.code) or STYPE in reason:
+    if mentions_legacy_content(reason):
+        return (
+            f"{reason} (the client is a legacy app, client_fn or NumPyClient, which OMCStrategy cannot send to: write "
+            "it with @app.train() of flwr.clientapp.ClientApp)"
+        )
+    if STYPE in reason:
+        return (
+            f"{reason} (the client reads compressed arrays as plain ones: fill its model with fedomc.flower.install "
+            "and answer with fedomc.flower.collect, or leave its code as it is in ClientApp(mods=[omc_mod, ...]); mods "
+            f"that look at arrays come after omc_mod, and not around a client that trains compressed; {GUIDE})"
+        )
+    if is_mod_failure(error.code):
         return (
             f"{reason} (mods that look at arrays come after omc_mod, ClientApp(mods=[omc_mod, ...]), and not around a "
             f"client that trains compressed; {GUIDE})"
