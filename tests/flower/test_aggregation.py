@@ -116,7 +116,7 @@ def decode(message: Message, name: str) -> tuple[np.ndarray, bool]:
 def mean_of(
     broadcast: Broadcast, replies: list[Message], weights: list[float], value: bool, together: int = 3
 ) -> dict[str, np.ndarray]:
-    mean = Mean(broadcast, value=value)
+    mean = Mean(broadcast, of_weights=value)
     read = [(read_variables(broadcast, reply)[1], weight) for reply, weight in zip(replies, weights, strict=True)]
     for at in range(0, len(read), together):
         mean.add(read[at : at + together])
@@ -400,4 +400,4 @@ def test_metrics_of_all_replies_reach_the_strategys_own_function() -> None:
     _, metrics = wrapped.aggregate_train(1, iter([answer(m, 1e-3) for m in messages]))
     assert metrics is not None and metrics["count"] == 5 and sorted(seen) == [1, 2, 3, 4, 5]
     assert inner.train_metrics_aggr_fn is own
-    assert aggregation.AGGREGATES == ("difference", "value")
+    assert aggregation.AGGREGATES == ("delta", "weights")

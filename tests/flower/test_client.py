@@ -245,20 +245,20 @@ def test_a_compressed_buffer_becomes_dense() -> None:
     assert type(model.table) is torch.Tensor
 
 
-# ---- the lossless stage and the rest's format -----------------------------------------------------------------------
+# ---- entropy coding and the format of unquantized variables ---------------------------------------------------------
 
 
-def sent_and_trained(policy: fedomc.CompressionPolicy, rest: str | None, lossless: bool) -> tuple[RecordDict, Model]:
-    """Make a message with a rest in a format of its own, and a model that it filled and that was trained a step."""
-    rest_format = None if rest is None else fedomc.FloatFormat.parse(rest)
+def sent_and_trained(policy: fedomc.CompressionPolicy, rest: str | None, coded: bool) -> tuple[RecordDict, Model]:
+    """Make a message with unquantized variables in a format, and a model that it filled, trained by a step."""
+    unquantized_format = None if rest is None else fedomc.FloatFormat.parse(rest)
     model, message = payload(policy)
     record = ArrayRecord()
     for name, array in message["arrays"].items():
-        if array.stype != STYPE and len(array.shape) == 2 and rest_format is not None:
-            packed = encode(torch.from_numpy(array.numpy()), rest_format)
-            array = packed_array(packed, tuple(array.shape), frame.DENSE, lossless=True)
+        if array.stype != STYPE and len(array.shape) == 2 and unquantized_format is not None:
+            packed = encode(torch.from_numpy(array.numpy()), unquantized_format)
+            array = packed_array(packed, tuple(array.shape), frame.DENSE, entropy_coding=True)
         record[name] = array
-    how = to_config(policy.encoding(round=1, client="a"), lossless=lossless, rest_format=rest_format)
+    how = to_config(policy.encoding(round=1, client="a"), entropy_coding=coded, unquantized_format=unquantized_format)
     message = RecordDict({"arrays": record, CONFIG: how})
     model = install(Model(), message)
     fedomc.step_in_backward(model, torch.optim.SGD, lr=0.1)
@@ -268,7 +268,7 @@ def sent_and_trained(policy: fedomc.CompressionPolicy, rest: str | None, lossles
 
 
 @pytest.mark.parametrize("name", ["one part", "two parts"])
-def test_a_reply_through_the_lossless_stage_has_the_same_values(name: str) -> None:
+def test_a_reply_entropy_coded_has_the_same_values(name: str) -> None:
     message, model = sent_and_trained(POLICIES[name], None, True)
     plain, smaller = collect(model), collect(model, message)
     assert plain.keys() == smaller.keys()
@@ -286,12 +286,12 @@ def test_a_reply_through_the_lossless_stage_has_the_same_values(name: str) -> No
     assert {k: a.data for k, a in collect(model, silent).items()} == {k: a.data for k, a in plain.items()}
 
 
-def test_a_message_through_the_lossless_stage_fills_the_same_model() -> None:
+def test_a_message_entropy_coded_fills_the_same_model() -> None:
     _, message = payload(POLICIES["two parts"])
     smaller = ArrayRecord()
     for key, array in message["arrays"].items():
         if array.stype == STYPE:
-            array = packed_array(read_packed(array, key, copy=True).packed, tuple(array.shape), lossless=True)
+            array = packed_array(read_packed(array, key, copy=True).packed, tuple(array.shape), entropy_coding=True)
             assert array.data[21]
         smaller[key] = array
     filled = install(Model(), RecordDict({"arrays": smaller, CONFIG: message[CONFIG]}))
@@ -300,7 +300,7 @@ def test_a_message_through_the_lossless_stage_fills_the_same_model() -> None:
 
 
 @pytest.mark.parametrize("rest", ["S1E5M10", "S1E8M23"])
-def test_the_rest_arrives_in_its_format_and_goes_back_as_an_update(rest: str) -> None:
+def test_unquantized_variables_arrive_in_their_format_and_go_back_as_updates(rest: str) -> None:
     message, model = sent_and_trained(POLICIES["one part"], rest, True)
     key = next(k for k, a in message["arrays"].items() if a.stype == STYPE and a.data[5] == frame.DENSE)
     parameter = dict(model.named_parameters())[key]
@@ -318,7 +318,11 @@ def test_the_rest_arrives_in_its_format_and_goes_back_as_an_update(rest: str) ->
 
 @pytest.mark.parametrize(
     ("fields", "says"),
-    [({"lossless": 1}, "lossless=1"), ({"rest_format": "S1E5"}, "S1E5"), ({"rest_format": "S1E4M9"}, "S1E4M9")],
+    [
+        ({"entropy_coding": 1}, "entropy_coding=1"),
+        ({"unquantized_format": "S1E5"}, "S1E5"),
+        ({"unquantized_format": "S1E4M9"}, "S1E4M9"),
+    ],
 )
 def test_wrong_instructions_are_refused(fields: dict[str, object], says: str) -> None:
     message, _ = sent_and_trained(POLICIES["one part"], "S1E5M10", False)

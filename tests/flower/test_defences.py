@@ -344,8 +344,8 @@ def test_mods_that_count_bytes_are_right_on_either_side() -> None:
 @pytest.mark.parametrize("defence", CLIPPING)
 def test_what_cannot_be_right_is_refused(defence: str) -> None:
     make, kind, _ = CLIPPING[defence]
-    with pytest.raises(fedomc.PolicyError, match=r"aggregate='value'.*docs/defences"):
-        OMCStrategy(make(kind, strategies.FedAvg()), policy(), aggregate="value")
+    with pytest.raises(fedomc.PolicyError, match=r"aggregate='weights'.*docs/defences"):
+        OMCStrategy(make(kind, strategies.FedAvg()), policy(), aggregate="weights")
     outside = make(kind, OMCStrategy(strategies.FedAvg(), policy()))
     for call in (
         lambda: configured(outside),

@@ -124,7 +124,7 @@ def test_a_legacy_app_is_told_where_the_mod_belongs() -> None:
 def bomb(numel: int) -> tuple[Array, int]:
     """Return an array of zeros whose frame is far smaller than its values, and the bytes of these."""
     zeros = Packed.empty(fedomc.FloatFormat(1, 0), numel, "cpu")
-    return packed_array(zeros, (numel,), lossless=True), 4 * numel
+    return packed_array(zeros, (numel,), entropy_coding=True), 4 * numel
 
 
 def test_a_small_message_does_not_become_a_huge_one() -> None:

@@ -139,7 +139,7 @@ def test_payloads_depend_on_seed_round_and_client_alone() -> None:
     assert payloads(1) != payloads(1, seed=1)
 
 
-@pytest.mark.parametrize("aggregate", ["difference", "value"])
+@pytest.mark.parametrize("aggregate", ["delta", "weights"])
 @pytest.mark.parametrize(
     "how",
     [
@@ -167,7 +167,7 @@ def test_aggregation_is_the_weighted_mean_of_what_the_notes_say(aggregate: str, 
         after(torch.randn(16, 48)).square().mean().backward()
         for name in expected:
             sent, got = (_dense(dict(model.named_parameters())[name]) for model in (before, after))
-            base = _dense(dict(server.named_parameters())[name]) if aggregate == "difference" else sent
+            base = _dense(dict(server.named_parameters())[name]) if aggregate == "delta" else sent
             expected[name] += weight * (base + (got - sent))
         total += weight
     result, metrics = wrapped.aggregate_train(1, reversed(replies))
@@ -184,15 +184,15 @@ def _dense(parameter: torch.Tensor) -> np.ndarray:
 
 def test_difference_keeps_the_server_model_when_nobody_trains_and_value_does_not() -> None:
     kept = {}
-    for aggregate in ("difference", "value"):
+    for aggregate in ("delta", "weights"):
         wrapped = OMCStrategy(FedAvg(), policy(format="S1E2M3", fraction=1.0), aggregate=aggregate)
         arrays = collect(build())
         replies = [answer(m, collect(install(build(), m))) for m in configure(wrapped, arrays).values()]
         result, _ = wrapped.aggregate_train(1, replies)
         assert result is not None
         kept[aggregate] = max(np.abs(result[n].numpy() - a.numpy()).max() for n, a in arrays.items())
-    assert kept["difference"] < 1e-6
-    assert kept["value"] > 1e-3
+    assert kept["delta"] < 1e-6
+    assert kept["weights"] > 1e-3
 
 
 def test_order_of_replies_does_not_matter() -> None:
@@ -449,30 +449,30 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("aggregate", ["difference", "value"])
+@pytest.mark.parametrize("aggregate", ["delta", "weights"])
 @pytest.mark.parametrize("how", WAYS)
-def test_the_lossless_stage_changes_bytes_alone(aggregate: str, how: dict[str, object]) -> None:
+def test_entropy_coding_changes_bytes_alone(aggregate: str, how: dict[str, object]) -> None:
     results, bytes_of = {}, {}
-    for lossless in ("none", "down", "up", "both"):
-        wrapped = OMCStrategy(FedAvg(), policy(**how), aggregate=aggregate, lossless=lossless)
+    for coding in ("none", "down", "up", "both"):
+        wrapped = OMCStrategy(FedAvg(), policy(**how), aggregate=aggregate, entropy_coding=coding)
         messages = configure(wrapped, collect(build()))
         result, _ = wrapped.aggregate_train(1, [trained(message) for message in messages.values()])
         assert result is not None and wrapped.traffic[-1].received == len(NODES)
-        results[lossless] = {name: array.data for name, array in result.items()}
-        bytes_of[lossless] = wrapped.traffic[-1].down_bytes, wrapped.traffic[-1].up_bytes
+        results[coding] = {name: array.data for name, array in result.items()}
+        bytes_of[coding] = wrapped.traffic[-1].down_bytes, wrapped.traffic[-1].up_bytes
     assert results["none"] == results["down"] == results["up"] == results["both"]
     (down, up), (smaller_down, smaller_up) = bytes_of["none"], bytes_of["both"]
     assert bytes_of["down"] == (smaller_down, up) and bytes_of["up"] == (down, smaller_up)
     assert smaller_down < down and smaller_up < up
 
 
-@pytest.mark.parametrize("aggregate", ["difference", "value"])
-@pytest.mark.parametrize("lossless", ["none", "both"])
-def test_the_rest_in_a_format_of_its_own(aggregate: str, lossless: str) -> None:
+@pytest.mark.parametrize("aggregate", ["delta", "weights"])
+@pytest.mark.parametrize("coding", ["none", "both"])
+def test_unquantized_variables_in_a_format_of_their_own(aggregate: str, coding: str) -> None:
     """Less goes both ways; the mean is that of an FP32 rest, as near as the format says."""
     results, bytes_of = [], []
     for rest in (None, "S1E8M23", "S1E5M10"):
-        wrapped = OMCStrategy(FedAvg(), policy(), aggregate=aggregate, rest_format=rest, lossless=lossless)
+        wrapped = OMCStrategy(FedAvg(), policy(), aggregate=aggregate, unquantized_format=rest, entropy_coding=coding)
         messages = configure(wrapped, collect(build()))
         result, _ = wrapped.aggregate_train(1, [trained(message) for message in messages.values()])
         assert result is not None and wrapped.traffic[-1].received == len(NODES)
@@ -480,13 +480,13 @@ def test_the_rest_in_a_format_of_its_own(aggregate: str, lossless: str) -> None:
         bytes_of.append((wrapped.traffic[-1].down_bytes, wrapped.traffic[-1].up_bytes))
     for name, expected in results[0].items():
         np.testing.assert_allclose(results[1][name], expected, atol=1e-6, err_msg=name)
-        tolerance = 2e-5 if aggregate == "difference" else 2e-4
+        tolerance = 2e-5 if aggregate == "delta" else 2e-4
         np.testing.assert_allclose(results[2][name], expected, atol=tolerance, err_msg=name)
     assert bytes_of[2][0] < bytes_of[0][0] and bytes_of[2][1] < bytes_of[0][1]
 
 
-def test_a_damaged_reply_through_the_lossless_stage_is_left_out() -> None:
-    wrapped = OMCStrategy(FedAvg(), policy(fraction=1.0), lossless="both")
+def test_a_damaged_entropy_coded_reply_is_left_out() -> None:
+    wrapped = OMCStrategy(FedAvg(), policy(fraction=1.0), entropy_coding="both")
     messages = list(configure(wrapped, collect(build())).values())
     replies = [trained(message) for message in messages]
     other = trained(configure(OMCStrategy(FedAvg(), policy(fraction=1.0)), collect(build()))[NODES[1]])
@@ -504,13 +504,13 @@ def test_a_damaged_reply_through_the_lossless_stage_is_left_out() -> None:
 
 def test_wrong_ways_to_travel_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(fedomc.PolicyError, match="sideways"):
-        OMCStrategy(FedAvg(), policy(), lossless="sideways")
+        OMCStrategy(FedAvg(), policy(), entropy_coding="sideways")
     with pytest.raises(fedomc.FormatError, match="S1E5"):
-        OMCStrategy(FedAvg(), policy(), rest_format="S1E5")
+        OMCStrategy(FedAvg(), policy(), unquantized_format="S1E5")
     monkeypatch.setattr(fedomc.serialization.entropy, "zstandard", None)
     OMCStrategy(FedAvg(), policy())
     with pytest.raises(fedomc.PolicyError, match=r"fedomc\[lossless\]"):
-        OMCStrategy(FedAvg(), policy(), lossless="down")
+        OMCStrategy(FedAvg(), policy(), entropy_coding="down")
 
 
 @pytest.mark.parametrize(
@@ -518,10 +518,10 @@ def test_wrong_ways_to_travel_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (None, {}, False),
         ({}, {}, False),
-        ({"format": "S1E2M3", "update_format": "S1E2M1"}, {"lossless": "both"}, False),
-        ({}, {"lossless": "both"}, True),
-        ({}, {"lossless": "down"}, False),
-        ({}, {"rest_format": "S1E5M10"}, True),
+        ({"format": "S1E2M3", "update_format": "S1E2M1"}, {"entropy_coding": "both"}, False),
+        ({}, {"entropy_coding": "both"}, True),
+        ({}, {"entropy_coding": "down"}, False),
+        ({}, {"unquantized_format": "S1E5M10"}, True),
     ],
 )
 def test_a_message_is_consumed_but_for_what_collect_needs(

@@ -242,7 +242,7 @@ class Messages:
         self.others = others
         self.good: list[RecordDict] = []
         for policy in (None, *POLICIES):
-            for how in ({}, {"lossless": "both", "rest_format": "S1E5M10"}):
+            for how in ({}, {"entropy_coding": "both", "unquantized_format": "S1E5M10"}):
                 strategy = OMCStrategy(FedAvg(), policy, **how)  # type: ignore[arg-type]
                 self.good += [message.content for message in _configured(strategy)[:1]]
 
@@ -267,7 +267,7 @@ class Replies:
         self.others = others
         self.rounds = []
         for policy in (None, *POLICIES):
-            for how in ({}, {"lossless": "both", "rest_format": "S1E5M10"}, {"aggregate": "value"}):
+            for how in ({}, {"entropy_coding": "both", "unquantized_format": "S1E5M10"}, {"aggregate": "weights"}):
                 for inner in (FedAvg, FedMedian):
                     strategy = OMCStrategy(inner(), policy, **how)  # type: ignore[arg-type]
                     asked = _configured(strategy)

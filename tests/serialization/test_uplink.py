@@ -12,7 +12,7 @@ from fedomc.tensor.compressed import compress
 from tests.conftest import randn, same_bits
 
 SHAPE = (40, 50)
-RATHER = fedomc.FloatFormat(5, 10)
+UNQUANTIZED = fedomc.FloatFormat(5, 10)
 
 
 def sent(kind: int, format: str) -> frame.Frame:
@@ -24,23 +24,23 @@ def values(packed: fedomc.methods.packed.Packed) -> Tensor:
     return packed.decode(torch.empty(packed.numel)).view(SHAPE)
 
 
-@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("update_format", [None, "S1E3M4"])
 @pytest.mark.parametrize("kind", [frame.VARIABLE, frame.DENSE])
 def test_a_dense_variable_goes_back_as_the_sender_asked(
-    kind: int, update_format: str | None, rounding: str, lossless: bool
+    kind: int, update_format: str | None, rounding: str, coded: bool
 ) -> None:
     """The update of what is not quantized is rounded as the policy says, like all others."""
-    config = UplinkConfig(Encoding("S1E2M3", update_format, "scaled", rounding, 7), lossless, RATHER)
-    came = sent(kind, "S1E2M3" if kind == frame.VARIABLE else str(RATHER))
+    config = UplinkConfig(Encoding("S1E2M3", update_format, "scaled", rounding, 7), coded, UNQUANTIZED)
+    came = sent(kind, "S1E2M3" if kind == frame.VARIABLE else str(UNQUANTIZED))
     trained = values(came.packed) + randn(*SHAPE, seed=1, scale=1e-2)
     data = reply_frame(trained, came, config, "w")
     assert data is not None
     found = frame.from_bytes(data, shape=SHAPE, sent=came.packed)
     whole = kind == frame.VARIABLE and update_format is None
     assert found.kind == (frame.VARIABLE if whole else frame.UPDATE)
-    format = "S1E2M3" if whole else update_format if kind == frame.VARIABLE else str(RATHER)
+    format = "S1E2M3" if whole else update_format if kind == frame.VARIABLE else str(UNQUANTIZED)
     expected = trained if whole else trained - values(came.packed)
     packed = encode(expected, fedomc.FloatFormat.parse(str(format)), "scaled", rounding, 7, "w")
     assert str(found.packed.format) == format and torch.equal(found.packed.codes, packed.codes)
@@ -52,7 +52,7 @@ def test_codes_go_back_as_they_are(update_format: str | None) -> None:
     encoding = Encoding("S1E3M7", update_format)
     tensor = compress(randn(*SHAPE), encoding, "w")
     tensor.add_(torch.ones(SHAPE), alpha=0.1)
-    for config in (None, UplinkConfig(encoding), UplinkConfig(encoding, lossless=True)):
+    for config in (None, UplinkConfig(encoding), UplinkConfig(encoding, entropy_coding=True)):
         data = reply_frame(tensor, None, config, "w")
         assert data is not None
         found = frame.from_bytes(data, shape=SHAPE)

@@ -1,4 +1,4 @@
-"""Flower: compressed variables in messages, and a strategy that sends every client a payload of its own."""
+"""Flower: messages with compressed variables, and a strategy that sends every client a payload of its own."""
 
 from fedomc.flower.client import collect, install
 from fedomc.flower.grid import StreamingGrid

@@ -42,11 +42,11 @@ def packed_array(
     shape: tuple[int, ...],
     kind: int = frame.VARIABLE,
     *,
-    lossless: bool = False,
+    entropy_coding: bool = False,
     sent: Packed | None = None,
 ) -> Array:
     """Put packed codes into an ``Array``; the arguments are those of ``frame.to_bytes``."""
-    return framed_array(frame.to_bytes(packed, shape, kind, lossless=lossless, sent=sent), shape)
+    return framed_array(frame.to_bytes(packed, shape, kind, lossless=entropy_coding, sent=sent), shape)
 
 
 def framed_array(data: bytes, shape: tuple[int, ...]) -> Array:

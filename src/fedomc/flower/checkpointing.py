@@ -47,11 +47,11 @@ class RunState:
 
 def digest(arrays: ArrayRecord) -> str:
     """Return a digest of a model's names, dtypes, shapes and values."""
-    found = xxhash.xxh3_128()
+    hasher = xxhash.xxh3_128()
     for name, array in arrays.items():
-        found.update(json.dumps([name, array.dtype, list(array.shape)]).encode())
-        found.update(array.data)
-    return found.hexdigest()
+        hasher.update(json.dumps([name, array.dtype, list(array.shape)]).encode())
+        hasher.update(array.data)
+    return hasher.hexdigest()
 
 
 def to_checkpoint(state: RunState, inner: Strategy, settings: Mapping[str, Any]) -> Checkpoint:

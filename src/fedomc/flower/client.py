@@ -127,8 +127,10 @@ def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> 
         raise PayloadError(f"{name} is only an update: a model cannot be filled from it")
     if parsed.kind != frame.DENSE:
         return CompressedTensor.from_packed(parsed.packed, config.encoding, parsed.shape, name)
-    if parsed.packed.format != config.rest_format:
-        raise PayloadError(f"{name} is {parsed.packed.format}, but the config record's rest is {config.rest_format}")
+    if parsed.packed.format != config.unquantized_format:
+        raise PayloadError(
+            f"{name} is {parsed.packed.format}, but unquantized_format={config.unquantized_format} in the message"
+        )
     return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
 
 
@@ -159,8 +161,8 @@ def _needed_by_collect(array: Array, parameter: bool, config: UplinkConfig | Non
     """Tell whether ``collect`` reads what this array holds: to write a difference to it, or the format that it had."""
     if config is None or array.stype != STYPE:
         return False
-    dense = not parameter or config.rest_format is not None  # buffers are dense in the model
-    return dense or (config.lossless and config.encoding.update_format is None)
+    dense = not parameter or config.unquantized_format is not None  # buffers are dense in the model
+    return dense or (config.entropy_coding and config.encoding.update_format is None)
 
 
 def _written(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> Array:
@@ -180,7 +182,7 @@ def _sent_frame(tensor: Tensor, name: str, array: Array | None, config: UplinkCo
     """Read the frame that was sent of a variable, if what goes back depends on it."""
     if array is None or array.stype != STYPE or config is None:
         return None
-    if is_compressed(tensor) and (tensor.update is not None or not config.lossless):
+    if is_compressed(tensor) and (tensor.update is not None or not config.entropy_coding):
         return None
     if not array.data:
         raise PayloadError(

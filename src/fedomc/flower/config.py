@@ -15,10 +15,12 @@ CONFIG = "fedomc"
 """The name of the ``ConfigRecord`` in a message."""
 
 
-def to_config(encoding: Encoding, *, lossless: bool = False, rest_format: FloatFormat | None = None) -> ConfigRecord:
+def to_config(
+    encoding: Encoding, *, entropy_coding: bool = False, unquantized_format: FloatFormat | None = None
+) -> ConfigRecord:
     """Write what ``from_config`` reads as an ``UplinkConfig``."""
-    rest = {} if rest_format is None else {"rest_format": str(rest_format)}
-    return ConfigRecord({**frame.encoding_fields(encoding), "lossless": lossless, **rest})
+    unquantized = {} if unquantized_format is None else {"unquantized_format": str(unquantized_format)}
+    return ConfigRecord({**frame.encoding_fields(encoding), "entropy_coding": entropy_coding, **unquantized})
 
 
 def from_config(config: Mapping[str, Any]) -> UplinkConfig:
@@ -28,10 +30,10 @@ def from_config(config: Mapping[str, Any]) -> UplinkConfig:
         PayloadError: a field is missing or wrong.
     """
     try:
-        lossless, rest = config.get("lossless", False), config.get("rest_format")
-        if type(lossless) is not bool:
-            raise PayloadError(f"lossless={lossless!r} is neither true nor false")
+        entropy_coding, unquantized = config.get("entropy_coding", False), config.get("unquantized_format")
+        if type(entropy_coding) is not bool:
+            raise PayloadError(f"entropy_coding={entropy_coding!r} is neither true nor false")
         encoding = frame.read_encoding(config)
-        return UplinkConfig(encoding, lossless, None if rest is None else FloatFormat.parse(rest))
+        return UplinkConfig(encoding, entropy_coding, None if unquantized is None else FloatFormat.parse(unquantized))
     except OMCError as error:
         raise PayloadError(f"the message's {CONFIG!r} record: {error}") from None

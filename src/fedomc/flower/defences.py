@@ -1,4 +1,4 @@
-"""Flower's defences together with compression: the right order, and what is refused. The guide is docs/defences.md.
+"""Flower's defences together with compression: their right order, and what is refused. The guide: docs/defences.md.
 
 [Note: where to clip]
 Differential privacy needs a bound on what one client can change: the norm of its update is clipped to C, and noise in
@@ -9,7 +9,7 @@ So the update is clipped after it was decoded:
 
 - the strategies that clip on the server are wrapped by ``OMCStrategy``, never the other way round: they get
   V + (R - S), FP32, and clip its difference to V, which is what the client changed of what it was sent, R - S. That is
-  ``difference``; with ``value`` they would clip R - V, in which S - V, the broadcast's error, outweighs the update;
+  ``delta``; with ``weights`` they would clip R - V, in which S - V, the broadcast's error, outweighs the update;
 - what a client clipped itself, in FP32, before ``omc_mod`` encoded it, is clipped by the server once more, to the same
   C. This takes away what rounding added, and nothing of an update that is not longer than C.
 
@@ -60,7 +60,7 @@ _LEAST = 1e-12
 
 
 def layers(strategy: Strategy) -> Iterator[Strategy]:
-    """Give a strategy, the one that it wraps, and so on."""
+    """Yield a strategy, the one that it wraps, and so on."""
     inner: object = strategy
     while isinstance(inner, Strategy):
         yield inner
@@ -74,31 +74,31 @@ def innermost(strategy: Strategy) -> Strategy:
 
 
 def clipping_of(strategy: Strategy) -> Clipping | None:
-    """Give the layer that clips, if there is one."""
+    """Return the layer that clips, or None."""
     return next((layer for layer in layers(strategy) if isinstance(layer, Clipping)), None)
 
 
 def adaptive_clipping_of(strategy: Strategy) -> _Adaptive | None:
-    """Give the layer that clips to a norm which changes from round to round, if there is one."""
+    """Return the layer that clips to a norm which changes from round to round, or None."""
     return next((layer for layer in layers(strategy) if isinstance(layer, _Adaptive)), None)
 
 
 def accountant_of(strategy: Strategy) -> PrivacyAccountant | None:
-    """Give what keeps the books of the privacy that was spent, if somebody does."""
+    """Return the accountant of the privacy budget, or None."""
     clipping = clipping_of(strategy)
     return None if clipping is None or isinstance(clipping, _Adaptive) else clipping.accountant
 
 
 def check_aggregate(inner: Strategy, aggregate: str) -> None:
-    """Refuse to have something clipped that is not what a client changed.
+    """Refuse an aggregation in which something else is clipped than what a client changed.
 
     Raises:
-        PolicyError: the strategy clips, and is to be given the clients' values.
+        PolicyError: the strategy clips, and is to be given the clients' weights.
     """
-    if aggregate != "difference" and clipping_of(inner) is not None:
+    if aggregate != "delta" and clipping_of(inner) is not None:
         raise PolicyError(
             f"aggregate={aggregate!r} with {type(clipping_of(inner)).__name__}: the error of the broadcast would be "
-            f"clipped along with what the client changed, and outweigh it; use aggregate='difference' ({GUIDE})"
+            f"clipped along with what the client changed, and outweigh it; use aggregate='delta' ({GUIDE})"
         )
 
 
@@ -137,16 +137,16 @@ def check_nesting(inner: Strategy) -> None:
 
 
 def bounded(inner: Strategy, broadcast: Broadcast, arrays: ArrayRecord) -> ArrayRecord:
-    """Give a decoded reply with an update that the strategy can take: see the note on where to clip.
+    """Return a decoded reply whose update the strategy can handle; see the note on where to clip.
 
-    What a client clipped is clipped again; what the server is to clip is left to the strategy, but an update of norm 0
-    gets one that is next to nothing, because Flower divides by it. Nobody is left out for an update of norm 0: who is
-    counted would depend on private data.
+    What a client clipped is clipped again. What the server is to clip is left to the strategy, but an update of norm 0
+    is changed by next to nothing, because Flower divides by the norm. Nobody is left out for an update of norm 0: then
+    who is counted would depend on private data.
 
     Args:
-        inner: the wrapped strategy; if it does not clip, the reply is given as it is.
+        inner: the wrapped strategy; if it does not clip, the reply is returned as it is.
         broadcast: what was sent.
-        arrays: the server's values with what the client changed, decoded when they are asked for.
+        arrays: the server's weights plus what the client changed, decoded when they are asked for.
 
     Raises:
         PayloadError: the update is so large that it is not finite when it is added.
@@ -188,7 +188,7 @@ def explained(error: Error) -> str:
 
 
 def _change(broadcast: Broadcast, arrays: ArrayRecord, name: str) -> Values:
-    """Take the difference to the server's values in float64, flat."""
+    """Return the difference to the server's values, float64 and flat."""
     change = arrays[name].numpy().astype(np.float64).reshape(-1)
     change -= broadcast.dense(name).reshape(-1)
     return change
@@ -211,7 +211,7 @@ def _scaled(broadcast: Broadcast, arrays: ArrayRecord, factor: float) -> ArrayRe
 
 
 def _nudged(arrays: ArrayRecord) -> ArrayRecord:
-    """Change one value in its last place."""
+    """Return the arrays with one value changed in its last place."""
     record = ArrayRecord()
     for name, array in arrays.items():
         record[name] = array

@@ -37,8 +37,8 @@ class Broadcast:
         policy_of: returns the policy of a node; None sends FP32.
         server_round: the round's number.
         client_name: names a node for the random draws.
-        lossless: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
-        rest_format: the format in which the variables travel that partial quantization leaves in FP32; None is FP32.
+        entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
+        unquantized_format: the format of the variables that partial quantization leaves unquantized; None is FP32.
         former: the broadcast before this one. If it was of the same model, which lies in the same arrays, what it
             encoded is taken from it: evaluation sends the model that the next round trains.
 
@@ -56,8 +56,8 @@ class Broadcast:
         policy_of: Callable[[int], CompressionPolicy | None],
         server_round: int,
         client_name: Callable[[int], str | int],
-        lossless: str = "none",
-        rest_format: FloatFormat | None = None,
+        entropy_coding: str = "none",
+        unquantized_format: FloatFormat | None = None,
         former: "Broadcast | None" = None,
     ) -> None:
         self.arrays = arrays
@@ -65,14 +65,14 @@ class Broadcast:
         self.nodes: set[int] = set()
         self._policy_of = policy_of
         self._client_name = client_name
-        self._lossless_down = lossless in ("down", "both")
-        self._lossless_up = lossless in ("up", "both")
-        self._rest_format = rest_format
+        self._code_down = entropy_coding in ("down", "both")
+        self._code_up = entropy_coding in ("up", "both")
+        self._unquantized_format = unquantized_format
         self._shapes = float32_shapes(arrays)
         self._pieces: dict[tuple[object, ...], _Piece] = {}
         self.errors: dict[str, tuple[float, float]] = {}
         self._dense: dict[str, Values] = {}
-        self._former_pieces = former._pieces if former is not None and former._is_of(arrays) else {}
+        self._former_pieces = {} if former is None else former.pieces_of(arrays)
         self._sent: dict[int, dict[str, Packed]] = {}
         self._record_names: dict[int, list[str]] = {}
 
@@ -101,8 +101,8 @@ class Broadcast:
             content[key] = payload
         content[CONFIG] = to_config(
             policy.encoding(round=self.round, client=client),
-            lossless=self._lossless_up,
-            rest_format=self._rest_format,
+            entropy_coding=self._code_up,
+            unquantized_format=self._unquantized_format,
         )
         message.content = content
 
@@ -125,11 +125,11 @@ class Broadcast:
         selection = policy.select(self._shapes, round=self.round, client=client)
         shared = {fmt: policy.encoding(fmt, round=self.round) for fmt in policy.formats}
         pieces = {name: self._piece(name, shared[how.format], frame.VARIABLE) for name, how in selection.items()}
-        if self._rest_format is not None:
-            rest = Encoding(self._rest_format, transform=policy.encoding().transform)
+        if self._unquantized_format is not None:
+            unquantized = Encoding(self._unquantized_format, transform=policy.encoding().transform)
             for name in policy.compressible(self._shapes):
                 if name not in pieces:
-                    pieces[name] = self._piece(name, rest, frame.DENSE)
+                    pieces[name] = self._piece(name, unquantized, frame.DENSE)
         return pieces
 
     def _piece(self, name: str, how: Encoding, kind: int) -> _Piece:
@@ -140,7 +140,7 @@ class Broadcast:
         if piece is None:
             values = flat_tensor(self.dense(name))
             packed = encode(values, how.format, how.transform, how.base_rounding, seed, name)
-            array = packed_array(packed, self._shapes[name], kind, lossless=self._lossless_down)
+            array = packed_array(packed, self._shapes[name], kind, entropy_coding=self._code_down)
             piece = _Piece(array, packed, _error(packed, values))
         self._pieces[key] = piece
         self.errors[name] = max(self.errors.get(name, (0.0, 0.0)), piece.error)
@@ -150,9 +150,11 @@ class Broadcast:
         """Release what the former broadcast encoded and this one does not send."""
         self._former_pieces = {}
 
-    def _is_of(self, arrays: ArrayRecord) -> bool:
+    def pieces_of(self, arrays: ArrayRecord) -> "dict[tuple[object, ...], _Piece]":
+        """Return what was encoded of a model; nothing if it lies in other arrays."""
         own = self.arrays
-        return own is arrays or (list(own) == list(arrays) and all(own[name] is arrays[name] for name in own))
+        same = own is arrays or (list(own) == list(arrays) and all(own[name] is arrays[name] for name in own))
+        return self._pieces if same else {}
 
 
 def float32_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:

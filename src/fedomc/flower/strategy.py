@@ -24,7 +24,7 @@ from fedomc.serialization.checkpointing import Checkpoints
 from fedomc.serialization.entropy import require
 from fedomc.training.policy import CompressionPolicy, TieredPolicy
 
-LOSSLESS = ("none", "down", "up", "both")
+DIRECTIONS = ("none", "down", "up", "both")
 
 
 class OMCStrategy(Strategy):
@@ -58,12 +58,12 @@ class OMCStrategy(Strategy):
         inner: the wrapped strategy.
         policy: how to compress; None sends FP32 and only counts bytes. With a ``TieredPolicy`` each client gets the
             format of its tier, which it announces if its app has ``app.query("fedomc")(fedomc.flower.announce)``.
-        aggregate: ``difference`` averages what the clients changed, ``value`` the weights that they returned.
+        aggregate: ``delta`` averages what the clients changed, ``weights`` the weights that they returned.
         client_name: names a node for the random draws. By default it is the node's number, which a simulation changes
             in each run.
-        lossless: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``. It needs zstandard on both
-            sides, and clients that give ``collect`` the message.
-        rest_format: the format in which the variables travel that partial quantization leaves in FP32; None is FP32.
+        entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``. It needs zstandard
+            on both sides, and clients that give ``collect`` the message.
+        unquantized_format: the format of the variables that partial quantization leaves unquantized; None is FP32.
         weight_cap: the most that a reply weighs, as a multiple of the median weight; None sets no cap.
         checkpoints: where the state is kept after each round, for ``start`` to resume from.
         observers: are called with the report of each round of training.
@@ -73,7 +73,7 @@ class OMCStrategy(Strategy):
     Raises:
         FormatError: there is no such format.
         PolicyError: an unknown way to aggregate or direction, a cap below 1, entropy coding without zstandard, or
-            ``value`` with a strategy that clips.
+            ``weights`` with a strategy that clips.
     """
 
     def __init__(
@@ -81,28 +81,28 @@ class OMCStrategy(Strategy):
         inner: Strategy,
         policy: CompressionPolicy | TieredPolicy | None,
         *,
-        aggregate: str = "difference",
+        aggregate: str = "delta",
         client_name: Callable[[int], str | int] = str,
-        lossless: str = "none",
-        rest_format: str | FloatFormat | None = None,
+        entropy_coding: str = "none",
+        unquantized_format: str | FloatFormat | None = None,
         weight_cap: float | None = 10.0,
         checkpoints: Checkpoints | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         if aggregate not in AGGREGATES:
             raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
-        if lossless not in LOSSLESS:
-            raise PolicyError(f"lossless={lossless!r} is unknown: use one of {', '.join(LOSSLESS)}")
+        if entropy_coding not in DIRECTIONS:
+            raise PolicyError(f"entropy_coding={entropy_coding!r} is unknown: use one of {', '.join(DIRECTIONS)}")
         if weight_cap is not None and not weight_cap >= 1:
             raise PolicyError(f"weight_cap={weight_cap} would cap the median client: use 1 or more, or None for no cap")
-        if lossless != "none":
+        if entropy_coding != "none":
             require()
         defences.check_aggregate(inner, aggregate)
         self.inner = inner
         self.policy = policy
         self.aggregate = aggregate
-        self.lossless = lossless
-        self.rest_format = None if rest_format is None else FloatFormat.parse(rest_format)
+        self.entropy_coding = entropy_coding
+        self.unquantized_format = None if unquantized_format is None else FloatFormat.parse(unquantized_format)
         self.client_name = client_name
         self.weight_cap = weight_cap
         self.checkpoints = checkpoints
@@ -290,7 +290,7 @@ class OMCStrategy(Strategy):
             report,
             weight_name=self._weight_name,
             weight_cap=self.weight_cap,
-            of_weights=self.aggregate == "value",
+            of_weights=self.aggregate == "weights",
             name_of=self.client_name,
         )
         return messages
@@ -366,7 +366,13 @@ class OMCStrategy(Strategy):
         self, policy_of: Callable[[int], CompressionPolicy | None], arrays: ArrayRecord, server_round: int
     ) -> Broadcast:
         return Broadcast(
-            arrays, policy_of, server_round, self.client_name, self.lossless, self.rest_format, self._broadcast
+            arrays,
+            policy_of,
+            server_round,
+            self.client_name,
+            self.entropy_coding,
+            self.unquantized_format,
+            self._broadcast,
         )
 
     @property

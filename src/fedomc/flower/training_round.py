@@ -129,7 +129,11 @@ class TrainingRound:
         that was added is scaled down until it weighs no more than the cap. So no reply weighs more than the cap in the
         end, whatever the order; without weights above the cap nothing is scaled.
         """
-        mean, kept, heaviest = Mean(self.broadcast, value=self._of_weights), list[tuple[Message, ReplyMetrics]](), 0.0
+        mean, kept, heaviest = (
+            Mean(self.broadcast, of_weights=self._of_weights),
+            list[tuple[Message, ReplyMetrics]](),
+            0.0,
+        )
         while some := list(islice(replies, _FEW)):
             if streaming:
                 self._cap.add(reply.metrics.weight for reply in some)
@@ -203,7 +207,7 @@ class TrainingRound:
 
     def _decode(self, inner: Strategy, reply: Reply, metrics: MetricRecord, custom: bool) -> bool:
         """Put the decoded arrays and the metrics into a reply's message; tell whether it can be used."""
-        arrays = decoded(self.broadcast, reply.variables, value=self._of_weights)
+        arrays = decoded(self.broadcast, reply.variables, of_weights=self._of_weights)
         try:
             arrays = defences.bounded(inner, self.broadcast, arrays)
         except PayloadError as error:

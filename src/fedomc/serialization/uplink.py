@@ -18,13 +18,13 @@ class UplinkConfig:
 
     Attributes:
         encoding: the encoding of the variables that the client keeps compressed.
-        lossless: whether the client's frames are entropy coded.
-        rest_format: the format in which the variables travel that partial quantization leaves in FP32; None is FP32.
+        entropy_coding: whether the client's frames are entropy coded.
+        unquantized_format: the format of the variables that partial quantization leaves unquantized; None is FP32.
     """
 
     encoding: Encoding
-    lossless: bool = False
-    rest_format: FloatFormat | None = None
+    entropy_coding: bool = False
+    unquantized_format: FloatFormat | None = None
 
 
 def reply_frame(value: Tensor, sent: frame.Frame | None, config: UplinkConfig | None, name: str) -> bytes | None:
@@ -37,7 +37,7 @@ def reply_frame(value: Tensor, sent: frame.Frame | None, config: UplinkConfig | 
     compressed, in two parts                the codes of its update as they are
     dense, was sent compressed              the difference to what was sent, in ``update_format`` if the encoding has
                                             one; otherwise its value, in the format that was sent
-    dense, was sent in ``rest_format``      the difference to what was sent, in ``rest_format``
+    dense, was sent in ``unquantized_format``      the difference to what was sent, in ``unquantized_format``
     dense, was sent dense                   no frame
     ======================================  ============================================================================
 
@@ -58,7 +58,7 @@ def reply_frame(value: Tensor, sent: frame.Frame | None, config: UplinkConfig | 
         PayloadError: the value's shape or dtype is not that of the frame that was sent.
         PolicyError: entropy coding is asked for, but zstandard is not installed.
     """
-    shape, coded = tuple(value.shape), config is not None and config.lossless
+    shape, coded = tuple(value.shape), config is not None and config.entropy_coding
     if sent is not None and (shape != sent.shape or value.dtype != torch.float32):
         raise PayloadError(
             f"{name} goes back as {value.dtype} {shape}, but came as torch.float32 {sent.shape}: "
@@ -75,7 +75,7 @@ def reply_frame(value: Tensor, sent: frame.Frame | None, config: UplinkConfig | 
     if sent.kind == frame.VARIABLE and how.update_format is None:
         packed = encode_reply(flat, sent.packed.format, how, name)
         return frame.to_bytes(packed, shape, frame.VARIABLE, name, lossless=coded, sent=sent.packed)
-    format = how.update_format if sent.kind == frame.VARIABLE else config.rest_format
+    format = how.update_format if sent.kind == frame.VARIABLE else config.unquantized_format
     if format is None:
         raise PayloadError(f"{name} came as a frame of kind {sent.kind}, but the sender names no format for it")
     change = sent.packed.add_to(flat.to(torch.float32, copy=True), -1.0)
