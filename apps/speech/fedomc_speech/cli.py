@@ -78,9 +78,13 @@ def compare(
         bool, typer.Option(help="Leave biases and normalization in FP32.")
     ] = DEFAULTS.weight_matrices_only,
     rounding: Annotated[str, typer.Option(help="nearest, stochastic; empty: the format's best.")] = DEFAULTS.rounding,
-    aggregate: Annotated[str, typer.Option(help="difference or value.")] = DEFAULTS.aggregate,
-    lossless: Annotated[str, typer.Option(help="zstd on messages: none, down, up or both.")] = DEFAULTS.lossless,
-    rest_format: Annotated[str, typer.Option(help="In which FP32 variables travel.")] = DEFAULTS.rest_format,
+    aggregate: Annotated[str, typer.Option(help="delta or weights.")] = DEFAULTS.aggregate,
+    entropy_coding: Annotated[
+        str, typer.Option(help="zstd on messages: none, down, up or both.")
+    ] = DEFAULTS.entropy_coding,
+    unquantized_format: Annotated[
+        str, typer.Option(help="In which FP32 variables travel.")
+    ] = DEFAULTS.unquantized_format,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
     round_timeout: Annotated[
         float, typer.Option(help="Seconds to wait for a round's clients.")
@@ -118,8 +122,8 @@ def compare(
             weight_matrices_only=weight_matrices_only,
             rounding=rounding,
             aggregate=aggregate,
-            lossless=lossless,
-            rest_format=rest_format,
+            entropy_coding=entropy_coding,
+            unquantized_format=unquantized_format,
             seed=seed,
             round_timeout=round_timeout,
         )
@@ -244,7 +248,7 @@ def _load_corpus(settings: Settings) -> corpus.Corpus:
 
 
 def _cost(settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Utterance, ...]]) -> str:
-    """Say what the run will send (without the lossless stage) and take, from one local step of each format."""
+    """Say what the run will send (without entropy coding) and take, from one local step of each format."""
     visits = settings.rounds * settings.cohort
     cores = os.cpu_count() or 1
     overhead = START_SECONDS + ROUND_SECONDS * settings.rounds * len(settings.formats)

@@ -174,8 +174,8 @@ class _Rounds:
             variant.policy(settings),
             aggregate=settings.aggregate,
             client_name=clients.name_of,
-            lossless=settings.lossless,
-            rest_format=settings.rest_format or None,
+            entropy_coding=settings.entropy_coding,
+            unquantized_format=settings.unquantized_format or None,
             observers=boards,
         )
         self.network = pretraining.starting_model(settings, tokenizer)

@@ -98,9 +98,9 @@ class Settings:
         weight_matrices_only: leave biases and normalization in FP32.
         rounding: ``nearest`` or ``stochastic``: of variables in one part, of the update part of those in two; empty is
             the library's default for the format.
-        aggregate: ``difference`` or ``value``.
-        lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``.
-        rest_format: in which what a fraction leaves in FP32 travels, such as ``S1E5M10``; empty is FP32.
+        aggregate: ``delta`` or ``weights``.
+        entropy_coding: which messages go through entropy coding: ``none``, ``down``, ``up`` or ``both``.
+        unquantized_format: in which what a fraction leaves in FP32 travels, such as ``S1E5M10``; empty is FP32.
         seed: of everything random.
         round_timeout: seconds to wait for the clients of a round; who is later is left out.
     """
@@ -127,9 +127,9 @@ class Settings:
     transform: str = ""
     weight_matrices_only: bool = True
     rounding: str = ""
-    aggregate: str = "difference"
-    lossless: str = "none"
-    rest_format: str = ""
+    aggregate: str = "delta"
+    entropy_coding: str = "none"
+    unquantized_format: str = ""
     seed: int = 0
     round_timeout: float = 3600.0
 
@@ -148,13 +148,13 @@ class Settings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise SettingsError(f"{name}={value}: it must be a positive number")
-        if self.aggregate not in ("difference", "value"):
-            raise SettingsError(f"aggregate={self.aggregate!r} is unknown: use difference or value")
-        if self.lossless not in ("none", "down", "up", "both"):
-            raise SettingsError(f"lossless={self.lossless!r} is unknown: use none, down, up or both")
+        if self.aggregate not in ("delta", "weights"):
+            raise SettingsError(f"aggregate={self.aggregate!r} is unknown: use delta or weights")
+        if self.entropy_coding not in ("none", "down", "up", "both"):
+            raise SettingsError(f"entropy_coding={self.entropy_coding!r} is unknown: use none, down, up or both")
         _by_name(self.format_by_name)
-        if self.rest_format:
-            fedomc.FloatFormat.parse(self.rest_format)
+        if self.unquantized_format:
+            fedomc.FloatFormat.parse(self.unquantized_format)
         doubled = [str(variant) for variant in self.variants if self.variants.count(variant) > 1]
         if doubled:
             raise SettingsError(f"format {doubled[0]} is given twice")

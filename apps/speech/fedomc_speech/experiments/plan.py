@@ -42,8 +42,8 @@ _COMPRESSION = (
     "weight_matrices_only",
     "rounding",
     "aggregate",
-    "lossless",
-    "rest_format",
+    "entropy_coding",
+    "unquantized_format",
 )
 """Settings that mean nothing to a run in FP32."""
 
