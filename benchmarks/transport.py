@@ -5,15 +5,15 @@
 The weights are those of FastConformer-Large (115 M parameters) after some steps of AdamW on the corpus `digits`, which
 the application synthesises: real features and a real loss, some minutes on one core. With `--weights` they are kept in
 a file and taken from it the next time. Then, for each format, a client is filled from a message, trains a few steps on
-one speaker's utterances and replies, with and without the lossless stage; both ways every byte of frames and dense
+one speaker's utterances and replies, with and without entropy coding; both ways every byte of frames and dense
 arrays is counted, headers included.
 
-Rows `{format, rest_format, lossless, direction, bytes, ratio, encode_mb_s, decode_mb_s, zstd_ratio}`: bytes of the
-whole payload and their share of the FP32 payload's; MB of FP32 values a second to bytes (downwards with transformation
-and quantization) and back; and the median over rounds of the time of `zstd -1` on the FP32 bytes by that of encoding,
-in turn: more than 1 is faster. Speeds are those of the compressed variables of one encoder layer, on one thread. Upward
-rows also have `change`, the norm of the client's change by that of the weights. Peers are `zstd -1` and `gzip` of the
-FP32 bytes and float16: NVFlare's filter where nvflare is installed, else the plain cast that it makes.
+Rows `{format, unquantized_format, entropy_coding, direction, bytes, ratio, encode_mb_s, decode_mb_s, zstd_ratio}`: the
+bytes of the whole payload and their share of the FP32 payload's; MB of FP32 values a second to bytes (downwards with
+transformation and quantization) and back; and the median over rounds of the time of `zstd -1` on the FP32 bytes by that
+of encoding, in turn: more than 1 is faster. Speeds are those of the compressed variables of one encoder layer, on one
+thread. Upward rows also have `change`, the norm of the client's change by that of the weights. Peers are `zstd -1` and
+`gzip` of the FP32 bytes and float16: NVFlare's filter where nvflare is installed, else the plain cast that it makes.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from torch import Tensor
 
 import fedomc
 from fedomc.flower import collect, install
-from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
+from fedomc.flower.arrays import STYPE, packed_array, read_packed
+from fedomc.flower.config import CONFIG, to_config
 from fedomc.methods.packed import Packed, encode
 from fedomc.serialization import frame
 from fedomc_speech import corpus, features, model
@@ -56,7 +57,7 @@ class Way:
 
     format: str
     fraction: float = 0.9
-    rest_format: str | None = None
+    unquantized_format: str | None = None
 
     @property
     def policy(self) -> fedomc.CompressionPolicy:
@@ -71,8 +72,8 @@ WAYS = (
     Way("S1E4M3"),
     Way("S1E2M3"),
     Way("S1E2M3+S1E2M1", 1.0),
-    Way("S1E3M7", rest_format="S1E5M10"),
-    Way("S1E3M7", rest_format="S1E8M23"),
+    Way("S1E3M7", unquantized_format="S1E5M10"),
+    Way("S1E3M7", unquantized_format="S1E8M23"),
 )
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     fp32 = sum(len(array.data) for array in collect(weights).values())
     print(f"{sum(p.numel() for p in weights.parameters()) / 1e6:.1f} M parameters, FP32 payload {fp32 / 1e6:.1f} MB")
     print(
-        f"{'':<15}{'rest':<9}{'lossless':<10}{'':<6}{'bytes':>14}{'of FP32':>10}"
+        f"{'':<15}{'others':<9}{'coded':<10}{'':<6}{'bytes':>14}{'of FP32':>10}"
         f"{'encode':>13}{'decode':>13}{'against zstd -1':>17}"
     )
     layer = [p.detach() for name, p in weights.named_parameters() if name.startswith(SPEED_LAYER) and p.dim() > 1]
@@ -120,7 +121,8 @@ def main() -> None:
 def show(row: dict[str, Any]) -> None:
     """Print a line of the table."""
     print(
-        f"{row['format']:<15}{row['rest_format']:<9}{'yes' if row['lossless'] else 'no':<10}{row['direction']:<6}"
+        f"{row['format']:<15}{row['unquantized_format']:<9}"
+        f"{'yes' if row['entropy_coding'] else 'no':<10}{row['direction']:<6}"
         f"{row['bytes']:>14,}{row['ratio']:>10.2%}{row['encode_mb_s']:>8.0f} MB/s{row['decode_mb_s']:>8.0f} MB/s"
         f"{row['zstd_ratio']:>16.2f}x" + (f"   changed {row['change']:.2%}" if "change" in row else ""),
         flush=True,
@@ -128,15 +130,15 @@ def show(row: dict[str, Any]) -> None:
 
 
 def check(rows: list[dict[str, Any]]) -> None:
-    """Check what must hold on any machine: the lossless stage makes nothing larger."""
-    plain = {key(row): row["bytes"] for row in rows if not row["lossless"]}
+    """Check what must hold on any machine: entropy coding makes nothing larger."""
+    plain = {key(row): row["bytes"] for row in rows if not row["entropy_coding"]}
     for row in rows:
         assert row["bytes"] <= plain.get(key(row), row["bytes"]), row
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Tell rows apart but for the lossless stage."""
-    return row["format"], row["rest_format"], row["direction"]
+    """Tell rows apart but for entropy coding."""
+    return row["format"], row["unquantized_format"], row["direction"]
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -209,43 +211,45 @@ class Client:
 def measured(
     way: Way, weights: model.SpeechModel, client: Client, baseline: "Baseline", fp32: int
 ) -> Iterator[dict[str, Any]]:
-    """Send a model to a client and back, with and without the lossless stage."""
-    packed = {lossless: message(way, weights, lossless) for lossless in (False, True)}
+    """Send a model to a client and back, with and without entropy coding."""
+    packed = {zipped: message(way, weights, zipped) for zipped in (False, True)}
     network = model.build("large", weights.head.out_features)
     install(network, packed[True])
     client.train(network)
     change = changed(weights, network)
-    for lossless, down in packed.items():
+    for zipped, down in packed.items():
         up = collect(network, down)
         common = {
             "format": way.format,
             "fraction": way.fraction,
-            "rest_format": way.rest_format or "FP32",
-            "lossless": lossless,
+            "unquantized_format": way.unquantized_format or "FP32",
+            "entropy_coding": zipped,
         }
         for direction, arrays in (("down", down["arrays"]), ("up", up)):
             size = sum(len(array.data) for array in arrays.values())
-            speeds = speed(direction, way, weights, network, packed[lossless], lossless, baseline)
+            speeds = speed(direction, way, weights, network, packed[zipped], zipped, baseline)
             row = {**common, "direction": direction, "bytes": size, "ratio": size / fp32, **speeds}
             yield {**row, "change": change} if direction == "up" else row
 
 
-def message(way: Way, weights: model.SpeechModel, lossless: bool) -> RecordDict:
+def message(way: Way, weights: model.SpeechModel, zipped: bool) -> RecordDict:
     """Put a payload together as ``OMCStrategy`` does, for one client."""
     policy, arrays = way.policy, collect(weights)
     selection = policy.select(weights, round=1, client=0)
-    rest_format = None if way.rest_format is None else fedomc.FloatFormat.parse(way.rest_format)
-    rest = policy.compressible(weights) if rest_format is not None else {}
+    unquantized_format = None if way.unquantized_format is None else fedomc.FloatFormat.parse(way.unquantized_format)
+    others = policy.compressible(weights) if unquantized_format is not None else {}
     record = ArrayRecord()
     for name, array in arrays.items():
         values = torch.from_numpy(array.numpy())
         if name in selection:
             assert isinstance(policy.format, fedomc.FloatFormat)
-            array = packed_array(encode(values, policy.format), tuple(values.shape), lossless=lossless)
-        elif name in rest and rest_format is not None:
-            array = packed_array(encode(values, rest_format), tuple(values.shape), frame.DENSE, lossless=lossless)
+            array = packed_array(encode(values, policy.format), tuple(values.shape), entropy_coding=zipped)
+        elif name in others and unquantized_format is not None:
+            array = packed_array(
+                encode(values, unquantized_format), tuple(values.shape), frame.DENSE, entropy_coding=zipped
+            )
         record[name] = array
-    how = to_config(policy.encoding(round=1, client=0), lossless=lossless, rest_format=rest_format)
+    how = to_config(policy.encoding(round=1, client=0), entropy_coding=zipped, unquantized_format=unquantized_format)
     return RecordDict({"arrays": record, CONFIG: how})
 
 
@@ -267,7 +271,7 @@ def changed(before: model.SpeechModel, after: model.SpeechModel) -> float:
 
 
 def speed(
-    direction: str, way: Way, weights: model.SpeechModel, network: model.SpeechModel, sent: RecordDict, lossless: bool,
+    direction: str, way: Way, weights: model.SpeechModel, network: model.SpeechModel, sent: RecordDict, zipped: bool,
     baseline: "Baseline",
 ) -> dict[str, float]:  # fmt: skip
     """Measure the compressed variables of one layer: values to bytes down, packed codes to bytes up, and back."""
@@ -281,15 +285,15 @@ def speed(
 
     def down() -> dict[str, Array]:
         shapes = {name: tuple(values[name].shape) for name in names}
-        return {n: packed_array(encode(values[n], fmt), shapes[n], lossless=lossless) for n in names}
+        return {n: packed_array(encode(values[n], fmt), shapes[n], entropy_coding=zipped) for n in names}
 
     def up() -> dict[str, Array]:
         result = {}
         for name in names:
             p: Any = trained_[name]
-            old = read_packed(arrays[name], name, copy=False).packed if lossless and p.update is None else None
+            old = read_packed(arrays[name], name, copy=False).packed if zipped and p.update is None else None
             kind = frame.VARIABLE if p.update is None else frame.UPDATE
-            result[name] = packed_array(p.parts[-1], tuple(p.shape), kind, lossless=lossless, sent=old)
+            result[name] = packed_array(p.parts[-1], tuple(p.shape), kind, entropy_coding=zipped, sent=old)
         return result
 
     coded = {"down": down, "up": up}[direction]
@@ -356,7 +360,12 @@ def peers(weights: model.SpeechModel, layer: list[Tensor], baseline: Baseline, f
             total = fp32
         else:
             total = sum(len(forth(value)) if value.is_floating_point() else value.nbytes for value in whole)
-        common = {"format": name, "fraction": 1.0, "rest_format": "-", "lossless": name in ("zstd -1", "gzip")}
+        common = {
+            "format": name,
+            "fraction": 1.0,
+            "unquantized_format": "-",
+            "entropy_coding": name in ("zstd -1", "gzip"),
+        }
         yield {**common, "direction": "both", "bytes": total, "ratio": total / fp32, **found}
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 import fedomc
 from fedomc import codec
-from fedomc.flower import OMCStrategy, OneByOne, aggregation
-from fedomc.flower import broadcast as broadcast_module
+from fedomc.flower import OMCStrategy, StreamingGrid, aggregation, variables
 from fedomc.flower.aggregation import BATCH, Mean, averages
 from fedomc.flower.arrays import STYPE, packed_array, read_packed
-from fedomc.flower.broadcast import Broadcast
-from fedomc.methods.packed import encode
+from fedomc.flower.downlink import Broadcast
+from fedomc.flower.replies import read_variables
+from fedomc.methods import encode
 from fedomc.serialization import frame
 
 U = 2.0**-24
@@ -116,8 +116,8 @@ def decode(message: Message, name: str) -> tuple[np.ndarray, bool]:
 def mean_of(
     broadcast: Broadcast, replies: list[Message], weights: list[float], value: bool, together: int = 3
 ) -> dict[str, np.ndarray]:
-    mean = Mean(broadcast, value=value)
-    read = [(broadcast.read(reply), weight) for reply, weight in zip(replies, weights, strict=True)]
+    mean = Mean(broadcast, of_weights=value)
+    read = [(read_variables(broadcast, reply)[1], weight) for reply, weight in zip(replies, weights, strict=True)]
     for at in range(0, len(read), together):
         mean.add(read[at : at + together])
     return {name: array.numpy().copy() for name, array in mean.result().items()}
@@ -159,7 +159,7 @@ def test_replies_that_are_added_together_give_the_bits_of_one_by_one(
     replies = [answer(sent(node, broadcast, arrays), 1e-3, dense) for node in range(1, 8)]
     weights = [3.0, 1000.0, 0.0, 7.0, 1e-3, 5e6, 2.0]
     alone = mean_of(broadcast, replies, weights, value, together=1)
-    monkeypatch.setattr(broadcast_module, "STRETCH", codec.BLOCK)
+    monkeypatch.setattr(variables, "STRETCH", codec.BLOCK)
     for together in (1, 2, 3, 7):
         found = mean_of(broadcast, replies, weights, value, together)
         assert {name: array.tobytes() for name, array in found.items()} == {
@@ -372,17 +372,17 @@ def test_replies_one_by_one_are_all_given_and_late_ones_are_not() -> None:
 
     broadcast = Broadcast(model(), lambda node: None, 1, str)
     messages = [sent(node, broadcast, model()) for node in (1, 2, 3)]
-    replies = OneByOne(Network(3, slowly)).send_and_receive(messages)  # type: ignore[arg-type]
+    replies = StreamingGrid(Network(3, slowly)).send_and_receive(messages)  # type: ignore[arg-type]
     assert [reply.metadata.src_node_id for reply in replies] == [1, 2, 3]
     asked.clear()
-    replies = OneByOne(Network(3, slowly), in_order=True).send_and_receive(messages[::-1])  # type: ignore[arg-type]
+    replies = StreamingGrid(Network(3, slowly), in_order=True).send_and_receive(messages[::-1])  # type: ignore[arg-type]
     assert [reply.metadata.src_node_id for reply in replies] == [3, 2, 1]
 
     def others(message: Message) -> Message | None:
         return None if message.metadata.dst_node_id == 1 else answer(message, 1e-3)
 
     for in_order in (False, True):
-        grid = OneByOne(Network(3, others), in_order=in_order)  # type: ignore[arg-type]
+        grid = StreamingGrid(Network(3, others), in_order=in_order)  # type: ignore[arg-type]
         late = grid.send_and_receive(messages, timeout=0.15)
         assert [reply.metadata.src_node_id for reply in late] == [2, 3]
 
@@ -400,4 +400,4 @@ def test_metrics_of_all_replies_reach_the_strategys_own_function() -> None:
     _, metrics = wrapped.aggregate_train(1, iter([answer(m, 1e-3) for m in messages]))
     assert metrics is not None and metrics["count"] == 5 and sorted(seen) == [1, 2, 3, 4, 5]
     assert inner.train_metrics_aggr_fn is own
-    assert aggregation.AGGREGATES == ("difference", "value")
+    assert aggregation.AGGREGATES == ("delta", "weights")

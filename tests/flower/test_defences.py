@@ -42,9 +42,9 @@ from flwr.supercore.privacy_accounting import (
 from torch import nn
 
 import fedomc
-from fedomc.flower import OMCStrategy, OneByOne, collect, install, omc_mod
+from fedomc.flower import OMCStrategy, StreamingGrid, collect, install, omc_mod
 from fedomc.flower.arrays import STYPE, packed_array
-from fedomc.methods.packed import encode
+from fedomc.methods import encode
 from fedomc.serialization.checkpointing import Checkpoints
 from tests.flower.test_aggregation import Network, Nodes, decode
 
@@ -313,6 +313,28 @@ def test_a_wrong_order_of_mods_fails_with_its_reason_and_nothing_is_added_up(
         assert re.search(rf"left out node {node}: .*{reason}.*docs/defences\.md", flower_log.text)
 
 
+def plain_client(message: Message, context: Context) -> Message:
+    values = {name: array.numpy() for name, array in message.content["arrays"].items()}
+    return Message(RecordDict({"arrays": ArrayRecord({n: Array(a) for n, a in values.items()})}), reply_to=message)
+
+
+def test_a_client_that_is_not_adapted_is_told_what_to_do(flower_log: pytest.LogCaptureFixture) -> None:
+    """On the client by Flower's own error, in which the type of the array speaks; on the server by the log."""
+    strategy = OMCStrategy(strategies.FedAvg(), policy())
+    app, old = ClientApp(), ClientApp(lambda context: NumPyClient().to_client())
+    app.train()(plain_client)
+    messages = configured(strategy)
+    replies = [ask(app, messages[0]), *(ask(old, message) for message in messages[1:])]
+    says = "Unsupported serialization type .* read it with fedomc.flower.install or fedomc.flower.omc_mod"
+    assert re.search(says, str(replies[0].error.reason))
+    assert strategy.aggregate_train(1, replies)[0] is None
+    assert re.search(r"left out node 1: .*fedomc\.flower\.install and answer with .*omc_mod", flower_log.text)
+    assert re.search(r"left out node 2: .*legacy app.*@app\.train\(\) of flwr\.clientapp", flower_log.text)
+    flower_log.clear()
+    assert strategy.aggregate_evaluate(1, replies) is None
+    assert "fedomc.flower.install and answer" in flower_log.text
+
+
 def test_mods_that_count_bytes_are_right_on_either_side() -> None:
     for message in configured(OMCStrategy(strategies.FedAvg(), policy()), count=2):
         app = client(message_size_mod, arrays_size_mod, omc_mod, message_size_mod, arrays_size_mod)
@@ -322,12 +344,12 @@ def test_mods_that_count_bytes_are_right_on_either_side() -> None:
 @pytest.mark.parametrize("defence", CLIPPING)
 def test_what_cannot_be_right_is_refused(defence: str) -> None:
     make, kind, _ = CLIPPING[defence]
-    with pytest.raises(fedomc.PolicyError, match=r"aggregate='value'.*docs/defences"):
-        OMCStrategy(make(kind, strategies.FedAvg()), policy(), aggregate="value")
+    with pytest.raises(fedomc.PolicyError, match=r"aggregate='weights'.*docs/defences"):
+        OMCStrategy(make(kind, strategies.FedAvg()), policy(), aggregate="weights")
     outside = make(kind, OMCStrategy(strategies.FedAvg(), policy()))
     for call in (
         lambda: configured(outside),
-        lambda: outside.start(OneByOne(Network(CLIENTS, lambda message: None)), model(), num_rounds=1),  # type: ignore[arg-type]
+        lambda: outside.start(StreamingGrid(Network(CLIENTS, lambda message: None)), model(), num_rounds=1),  # type: ignore[arg-type]
     ):
         with pytest.raises(fedomc.PolicyError, match=rf"OMCStrategy\({kind.__name__}\(FedAvg.*docs/defences.md"):
             call()
@@ -514,10 +536,9 @@ class CompressedInMemory(NumPyClient):
         return self.trained[self.node], 100, {}
 
 
-@pytest.mark.parametrize("mods", [(secaggplus_mod,), (omc_mod, secaggplus_mod), (secaggplus_mod, omc_mod)])
-def test_secure_aggregation_adds_up_what_clients_trained_compressed(mods: tuple[Any, ...]) -> None:
-    """In Flower's legacy workflow; ``omc_mod`` finds nothing to do there."""
-    grid = LegacyGrid(ClientApp(lambda context: CompressedInMemory(context.node_id).to_client(), mods=list(mods)))
+def test_secure_aggregation_adds_up_what_clients_trained_compressed() -> None:
+    """In Flower's legacy workflow."""
+    grid = LegacyGrid(ClientApp(lambda context: CompressedInMemory(context.node_id).to_client(), mods=[secaggplus_mod]))
     context = LegacyContext(Context(1, 0, {}, RecordDict(), {}), strategy=legacy.FedAvg(min_fit_clients=CLIENTS))
     for node in grid.contexts:
         context.client_manager.register(GridClientProxy(node, grid, 1))  # type: ignore[arg-type]
@@ -539,7 +560,7 @@ def test_secure_aggregation_adds_up_what_clients_trained_compressed(mods: tuple[
 def test_a_legacy_workflow_is_refused() -> None:
     strategy: Any = OMCStrategy(strategies.FedAvg(), policy())
     context = LegacyContext(Context(1, 0, {}, RecordDict(), {}), strategy=strategy)
-    with pytest.raises(fedomc.PolicyError, match=r"compress_, then decompress_.*docs/defences"):
+    with pytest.raises(fedomc.PolicyError, match=r"use flwr\.serverapp.*compress_, then decompress_.*docs/defences"):
         default_init_params_workflow(None, context)  # type: ignore[arg-type]
 
 

@@ -4,13 +4,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
+from flwr.common import FitIns, Parameters
+from flwr.compat.common.recorddict_compat import fitins_to_recorddict
 from flwr.serverapp.strategy import FedAvg
 
 import fedomc
 from fedomc.flower import OMCStrategy, omc_mod
-from fedomc.flower.arrays import STYPE
+from fedomc.flower.arrays import STYPE, packed_array
+from fedomc.flower.config import to_config
+from fedomc.methods import Packed, encode
+from fedomc.serialization import frame
+from tests.conftest import allocations
 from tests.flower.test_aggregation import SHAPE, Nodes, decode, model
 
 STEP = np.random.default_rng(5).standard_normal(SHAPE).astype(np.float32) * 1e-3
@@ -104,3 +112,59 @@ def test_what_cannot_go_back_is_named(change: np.ndarray, error: type[Exception]
     message = next(iter(wrapped.configure_train(1, model(), ConfigRecord(), Nodes(2))))  # type: ignore[arg-type]
     with pytest.raises(error, match="weight"):
         plain_client(change)(message, context(1))
+
+
+def test_a_legacy_app_is_told_where_the_mod_belongs() -> None:
+    app = ClientApp(lambda context: NumPyClient().to_client(), mods=[omc_mod])
+    content = fitins_to_recorddict(FitIns(Parameters([b"1"], "numpy.ndarray"), {}), True)
+    with pytest.raises(fedomc.PolicyError, match=r"legacy app .* flwr\.clientapp\.ClientApp .* flwr\.serverapp"):
+        app(Message(content, 1, "train"), context(1))
+
+
+def bomb(numel: int) -> tuple[Array, int]:
+    """Return an array of zeros whose frame is far smaller than its values, and the bytes of these."""
+    zeros = Packed.zeros(fedomc.FloatFormat(1, 0), numel, "cpu")
+    return packed_array(zeros, (numel,), entropy_coding=True), 4 * numel
+
+
+def test_a_small_message_does_not_become_a_huge_one() -> None:
+    """Nothing is decoded before the whole message is known to be in proportion."""
+    array, size = bomb(2**24)
+    assert size > 10_000 * len(array.data)
+    config = to_config(fedomc.CompressionPolicy(format="S1E1M0").encoding())
+    for records in ({"arrays": {"zeros": array}}, {str(i): {"zeros": bomb(2**20)[0]} for i in range(16)}):
+        arrays = {key: ArrayRecord(record) for key, record in records.items()}
+        message = Message(RecordDict({**arrays, "fedomc": config}), 1, "train")
+
+        def attempt(message: Message = message) -> None:
+            with pytest.raises(fedomc.PayloadError, match=r"zeros would become \d+ bytes .* fedomc\.flower\.install"):
+                omc_mod(message, context(1), lambda m, c: m)
+
+        assert sum(size for size in allocations(attempt) if size > 0) < 2**20
+
+
+def test_a_variable_of_zeros_in_an_honest_message_is_decoded() -> None:
+    zeros, size = bomb(2**18)
+    assert size > frame.MAX_EXPANSION * len(zeros.data)
+    weights = packed_array(encode(torch.randn(2**14), fedomc.FloatFormat(3, 7)), (2**14,))
+    config = to_config(fedomc.CompressionPolicy(format="S1E3M7").encoding())
+    arrays = ArrayRecord({"lora.A": weights, "lora.B": zeros})
+    message = Message(RecordDict({"arrays": arrays, "fedomc": config}), 1, "train")
+    found = omc_mod(message, context(1), lambda m, c: Message(m.content, reply_to=m))
+    assert {name: array.stype for name, array in found.content["arrays"].items()} == {"lora.A": STYPE, "lora.B": STYPE}
+
+
+def test_only_the_record_that_was_sent_goes_back_compressed() -> None:
+    """As with SCAFFOLD, whose control variates are named as the variables."""
+    wrapped = OMCStrategy(FedAvg(), fedomc.CompressionPolicy(format="S1E3M7"))
+    messages = list(wrapped.configure_train(1, model(), ConfigRecord(), Nodes(2)))  # type: ignore[arg-type]
+
+    def client(message: Message, _: Context) -> Message:
+        arrays = message.content["arrays"]
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(RecordDict({"control": arrays, "arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    replies = [omc_mod(message, context(1), client) for message in messages]
+    assert replies[0].content["arrays"]["weight"].stype == STYPE
+    assert replies[0].content["control"]["weight"].stype == "numpy.ndarray"
+    assert wrapped.aggregate_train(1, replies)[0] is not None

@@ -64,7 +64,7 @@ def format_of(message: Message) -> str:
     return "FP32" if config is None else str(config["format"])
 
 
-@pytest.mark.parametrize("aggregate", ["difference", "value"])
+@pytest.mark.parametrize("aggregate", ["delta", "weights"])
 def test_a_client_gets_its_tier_and_the_mixed_round_is_the_mean(aggregate: str) -> None:
     arrays: ArrayRecord = model()
     wrapped = OMCStrategy(FedAvg(), TIERS, aggregate=aggregate)
@@ -80,7 +80,7 @@ def test_a_client_gets_its_tier_and_the_mixed_round_is_the_mean(aggregate: str) 
     for message, reply in zip(messages, replies, strict=True):
         weight = message.metadata.dst_node_id
         was, (now, is_update) = decode(message, "weight")[0], decode(reply, "weight")
-        start = was if aggregate == "value" else arrays["weight"].numpy().ravel()
+        start = was if aggregate == "weights" else arrays["weight"].numpy().ravel()
         wanted += weight * (start + (now if is_update else now - was))
         total += weight
     result, _ = wrapped.aggregate_train(1, iter(replies))

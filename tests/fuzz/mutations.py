@@ -10,7 +10,8 @@ import numpy as np
 import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedomc.flower.arrays import CONFIG, STYPE
+from fedomc.flower.arrays import STYPE
+from fedomc.flower.config import CONFIG
 from fedomc.serialization import entropy as lossless
 from tests.serialization.test_frame import FIELDS, HEADER, sealed
 

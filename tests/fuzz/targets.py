@@ -25,7 +25,7 @@ import fedomc
 from fedomc import codec
 from fedomc.errors import PayloadError
 from fedomc.flower import OMCStrategy, collect, install
-from fedomc.methods.packed import Packed, encode
+from fedomc.methods import Packed, encode
 from fedomc.serialization import entropy as lossless
 from fedomc.serialization import frame
 from fedomc.training.module_state import ModuleState, is_finite
@@ -245,7 +245,7 @@ class Messages:
         self.others = others
         self.good: list[RecordDict] = []
         for policy in (None, *POLICIES):
-            for how in ({}, {"lossless": "both", "rest_format": "S1E5M10"}):
+            for how in ({}, {"entropy_coding": "both", "unquantized_format": "S1E5M10"}):
                 strategy = OMCStrategy(FedAvg(), policy, **how)  # type: ignore[arg-type]
                 self.good += [message.content for message in _configured(strategy)[:1]]
 
@@ -270,7 +270,7 @@ class Replies:
         self.others = others
         self.rounds = []
         for policy in (None, *POLICIES):
-            for how in ({}, {"lossless": "both", "rest_format": "S1E5M10"}, {"aggregate": "value"}):
+            for how in ({}, {"entropy_coding": "both", "unquantized_format": "S1E5M10"}, {"aggregate": "weights"}):
                 for inner in (FedAvg, FedMedian):
                     strategy = OMCStrategy(inner(), policy, **how)  # type: ignore[arg-type]
                     asked = _configured(strategy)

@@ -97,11 +97,13 @@ def compare(
     rounding: Annotated[
         str, typer.Option(help="nearest or stochastic; empty: the default for the format.")
     ] = DEFAULTS.rounding,
-    aggregate: Annotated[str, typer.Option(help="difference or value.")] = DEFAULTS.aggregate,
-    lossless: Annotated[str, typer.Option(help="zstd on messages: none, down, up or both.")] = DEFAULTS.lossless,
-    rest_format: Annotated[
+    aggregate: Annotated[str, typer.Option(help="delta or weights.")] = DEFAULTS.aggregate,
+    entropy_coding: Annotated[
+        str, typer.Option(help="zstd on messages: none, down, up or both.")
+    ] = DEFAULTS.entropy_coding,
+    unquantized_format: Annotated[
         str, typer.Option(help="Format in which variables that stay FP32 are sent; empty: FP32.")
-    ] = DEFAULTS.rest_format,
+    ] = DEFAULTS.unquantized_format,
     seed: Annotated[int, typer.Option(help=SEED_HELP)] = DEFAULTS.seed,
     round_timeout: Annotated[
         float, typer.Option(help="Seconds to wait for the clients of a round.")
@@ -142,8 +144,8 @@ def compare(
             weight_matrices_only=weight_matrices_only,
             rounding=rounding,
             aggregate=aggregate,
-            lossless=lossless,
-            rest_format=rest_format,
+            entropy_coding=entropy_coding,
+            unquantized_format=unquantized_format,
             seed=seed,
             round_timeout=round_timeout,
         )

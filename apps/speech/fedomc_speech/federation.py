@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam
 
 import fedomc
-from fedomc.flower import OMCStrategy, OneByOne, RoundReport, collect, install
+from fedomc.flower import OMCStrategy, RoundReport, StreamingGrid, collect, install
 from fedomc.flower.tensorboard import TensorBoard
 from fedomc.serialization.checkpointing import Checkpoint
 from fedomc_speech import corpus, model, pretraining, training
@@ -190,8 +190,8 @@ class _Rounds:
             variant.policy(settings),
             aggregate=settings.aggregate,
             client_name=clients.name_of,
-            lossless=settings.lossless,
-            rest_format=settings.rest_format or None,
+            entropy_coding=settings.entropy_coding,
+            unquantized_format=settings.unquantized_format or None,
             observers=boards,
         )
         self.network = pretraining.starting_model(settings, tokenizer)
@@ -226,7 +226,7 @@ class _Rounds:
         messages = self.strategy.configure_train(number, self.arrays, write_settings(settings), cast(Grid, cohort))
         messages = sorted(messages, key=lambda message: self.clients.name_of(message.metadata.dst_node_id))
         reasons: set[str] = set()
-        replies = OneByOne(grid, in_order=True).send_and_receive(messages, timeout=settings.round_timeout)
+        replies = StreamingGrid(grid, in_order=True).send_and_receive(messages, timeout=settings.round_timeout)
         arrays, metrics = self.strategy.aggregate_train(number, _noting_errors(replies, reasons))
         if arrays is None or metrics is None:
             raise RoundError(

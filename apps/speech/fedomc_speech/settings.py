@@ -100,10 +100,10 @@ class Settings:
         weight_matrices_only: whether biases and normalization stay in FP32.
         rounding: ``nearest`` or ``stochastic``, for variables in one part and for the update part of those in two;
             empty is the library's default for the format.
-        aggregate: ``difference`` or ``value``.
-        lossless: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
-        rest_format: format in which variables are sent that a fraction leaves in FP32, such as ``S1E5M10``; empty is
-            FP32.
+        aggregate: ``delta`` or ``weights``.
+        entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
+        unquantized_format: format in which variables are sent that a fraction leaves in FP32, such as ``S1E5M10``;
+            empty is FP32.
         seed: seed of all random numbers.
         round_timeout: seconds to wait for the clients of a round; later replies are left out.
     """
@@ -131,9 +131,9 @@ class Settings:
     transform: str = ""
     weight_matrices_only: bool = True
     rounding: str = ""
-    aggregate: str = "difference"
-    lossless: str = "none"
-    rest_format: str = ""
+    aggregate: str = "delta"
+    entropy_coding: str = "none"
+    unquantized_format: str = ""
     seed: int = 0
     round_timeout: float = 3600.0
 
@@ -152,13 +152,13 @@ class Settings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise SettingsError(f"{name}={value}: it must be a positive number")
-        if self.aggregate not in ("difference", "value"):
-            raise SettingsError(f"aggregate={self.aggregate!r} is unknown: use difference or value")
-        if self.lossless not in ("none", "down", "up", "both"):
-            raise SettingsError(f"lossless={self.lossless!r} is unknown: use none, down, up or both")
+        if self.aggregate not in ("delta", "weights"):
+            raise SettingsError(f"aggregate={self.aggregate!r} is unknown: use delta or weights")
+        if self.entropy_coding not in ("none", "down", "up", "both"):
+            raise SettingsError(f"entropy_coding={self.entropy_coding!r} is unknown: use none, down, up or both")
         _by_name(self.format_by_name)
-        if self.rest_format:
-            fedomc.FloatFormat.parse(self.rest_format)
+        if self.unquantized_format:
+            fedomc.FloatFormat.parse(self.unquantized_format)
         doubled = [str(variant) for variant in self.variants if self.variants.count(variant) > 1]
         if doubled:
             raise SettingsError(f"format {doubled[0]} is given twice")

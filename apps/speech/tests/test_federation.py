@@ -82,17 +82,17 @@ def test_the_same_seed_gives_the_same_run_whatever_the_nodes_are_called(tones: P
     assert without_times(other) != runs[0]
 
 
-def test_the_lossless_stage_changes_the_bytes_of_a_run_alone(tones: Path, tmp_path: Path) -> None:
+def test_entropy_coding_changes_the_bytes_of_a_run_alone(tones: Path, tmp_path: Path) -> None:
     results = []
-    for lossless in ("none", "both"):
-        chosen = settings(tones, formats=("S1E3M7@0.9", "S1E2M3+S1E2M1"), rounds=2, lossless=lossless)
-        results.append(run(chosen, tmp_path / lossless)[1])
+    for entropy_coding in ("none", "both"):
+        chosen = settings(tones, formats=("S1E3M7@0.9", "S1E2M3+S1E2M1"), rounds=2, entropy_coding=entropy_coding)
+        results.append(run(chosen, tmp_path / entropy_coding)[1])
     for name, plain in results[0].items():
         smaller = results[1][name]
         assert [row["loss"] for row in plain["history"]] == [row["loss"] for row in smaller["history"]]
         assert plain["wer"] == smaller["wer"]
         assert smaller["down_bytes"] < plain["down_bytes"] and smaller["up_bytes"] < 0.9 * plain["up_bytes"]
-    chosen = settings(tones, formats=("S1E3M7@0.9",), rounds=2, lossless="both", rest_format="S1E5M10")
+    chosen = settings(tones, formats=("S1E3M7@0.9",), rounds=2, entropy_coding="both", unquantized_format="S1E5M10")
     rest = run(chosen, tmp_path / "rest")[1]["S1E3M7@0.9"]
     assert rest["down_bytes"] < results[1]["S1E3M7@0.9"]["down_bytes"]
 

@@ -1,7 +1,7 @@
-"""Flower: compressed variables in messages, and a strategy that sends every client a payload of its own."""
+"""Flower: messages with compressed variables, and a strategy that sends every client a payload of its own."""
 
-from fedomc.flower.arrays import collect, install
-from fedomc.flower.grid import OneByOne
+from fedomc.flower.client import collect, install
+from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.mods import omc_mod
 from fedomc.flower.strategy import OMCStrategy
 from fedomc.flower.tiers import announce
@@ -11,7 +11,7 @@ from fedomc.serialization.checkpointing import Checkpoints
 __all__ = [
     "Checkpoints",
     "OMCStrategy",
-    "OneByOne",
+    "StreamingGrid",
     "RoundReport",
     "Traffic",
     "announce",

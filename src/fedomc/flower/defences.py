@@ -1,4 +1,4 @@
-"""Flower's defences together with compression: the right order, and what is refused. The guide is docs/defences.md.
+"""Flower's defences together with compression: their right order, and what is refused. The guide: docs/defences.md.
 
 [Note: where to clip]
 Differential privacy needs a bound on what one client can change: the norm of its update is clipped to C, and noise in
@@ -9,7 +9,7 @@ So the update is clipped after it was decoded:
 
 - the strategies that clip on the server are wrapped by ``OMCStrategy``, never the other way round: they get
   V + (R - S), FP32, and clip its difference to V, which is what the client changed of what it was sent, R - S. That is
-  ``difference``; with ``value`` they would clip R - V, in which S - V, the broadcast's error, outweighs the update;
+  ``delta``; with ``weights`` they would clip R - V, in which S - V, the broadcast's error, outweighs the update;
 - what a client clipped itself, in FP32, before ``omc_mod`` encoded it, is clipped by the server once more, to the same
   C. This takes away what rounding added, and nothing of an update that is not longer than C.
 
@@ -18,21 +18,23 @@ what ``LocalDpMod`` made noisy, sees private values only through the noise: it t
 """
 
 import math
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 from flwr.app import ArrayRecord, Error
-from flwr.common.constant import ErrorCode
-from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+from flwr.serverapp import PrivacyAccountant
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore.privacy_accounting import PrivacyAccountant
 
 from fedomc.errors import PayloadError, PolicyError
-from fedomc.flower.aggregation import LazyArray
-from fedomc.flower.arrays import STYPE
-from fedomc.flower.broadcast import Broadcast, Values
+from fedomc.flower._flower import (
+    find_caller,
+    is_mod_failure,
+    mentions_legacy_content,
+    mentions_secure_aggregation,
+)
+from fedomc.flower.arrays import STYPE, LazyArray, Values
+from fedomc.flower.downlink import Broadcast
 
 GUIDE = "see docs/defences.md"
 
@@ -58,39 +60,45 @@ _LEAST = 1e-12
 
 
 def layers(strategy: Strategy) -> Iterator[Strategy]:
-    """Give a strategy, the one that it wraps, and so on."""
+    """Yield a strategy, the one that it wraps, and so on."""
     inner: object = strategy
     while isinstance(inner, Strategy):
         yield inner
         inner = getattr(inner, "strategy", None)
 
 
+def innermost(strategy: Strategy) -> Strategy:
+    """Return the strategy at the end of ``layers``, which is the one that aggregates."""
+    *_, last = layers(strategy)
+    return last
+
+
 def clipping_of(strategy: Strategy) -> Clipping | None:
-    """Give the layer that clips, if there is one."""
+    """Return the layer that clips, or None."""
     return next((layer for layer in layers(strategy) if isinstance(layer, Clipping)), None)
 
 
 def adaptive_clipping_of(strategy: Strategy) -> _Adaptive | None:
-    """Give the layer that clips to a norm which changes from round to round, if there is one."""
+    """Return the layer that clips to a norm which changes from round to round, or None."""
     return next((layer for layer in layers(strategy) if isinstance(layer, _Adaptive)), None)
 
 
 def accountant_of(strategy: Strategy) -> PrivacyAccountant | None:
-    """Give what keeps the books of the privacy that was spent, if somebody does."""
+    """Return the accountant of the privacy budget, or None."""
     clipping = clipping_of(strategy)
     return None if clipping is None or isinstance(clipping, _Adaptive) else clipping.accountant
 
 
 def check_aggregate(inner: Strategy, aggregate: str) -> None:
-    """Refuse to have something clipped that is not what a client changed.
+    """Refuse an aggregation in which something else is clipped than what a client changed.
 
     Raises:
-        PolicyError: the strategy clips, and is to be given the clients' values.
+        PolicyError: the strategy clips, and is to be given the clients' weights.
     """
-    if aggregate != "difference" and clipping_of(inner) is not None:
+    if aggregate != "delta" and clipping_of(inner) is not None:
         raise PolicyError(
             f"aggregate={aggregate!r} with {type(clipping_of(inner)).__name__}: the error of the broadcast would be "
-            f"clipped along with what the client changed, and outweigh it; use aggregate='difference' ({GUIDE})"
+            f"clipped along with what the client changed, and outweigh it; use aggregate='delta' ({GUIDE})"
         )
 
 
@@ -108,36 +116,37 @@ def check_model(inner: Strategy, arrays: ArrayRecord) -> None:
             )
 
 
-def check_nesting() -> None:
-    """Refuse to be called by a strategy that clips: it would be given packed replies, and all that were damaged.
+def check_nesting(inner: Strategy) -> None:
+    """Refuse to be called by a strategy that clips: it would be given packed replies, the damaged ones among them.
 
-    A strategy is told nothing of what it is wrapped by, so this looks at who called.
+    A strategy is told nothing of what wraps it, so this looks at who called.
+
+    Args:
+        inner: the wrapped strategy, which may itself be a caller: if its ``start`` runs.
 
     Raises:
         PolicyError: ``OMCStrategy`` is inside a strategy that clips.
     """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_back is not None:
-        frame = frame.f_back
-        if isinstance(outer := frame.f_locals.get("self"), Clipping):
-            name = type(outer).__name__
-            raise PolicyError(
-                f"{name}(OMCStrategy(...)) would clip packed replies: turn it round, "
-                f"OMCStrategy({name}(FedAvg(), ...), policy) ({GUIDE})"
-            )
+    outer = find_caller(lambda owner: isinstance(owner, Clipping) and vars(owner) is not vars(inner))
+    if outer is not None:
+        name = type(outer).__name__
+        raise PolicyError(
+            f"{name}(OMCStrategy(...)) would clip packed replies: turn it round, "
+            f"OMCStrategy({name}(FedAvg(), ...), policy) ({GUIDE})"
+        )
 
 
 def bounded(inner: Strategy, broadcast: Broadcast, arrays: ArrayRecord) -> ArrayRecord:
-    """Give a decoded reply with an update that the strategy can take: see the note on where to clip.
+    """Return a decoded reply whose update the strategy can handle; see the note on where to clip.
 
-    What a client clipped is clipped again; what the server is to clip is left to the strategy, but an update of norm 0
-    gets one that is next to nothing, because Flower divides by it. Nobody is left out for an update of norm 0: who is
-    counted would depend on private data.
+    What a client clipped is clipped again. What the server is to clip is left to the strategy, but an update of norm 0
+    is changed by next to nothing, because Flower divides by the norm. Nobody is left out for an update of norm 0: then
+    who is counted would depend on private data.
 
     Args:
-        inner: the wrapped strategy; if it does not clip, the reply is given as it is.
+        inner: the wrapped strategy; if it does not clip, the reply is returned as it is.
         broadcast: what was sent.
-        arrays: the server's values with what the client changed, decoded when they are asked for.
+        arrays: the server's weights plus what the client changed, decoded when they are asked for.
 
     Raises:
         PayloadError: the update is so large that it is not finite when it is added.
@@ -155,11 +164,22 @@ def bounded(inner: Strategy, broadcast: Broadcast, arrays: ArrayRecord) -> Array
 
 
 def explained(error: Error) -> str:
-    """Add to the reason of a client's error what a wrong order of mods has to do with it."""
+    """Return the reason of a client's error, with what to do about it if it comes from how the app is put together."""
     reason = str(error.reason)
-    if RECORD_KEY_CONFIGS in reason:
+    if mentions_secure_aggregation(reason):
         return f"{reason} ({NO_SECURE_AGGREGATION})"
-    if error.code == ErrorCode.MOD_FAILED_PRECONDITION or STYPE in reason:
+    if mentions_legacy_content(reason):
+        return (
+            f"{reason} (the client is a legacy app, client_fn or NumPyClient, which OMCStrategy cannot send to: write "
+            "it with @app.train() of flwr.clientapp.ClientApp)"
+        )
+    if STYPE in reason:
+        return (
+            f"{reason} (the client reads compressed arrays as plain ones: fill its model with fedomc.flower.install "
+            "and answer with fedomc.flower.collect, or leave its code as it is in ClientApp(mods=[omc_mod, ...]); mods "
+            f"that look at arrays come after omc_mod, and not around a client that trains compressed; {GUIDE})"
+        )
+    if is_mod_failure(error.code):
         return (
             f"{reason} (mods that look at arrays come after omc_mod, ClientApp(mods=[omc_mod, ...]), and not around a "
             f"client that trains compressed; {GUIDE})"
@@ -168,7 +188,7 @@ def explained(error: Error) -> str:
 
 
 def _change(broadcast: Broadcast, arrays: ArrayRecord, name: str) -> Values:
-    """Take the difference to the server's values in float64, flat."""
+    """Return the difference to the server's values, float64 and flat."""
     change = arrays[name].numpy().astype(np.float64).reshape(-1)
     change -= broadcast.dense(name).reshape(-1)
     return change
@@ -191,7 +211,7 @@ def _scaled(broadcast: Broadcast, arrays: ArrayRecord, factor: float) -> ArrayRe
 
 
 def _nudged(arrays: ArrayRecord) -> ArrayRecord:
-    """Change one value in its last place."""
+    """Return the arrays with one value changed in its last place."""
     record = ArrayRecord()
     for name, array in arrays.items():
         record[name] = array

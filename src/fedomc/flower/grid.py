@@ -1,4 +1,4 @@
-"""A grid that gives replies one by one, where Flower's would hold all of a round."""
+"""A grid that yields replies one by one; Flower's own grids hold all replies of a round."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -8,16 +8,16 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 _INTERVAL = 0.1
-"""Seconds between two looks for replies; more if looking takes long."""
+"""The least seconds between two polls for replies; more if a poll takes longer."""
 
 
-class OneByOne(Grid):
-    """Another grid's nodes, with a ``send_and_receive`` that fetches a reply when the one before was dealt with.
+class StreamingGrid(Grid):
+    """A grid whose ``send_and_receive`` fetches a reply of another grid only when the one before was processed.
 
     Args:
-        grid: the other one.
-        in_order: give the replies in the order of the messages, so that sums of them have the same last bits in every
-            run. Those that are there before their turn wait outside this process.
+        grid: the other grid, whose nodes are used.
+        in_order: yield the replies in the order of the messages, so that sums of them have the same last bits in every
+            run. Replies that arrive before their turn wait outside this process.
     """
 
     def __init__(self, grid: Grid, *, in_order: bool = False) -> None:
@@ -28,8 +28,8 @@ class OneByOne(Grid):
         """Send messages now; the replies are fetched as the iterator is drawn from.
 
         Args:
-            messages: to send.
-            timeout: seconds from now on; later replies are not fetched. None waits for all.
+            messages: the messages to send.
+            timeout: the seconds from now on after which no more replies are fetched; None waits for all.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._fetched([sent for sent in self.grid.push_messages(messages) if sent is not None], deadline)
@@ -39,7 +39,7 @@ class OneByOne(Grid):
             began = time.monotonic()
             still = []
             for sent in waiting:
-                replies = list(self.grid.pull_messages([sent]))  # one, so that no other is in memory
+                replies = list(self.grid.pull_messages([sent]))  # one at a time, so that no other is in memory
                 if not replies:
                     still.append(sent)
                 while replies:
@@ -48,38 +48,38 @@ class OneByOne(Grid):
                     still += waiting[waiting.index(sent) + 1 :]
                     break
             if deadline is not None and began >= deadline:
-                return  # a last look was taken after it
+                return  # the last poll was after the deadline
             if len(still) == len(waiting):
                 time.sleep(max(_INTERVAL, time.monotonic() - began))
             waiting = still
 
     def set_run(self, run: Any) -> None:
-        """Set the run."""
+        """Set the run of the other grid."""
         self.grid.set_run(run)
 
     @property
     def run(self) -> Any:
-        """The run."""
+        """The run of the other grid."""
         return self.grid.run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """Make a message."""
+        """Make a message with the other grid."""
         return self.grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """List the nodes."""
+        """List the nodes of the other grid."""
         return self.grid.get_node_ids()
 
     def get_nodes(self) -> Iterable[Any]:
-        """Describe the nodes."""
+        """Describe the nodes of the other grid."""
         return self.grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages."""
+        """Send messages through the other grid."""
         return self.grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Fetch the replies to some messages that are there."""
+        """Fetch the replies to some messages that have arrived."""
         return self.grid.pull_messages(message_ids)

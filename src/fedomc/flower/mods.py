@@ -1,79 +1,116 @@
-"""``omc_mod``: compressed messages for client code that knows nothing of them."""
+"""``omc_mod``: compressed messages for client code that knows nothing of compression."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp.typing import ClientAppCallable
-from torch import Tensor
 
-from fedomc.errors import PayloadError
-from fedomc.flower.arrays import CONFIG, STYPE, Instructions, from_config, packed_array, read_packed, records_of
-from fedomc.methods import Encoding, Method, Packed, encode
+from fedomc.errors import PayloadError, PolicyError
+from fedomc.flower._flower import is_legacy_content
+from fedomc.flower.arrays import STYPE, framed_array, read_packed, records_of
+from fedomc.flower.config import CONFIG, from_config
 from fedomc.serialization import frame
+from fedomc.serialization.uplink import UplinkConfig, reply_frame
+
+Frames = dict[str, frame.Frame]
 
 
-def omc_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Decode what comes from ``OMCStrategy`` for a client's unchanged code, and encode what it returns.
+def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Decode what comes from ``OMCStrategy`` for a client's unchanged code, and encode what that returns.
 
     For ``ClientApp(mods=[omc_mod])``, where the training loop cannot be changed. It compresses **communication only**:
     the client's code gets, trains and returns FP32 arrays and holds as much memory as without compression. A loop that
     uses ``install`` and ``collect`` keeps the parameters packed while it trains.
 
-    It is the first of the mods, ``mods=[omc_mod, fixedclipping_mod]``: the others then see FP32 arrays, and the message
-    as the wrapped strategy made it.
+    It must be the first of the mods, ``mods=[omc_mod, fixedclipping_mod]``: the others then see FP32 arrays, and the
+    message as the wrapped strategy made it.
 
-    The variables that came compressed go back so, in the format of the message: as a whole, or, if the policy has an
-    ``update_format``, the difference to what came.
+    Variables that came compressed go back compressed, as ``reply_frame`` says. In a reply these are the ones of the
+    record that is named as the one that was sent; other records stay as they are.
+
+    The mod does not know the client's model: a message whose FP32 values would take more than ``frame.MAX_EXPANSION``
+    times the bytes that arrived is refused.
 
     Raises:
-        PayloadError: a variable that came is damaged, or one that goes back has another shape or dtype.
+        PayloadError: a variable that came is damaged, one that goes back has another shape or dtype, or the message
+            would become too large.
         NonFiniteError: a value that goes back is NaN or infinite.
+        PolicyError: the message is one of Flower's legacy API, which ``OMCStrategy`` cannot send.
     """
+    if is_legacy_content(message.content):
+        raise PolicyError(
+            "omc_mod has nothing to do in a legacy app (client_fn, NumPyClient): its messages are never compressed. "
+            "Write the client with @app.train() of flwr.clientapp.ClientApp and the server with flwr.serverapp and "
+            "OMCStrategy, or remove omc_mod"
+        )
     config = records_of(message.content, ConfigRecord).get(CONFIG)
     if config is None:
         return call_next(message, context)
-    instructions, came = from_config(config), dict[str, frame.Frame]()
+    records = records_of(message.content, ArrayRecord)
+    _check_expansion(records.values())
+    uplink, sent = from_config(config), dict[str, Frames]()
     content = RecordDict({key: record for key, record in message.content.items() if key != CONFIG})
-    for key, record in records_of(message.content, ArrayRecord).items():
-        content[key] = decoded = ArrayRecord()
-        for name, array in record.items():
-            if array.stype == STYPE:
-                came[name] = read_packed(array, name, copy=False)
-                array = Array(_values(came[name]).numpy())
-            decoded[name] = array
+    for key, record in records.items():
+        content[key], frames = _decoded(record)
+        if frames:
+            sent[key] = frames
+    del records
     message.content = content
     reply = call_next(message, context)
     if reply.has_error():
         return reply
     content = RecordDict(dict(reply.content.items()))
-    for key, record in records_of(reply.content, ArrayRecord).items():
-        content[key] = encoded = ArrayRecord()
-        for name, array in record.items():
-            encoded[name] = _encoded(name, array, came[name], instructions) if name in came else array
+    records = records_of(reply.content, ArrayRecord)
+    for key, frames in _answers(sent, records).items():
+        content[key] = _encoded(records[key], frames, uplink)
     reply.content = content
     return reply
 
 
-def _encoded(name: str, array: Array, came: frame.Frame, instructions: Instructions) -> Array:
-    if tuple(array.shape) != came.shape or array.dtype != "float32":
+def _check_expansion(records: Iterable[ArrayRecord]) -> None:
+    """Refuse a message that would become far larger than it is: entropy coded constants can be of any length."""
+    arrays = [(name, array) for record in records for name, array in record.items() if array.stype == STYPE]
+    sizes = [(4 * math.prod(map(abs, array.shape)), name) for name, array in arrays]
+    arrived, needed = sum(len(array.data) for _, array in arrays), sum(size for size, _ in sizes)
+    if needed > frame.MAX_EXPANSION * arrived:
+        largest, name = max(sizes)
         raise PayloadError(
-            f"{name} goes back as {array.dtype} {tuple(array.shape)}, but came as float32 {came.shape}: "
-            "return what was received, trained"
+            f"{name} would become {largest} bytes of FP32 values, and all variables {needed} for the {arrived} bytes "
+            f"that arrived: more than {frame.MAX_EXPANSION} for each is refused, as omc_mod does not know the model. "
+            "Fill the model with fedomc.flower.install, which does, or send without entropy coding"
         )
-    values, how = torch.from_numpy(array.numpy()), instructions.encoding
-    lossless = instructions.lossless
-    if came.kind == frame.VARIABLE and how.update_format is None:
-        packed = _encode(name, values, came.packed.method, how)
-        return packed_array(packed, came.shape, lossless=lossless, sent=came.packed)
-    format = how.update_format if came.kind == frame.VARIABLE else instructions.rest_format
-    if format is None:
-        raise PayloadError(f"{name} came in a format of the rest, but the message's {CONFIG!r} record names none")
-    change = came.packed.add_to(values.reshape(-1), -1.0)
-    return packed_array(_encode(name, change, format, how), came.shape, frame.UPDATE, lossless=lossless)
 
 
-def _encode(name: str, values: Tensor, format: Method, how: Encoding) -> Packed:
-    return encode(values, format, how.transform, how.rounding, how.seed, name)
+def _decoded(record: ArrayRecord) -> tuple[ArrayRecord, Frames]:
+    """Return a record with plain arrays, and the frames that were in it."""
+    decoded, frames = ArrayRecord(), Frames()
+    for name, array in record.items():
+        if array.stype == STYPE:
+            frames[name] = parsed = read_packed(array, name, copy=False)
+            array = Array(
+                parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu"))
+                .view(parsed.shape)
+                .numpy()
+            )
+        decoded[name] = array
+    return decoded, frames
 
 
-def _values(parsed: frame.Frame) -> Tensor:
-    return parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu")).view(parsed.shape)
+def _answers(sent: Mapping[str, Frames], records: Mapping[str, ArrayRecord]) -> dict[str, Frames]:
+    """Return the frames that each record of a reply answers: of the record of its name, or of the only one there is."""
+    answers = {key: sent[key] for key in records if key in sent}
+    if not answers and len(sent) == len(records) == 1:
+        answers = {next(iter(records)): next(iter(sent.values()))}
+    return answers
+
+
+def _encoded(record: ArrayRecord, frames: Frames, uplink: UplinkConfig) -> ArrayRecord:
+    encoded = ArrayRecord()
+    for name, array in record.items():
+        if name in frames:
+            data = reply_frame(torch.from_numpy(array.numpy()), frames[name], uplink, name)
+            assert data is not None
+            array = framed_array(data, tuple(array.shape))
+        encoded[name] = array
+    return encoded

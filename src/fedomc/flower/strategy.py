@@ -1,86 +1,79 @@
-"""``OMCStrategy``: any Flower strategy, with compressed messages; what is added up is told in ``aggregation``."""
+"""``OMCStrategy``: any of Flower's strategies, with compressed messages."""
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
-from logging import ERROR, INFO, WARNING
-from typing import NoReturn, cast
+from typing import NoReturn
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
-from flwr.common.logger import log
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
-from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
+from flwr.serverapp.strategy import Result, Strategy
 
-from fedomc.errors import NonFiniteError, PayloadError, PolicyError
+from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower import defences
-from fedomc.flower.aggregation import AGGREGATES, Mean, averages, decoded, dense_array, in_dtype, is_the_mean
-from fedomc.flower.arrays import records_of, view_dense
-from fedomc.flower.broadcast import Broadcast, Returned, float32_shapes
-from fedomc.flower.grid import OneByOne
-from fedomc.flower.resuming import restore, state_of
-from fedomc.flower.tiers import Announced
+from fedomc.flower._flower import logger, stand_in
+from fedomc.flower.aggregation import AGGREGATES
+from fedomc.flower.checkpointing import RunState, digest, from_checkpoint, settings_of, to_checkpoint
+from fedomc.flower.downlink import Broadcast, float32_shapes
+from fedomc.flower.grid import StreamingGrid
+from fedomc.flower.replies import checked_evaluations
+from fedomc.flower.tiers import NodeCapabilities
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
+from fedomc.flower.training_round import TrainingRound
 from fedomc.methods import Method, parse_method
 from fedomc.serialization.checkpointing import Checkpoints
 from fedomc.serialization.entropy import require
 from fedomc.training.policy import CompressionPolicy, TieredPolicy
 
-LOSSLESS = ("none", "down", "up", "both")
-
-_Checked = tuple[Message, dict[str, Returned]]
-
-_LARGEST_WEIGHT = 2.0**63
-"""Of a reply; it is a count, and sums of larger numbers might not be finite."""
-
-_FEW = 3
-"""Of replies that come one by one, so many are added together; and the metrics that most of the first so many have,
-all others must have."""
+DIRECTIONS = ("none", "down", "up", "both")
 
 
 class OMCStrategy(Strategy):
-    """Wrap a strategy so that what it sends is compressed and what it aggregates is decoded.
+    """A strategy that compresses what another strategy sends, and decodes what it aggregates.
 
-    Every client gets its own payload: which variables stay FP32 is drawn from the policy's seed, the round and the
+    Every client gets a payload of its own: which variables stay FP32 is drawn from the policy's seed, the round and the
     client. Each variable is encoded once a round, whatever the number of clients. A reply must hold one ``ArrayRecord``
-    with the variables that were sent (what ``collect`` gives) and one ``MetricRecord`` with the weight; one that is
-    damaged, of another model, not finite, too late or was not asked for is left out and named in the log. The inner
-    strategy aggregates the others; a result that is not finite is dropped.
+    with the variables that were sent (what ``collect`` returns) and a ``MetricRecord`` with the weight. A reply that is
+    damaged, of another model, not finite, too late, to another round's message or from a node that was not asked is
+    left out and named in the log; the inner strategy aggregates the others. A result that is not finite is dropped.
 
-    What the server's memory is: for strategies that need a mean (``FedAvg``, ``FedAvgM``, ``FedProx``, ``FedAdam``,
+    A metric that is not finite, or that no more than half of the replies have, is dropped with a warning, but not the
+    reply. So are further array and metric records, unless the inner strategy has an ``aggregate_train`` of its own,
+    which is given them. No reply weighs more than ``weight_cap`` times the median weight; of a stream of replies the
+    median is that of those read so far, and the log names who is capped.
+
+    The server's memory: for strategies that need a mean (``FedAvg``, ``FedAvgM``, ``FedProx``, ``FedAdam``,
     ``FedYogi``, ``FedAdagrad``, and subclasses that leave ``aggregate_train`` alone) it does not grow with the number
     of clients, as ``start`` takes replies one by one. Any other strategy holds all replies, packed, and what it
-    decodes of them: one variable of each in FP32 with ``FedMedian`` and ``FedTrimmedAvg``, all of all, several times,
-    with ``Krum``, ``MultiKrum`` and ``Bulyan``, and with the strategies of differential privacy that clip on the
-    server; those that clip on the clients need one variable of a reply at a time.
+    decodes of them: one variable of all replies in FP32 with ``FedMedian`` and ``FedTrimmedAvg``, all variables of all
+    replies, several times, with ``Krum``, ``MultiKrum`` and ``Bulyan``, and with the strategies of differential privacy
+    that clip on the server; those that clip on the clients need one variable of one reply at a time.
 
-    Differential privacy goes inside, ``OMCStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), ...))``; what
-    is refused, and what becomes of a client's clipping, is told in ``defences``.
+    Differential privacy goes inside, ``OMCStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), ...))``; the
+    module ``defences`` says what is refused, and what becomes of a client's clipping.
 
     Names alone do not tell parameters from buffers: float32 buffers of two dimensions are compressed like parameters
     unless the policy excludes them.
 
     Attributes:
         inner: the wrapped strategy.
-        policy: how to compress; None sends FP32 and only counts. With a ``TieredPolicy`` each client gets the format
-            of its tier; clients tell it where their app has ``app.query("fedomc")(fedomc.flower.announce)``.
-        aggregate: ``difference`` or ``value``.
-        client_name: names a node for the draw: the node's number by default, which a simulation changes in each run.
-        lossless: which messages go through the lossless stage: ``none``, ``down``, ``up`` or ``both``. It needs
-            zstandard on both sides, and clients that give ``collect`` the message.
-        rest_format: in which the variables travel that partial quantization leaves in FP32; None is FP32.
+        policy: how to compress; None sends FP32 and only counts bytes. With a ``TieredPolicy`` each client gets the
+            format of its tier, which it announces if its app has ``app.query("fedomc")(fedomc.flower.announce)``.
+        aggregate: ``delta`` averages what the clients changed, ``weights`` the weights that they returned.
+        client_name: names a node for the random draws. By default it is the node's number, which a simulation changes
+            in each run.
+        entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``. It needs zstandard
+            on both sides, and clients that give ``collect`` the message.
+        unquantized_format: the format of the variables that partial quantization leaves unquantized; None is FP32.
+        weight_cap: the most that a reply weighs, as a multiple of the median weight; None sets no cap.
         checkpoints: where the state is kept after each round, for ``start`` to resume from.
         observers: are called with the report of each round of training.
-        traffic: bytes by round, of training messages.
+        traffic: the bytes of training messages, by round.
         report: what the last round took, by variable; its totals are among the round's metrics, as ``fedomc.up-bytes``.
 
     Raises:
-        FormatError: no such format of the rest.
-        PolicyError: an unknown way to aggregate or direction, the lossless stage without zstandard, or ``value`` with a
-            strategy that clips.
+        FormatError: there is no such format.
+        PolicyError: an unknown way to aggregate or direction, a cap below 1, entropy coding without zstandard, or
+            ``weights`` with a strategy that clips.
     """
 
     def __init__(
@@ -88,33 +81,38 @@ class OMCStrategy(Strategy):
         inner: Strategy,
         policy: CompressionPolicy | TieredPolicy | None,
         *,
-        aggregate: str = "difference",
+        aggregate: str = "delta",
         client_name: Callable[[int], str | int] = str,
-        lossless: str = "none",
-        rest_format: str | Method | None = None,
+        entropy_coding: str = "none",
+        unquantized_format: str | Method | None = None,
+        weight_cap: float | None = 10.0,
         checkpoints: Checkpoints | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         if aggregate not in AGGREGATES:
             raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
-        if lossless not in LOSSLESS:
-            raise PolicyError(f"lossless={lossless!r} is unknown: use one of {', '.join(LOSSLESS)}")
-        if lossless != "none":
+        if entropy_coding not in DIRECTIONS:
+            raise PolicyError(f"entropy_coding={entropy_coding!r} is unknown: use one of {', '.join(DIRECTIONS)}")
+        if weight_cap is not None and not weight_cap >= 1:
+            raise PolicyError(f"weight_cap={weight_cap} would cap the median client: use 1 or more, or None for no cap")
+        if entropy_coding != "none":
             require()
         defences.check_aggregate(inner, aggregate)
         self.inner = inner
         self.policy = policy
         self.aggregate = aggregate
-        self.lossless = lossless
-        self.rest_format = None if rest_format is None else parse_method(rest_format)
+        self.entropy_coding = entropy_coding
+        self.unquantized_format = None if unquantized_format is None else parse_method(unquantized_format)
         self.client_name = client_name
+        self.weight_cap = weight_cap
         self.checkpoints = checkpoints
         self.observers = observers
         self.traffic: list[Traffic] = []
-        self._broadcast: Broadcast | None = None
-        self._sent: list[Metadata] = []
-        self._means = Announced()
         self.report: RoundReport | None = None
+        self._round: TrainingRound | None = None
+        self._broadcast: Broadcast | None = None
+        self._evaluation: Sequence[Metadata] = ()
+        self._capabilities = NodeCapabilities()
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
@@ -132,55 +130,68 @@ class OMCStrategy(Strategy):
     ) -> Result:
         """Run the rounds as Flower does, but take the replies one by one as they arrive.
 
+        If the inner strategy has a ``start`` of its own, for instance to log or to keep the best model, that one runs,
+        and what it sends and aggregates is compressed.
+
         Args:
-            grid: where the nodes are.
+            grid: the grid that the nodes are on.
             initial_arrays: the model.
-            num_rounds: how many.
-            timeout: seconds to wait for the replies of a round; who has not answered by then is left out.
-            train_config: for the clients, in training.
-            evaluate_config: for the clients, in evaluation.
+            num_rounds: how many rounds.
+            timeout: the seconds to wait for the replies of a round; later replies are left out.
+            train_config: is sent to the clients for training.
+            evaluate_config: is sent to the clients for evaluation.
             evaluate_fn: measures the model on the server, before the first round (as round 0) and after each.
 
         Returns:
-            The last model and the metrics by round.
+            The last model and the metrics by round, those of rounds before a resumption included.
+
+        Raises:
+            PayloadError: the checkpoint is of another model or other settings, or none is whole; or it is of a finished
+                run that began with another initial model.
+            PolicyError: there are checkpoints, but the inner strategy has a ``start`` of its own, which keeps none.
         """
-        one_by_one = OneByOne(grid)
-        initial_arrays, done = self.resume(initial_arrays)
-        log(INFO, "Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
-        log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
-        self.summary()
+        streaming = StreamingGrid(grid)
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        result, arrays = Result(), initial_arrays
+        if type(self.inner).start is not Strategy.start:
+            return self._inner_in_place().start(
+                streaming, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            )
+        state = self._resumed(initial_arrays, num_rounds)
+        logger.info("Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
+        size = sum(len(array.data) for array in initial_arrays.values()) / 2**20
+        logger.info("%d rounds of a model of %.2f MB", num_rounds, size)
+        self.summary()
 
         def measure(number: int) -> None:
-            metrics = None if evaluate_fn is None else evaluate_fn(number, arrays)
+            metrics = None if evaluate_fn is None else evaluate_fn(number, state.arrays)
             if metrics is not None:
-                log(INFO, "round %d: measured on the server: %s", number, metrics)
-                result.evaluate_metrics_serverapp[number] = metrics
+                logger.info("round %d: measured on the server: %s", number, metrics)
+                state.result.evaluate_metrics_serverapp[number] = metrics
 
-        if not done:
+        if not state.round:
             measure(0)
-        for number in range(done + 1, num_rounds + 1):
-            log(INFO, "[ROUND %d/%d]", number, num_rounds)
-            messages = self.configure_train(number, arrays, train_config, one_by_one)
-            new, metrics = self.aggregate_train(number, one_by_one.send_and_receive(messages, timeout=timeout))
+        for number in range(state.round + 1, num_rounds + 1):
+            logger.info("[ROUND %d/%d]", number, num_rounds)
+            messages = self.configure_train(number, state.arrays, train_config, streaming)
+            new, metrics = self.aggregate_train(number, streaming.send_and_receive(messages, timeout=timeout))
             if new is not None:
-                arrays = new
+                state.arrays = new
             if metrics is not None:
-                log(INFO, "round %d: metrics of training: %s", number, metrics)
-                result.train_metrics_clientapp[number] = metrics
-            messages = self.configure_evaluate(number, arrays, evaluate_config, one_by_one)
-            metrics = self.aggregate_evaluate(number, one_by_one.send_and_receive(messages, timeout=timeout))
+                logger.info("round %d: metrics of training: %s", number, metrics)
+                state.result.train_metrics_clientapp[number] = metrics
+            messages = self.configure_evaluate(number, state.arrays, evaluate_config, streaming)
+            metrics = self.aggregate_evaluate(number, streaming.send_and_receive(messages, timeout=timeout))
             if metrics is not None:
-                log(INFO, "round %d: metrics of evaluation: %s", number, metrics)
-                result.evaluate_metrics_clientapp[number] = metrics
+                logger.info("round %d: metrics of evaluation: %s", number, metrics)
+                state.result.evaluate_metrics_clientapp[number] = metrics
             measure(number)
+            state.round = number
             if self.checkpoints is not None:
-                self.checkpoints.save(number, state_of(self, number, arrays))
+                self.checkpoints.save(number, to_checkpoint(state, self.inner, self._settings()))
         if self.checkpoints is not None:
             self.checkpoints.release()
-        result.arrays = arrays
-        return result
+        state.result.arrays = state.arrays
+        return state.result
 
     def initialize_parameters(self, client_manager: object) -> NoReturn:
         """Refuse Flower's legacy workflows, SecAgg+ among them, which begin by asking for this.
@@ -188,12 +199,16 @@ class OMCStrategy(Strategy):
         Raises:
             PolicyError: always.
         """
-        raise PolicyError(f"OMCStrategy cannot run in a legacy workflow: {defences.NO_SECURE_AGGREGATION}")
+        raise PolicyError(
+            "OMCStrategy cannot run in a legacy workflow (start_server, ServerAppComponents, SecAggPlusWorkflow): use "
+            "flwr.serverapp, that is app = ServerApp() with @app.main(), and strategy.start(grid, arrays) in it. "
+            f"{defences.NO_SECURE_AGGREGATION}"
+        )
 
     def resume(self, arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
-        """Take up the last checkpoint, if there is one: the strategies' state, and Python's random state.
+        """Restore the last checkpoint, if there is one: the strategies' state, and Python's random state.
 
-        That is what Flower draws nodes with, so that the rounds go on as they would have without an interruption.
+        Flower draws nodes with Python's random numbers, so the rounds go on as they would have without an interruption.
 
         Args:
             arrays: the initial model.
@@ -202,12 +217,55 @@ class OMCStrategy(Strategy):
             The model to go on with, and how many rounds it has had.
 
         Raises:
-            PayloadError: the checkpoint is of another model or policy, or none is whole.
+            PayloadError: the checkpoint is of another model or other settings, or none is whole.
         """
+        state = self._restored(arrays)
+        return state.arrays, state.round
+
+    def _resumed(self, arrays: ArrayRecord, num_rounds: int) -> RunState:
+        """Return the state to start from, and log where it is from."""
+        state = self._restored(arrays)
+        if self.checkpoints is None or not state.round:
+            return state
+        folder, other = self.checkpoints.folder, state.initial != digest(arrays)
+        if state.round >= num_rounds:
+            if other:
+                raise PayloadError(
+                    f"the run in {folder} is finished after round {state.round}, but began with another initial model: "
+                    "use another folder for another run, or give the model that it began with"
+                )
+            logger.info("already finished: %s has the model after round %d of %d", folder, state.round, num_rounds)
+            return state
+        logger.info("resumed after round %d of %d from %s", state.round, num_rounds, folder)
+        if other:
+            logger.warning(
+                "the run in %s began with another initial model than the one given, which is not used: for a run "
+                "that begins with it use another folder",
+                folder,
+            )
+        return state
+
+    def _restored(self, arrays: ArrayRecord) -> RunState:
         stored = None if self.checkpoints is None else self.checkpoints.resume()
         if stored is None:
-            return arrays, 0
-        return restore(self, stored, arrays)
+            return RunState(0, arrays, "" if self.checkpoints is None else digest(arrays), self.traffic)
+        state = from_checkpoint(stored, self.inner, self._settings(), arrays)
+        self.traffic = state.traffic
+        return state
+
+    def _settings(self) -> dict[str, object]:
+        return {**settings_of(self.inner, self.aggregate, self.policy), "weight_cap": self.weight_cap}
+
+    def _inner_in_place(self) -> Strategy:
+        """Return the inner strategy as its own ``start`` is to see it: configuring and aggregating as this one does."""
+        if self.checkpoints is not None:
+            name = type(self.inner).__name__
+            raise PolicyError(
+                f"checkpoints are saved by OMCStrategy.start, but {name} has a start of its own: override start in a "
+                "subclass of OMCStrategy instead, or set checkpoints=None and save them there"
+            )
+        names = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+        return stand_in(self.inner, {method: getattr(self, method) for method in names})
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -217,42 +275,50 @@ class OMCStrategy(Strategy):
         Raises:
             PolicyError: the inner strategy clips what it cannot, or this one is inside a strategy that clips.
         """
-        defences.check_nesting()
+        defences.check_nesting(self.inner)
         defences.check_model(self.inner, arrays)
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
-        self._broadcast = self._broadcast_of(arrays, server_round, grid, messages)
-        self.report = RoundReport(server_round)
-        with self.report.timed("encode"):
-            for message in messages:
-                self._broadcast.compress(message)
-        self._sent = [message.metadata for message in messages]
+        broadcast = self._broadcast_of(arrays, server_round, grid, messages)
+        self.report = report = RoundReport(server_round)
+        with report.timed("encode"):
+            self._send(broadcast, messages)
         for message in messages:
-            self.report.count("down", message)
-        self.report.errors = self._broadcast.errors
-        self.traffic.append(Traffic(server_round, len(messages), down_bytes=self.report.down_bytes.total()))
+            report.count("down", message)
+        report.errors = broadcast.errors
+        self.traffic.append(Traffic(server_round, len(messages), down_bytes=report.down_bytes.total()))
+        self._round = TrainingRound(
+            broadcast,
+            [message.metadata for message in messages],
+            report,
+            weight_name=self._weight_name,
+            weight_cap=self.weight_cap,
+            of_weights=self.aggregate == "weights",
+            name_of=self.client_name,
+        )
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies and aggregate what they decode to.
+        """Check the replies and have the inner strategy aggregate what they decode to.
 
-        If the inner strategy needs no more than a mean, a few replies at a time are added to it, one variable of all
-        of them after the other, and let go of; of an iterator, such as ``OneByOne`` gives, no more are in memory at
-        any time. Other strategies get all replies, which decode when they are looked at.
+        Args:
+            server_round: the round's number.
+            replies: what came back. Of an iterator, such as ``StreamingGrid`` gives, no more than a few replies are in
+                memory at any time if the inner strategy needs no more than their mean.
+
+        Returns:
+            The new model, and the metrics, with the report's totals among them; None where there are none.
+
+        Raises:
+            RuntimeError: ``configure_train`` was not called.
         """
-        if self._broadcast is None or self.report is None:
+        if self._round is None or self.report is None:
             raise RuntimeError("aggregate_train was called before configure_train")
-        broadcast, errors = self._broadcast, list[Message]()
-        usable = self._usable(broadcast, replies, errors)
-        aggregate = self._mean if averages(self.inner) else self._all
-        arrays, metrics = aggregate(server_round, broadcast, usable, errors)
-        if arrays is not None:
-            try:
-                arrays = _in_dtypes_of(broadcast.arrays, arrays)
-            except NonFiniteError as error:
-                log(ERROR, "round %d: %s; the model stays as it was", server_round, error)
-                arrays = None
+        self._round.received = 0
+        arrays, metrics = self._round.aggregate(self.inner, replies)
+        up_bytes = self.report.up_bytes.total()
+        self.traffic[-1] = replace(self.traffic[-1], received=self._round.received, up_bytes=up_bytes)
         if metrics is not None:
             metrics = MetricRecord({**metrics, **self.report.metrics(variables=False)})
         for observer in self.observers:
@@ -265,39 +331,35 @@ class OMCStrategy(Strategy):
         """Let the inner strategy choose the clients; they evaluate what they would be sent for training."""
         messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
         broadcast = self._broadcast_of(arrays, server_round, grid, messages)
-        for message in messages:
-            broadcast.compress(message)
+        self._send(broadcast, messages)
+        self._evaluation = [message.metadata for message in messages]
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Check the metrics and let the inner strategy aggregate them."""
-        agreed = []
-        for reply in replies:
-            try:
-                if not reply.has_error():
-                    self._check_metrics(reply)
-                agreed.append(reply)
-            except PayloadError as error:
-                _left_out(server_round, reply.metadata.src_node_id, error)
-        usual = _usual(reply for reply in agreed if not reply.has_error())
-        agreed = [reply for reply in agreed if reply.has_error() or _is_like(usual, server_round, reply)]
-        if not any(self._weight(reply) > 0 for reply in agreed if not reply.has_error()):
-            return None
-        return self.inner.aggregate_evaluate(server_round, agreed)
+        """Check the metrics and have the inner strategy aggregate them; None if no reply has a weight above zero."""
+        messages = checked_evaluations(self._evaluation, replies, server_round, self._weight_name, self.weight_cap)
+        return None if messages is None else self.inner.aggregate_evaluate(server_round, messages)
+
+    def _send(self, broadcast: Broadcast, messages: Iterable[Message]) -> None:
+        """Give each message its payload; the broadcast takes the place of the former one."""
+        for message in messages:
+            broadcast.compress(message)
+        broadcast.release_former()
+        self._broadcast = broadcast
 
     def _broadcast_of(self, arrays: ArrayRecord, server_round: int, grid: Grid, messages: list[Message]) -> Broadcast:
         tiers = self.policy
         if not isinstance(tiers, TieredPolicy):
             return self._broadcast_by(lambda node: tiers, arrays, server_round)
-        self._means.ask(grid, {message.metadata.dst_node_id for message in messages})
+        self._capabilities.ask(grid, {message.metadata.dst_node_id for message in messages})
         shapes = float32_shapes(arrays)
 
         def policy_of(node: int) -> CompressionPolicy | None:
             client = self.client_name(node)
             try:
-                return tiers.choose(shapes, **self._means.of(node), round=server_round, client=client)
+                return tiers.choose(shapes, **self._capabilities.of(node), round=server_round, client=client)
             except PolicyError as error:
-                log(WARNING, "round %d: node %d gets the default tier: %s", server_round, node, error)
+                logger.warning("round %d: node %d gets the default tier: %s", server_round, node, error)
                 return tiers.choose()
 
         return self._broadcast_by(policy_of, arrays, server_round)
@@ -305,205 +367,16 @@ class OMCStrategy(Strategy):
     def _broadcast_by(
         self, policy_of: Callable[[int], CompressionPolicy | None], arrays: ArrayRecord, server_round: int
     ) -> Broadcast:
-        return Broadcast(arrays, policy_of, server_round, self.client_name, self.lossless, self.rest_format)
-
-    def _mean(
-        self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Aggregate with a strategy that takes the mean for the reply of a single client."""
-        assert self.report is not None
-        mean, kept = Mean(broadcast, value=self.aggregate == "value"), list[Message]()
-        while some := list(islice(usable, _FEW)):
-            with self.report.timed("decode"):
-                mean.add([(variables, self._weight(reply)) for reply, variables in some])
-            for reply, _ in some:
-                reply.content = _without_arrays(reply.content)
-                kept.append(reply)
-            del some, reply, _  # before the next ones are there
-        if not mean.weight:
-            return self.inner.aggregate_train(server_round, errors)
-        kept = self._sorted(kept)
-        contents = [reply.content for reply in kept]
-        log(INFO, "round %d: the mean of %d replies, %d errors", server_round, len(kept), len(errors))
-        assert isinstance(self.inner, FedAvg)
-        if is_the_mean(self.inner):
-            with self.report.timed("aggregate"):
-                return mean.arrays(), self.inner.train_metrics_aggr_fn(contents, self._weighted_by)
-        one = kept[0]
-        one.content = RecordDict({"arrays": mean.result(), "metrics": MetricRecord({self._weighted_by: 1.0})})
-        with _metrics_of(self.inner, contents), self.report.timed("aggregate"):
-            return self.inner.aggregate_train(server_round, [*errors, one])
-
-    def _all(
-        self, server_round: int, broadcast: Broadcast, usable: Iterator[_Checked], errors: list[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Aggregate with a strategy that looks at each reply."""
-        received = []
-        for reply, variables in usable:
-            key = next(iter(records_of(reply.content, ArrayRecord)))
-            content = RecordDict(dict(reply.content.items()))
-            arrays = decoded(broadcast, variables, value=self.aggregate == "value")
-            try:
-                content[key] = defences.bounded(self.inner, broadcast, arrays)
-            except PayloadError as error:
-                _left_out(server_round, reply.metadata.src_node_id, error)
-                continue
-            reply.content = content
-            received.append(reply)
-        if not any(self._weight(reply) > 0 for reply in received):
-            received = []  # a mean of nothing
-        if not received and not errors:
-            return None, None
-        assert self.report is not None
-        with self.report.timed("aggregate"):
-            return self.inner.aggregate_train(server_round, [*errors, *self._sorted(received)])
-
-    def _sorted(self, replies: Iterable[Message]) -> list[Message]:
-        """Sort by the clients' names, so that what is computed does not depend on who was first."""
-        return sorted(replies, key=lambda reply: str(self.client_name(reply.metadata.src_node_id)))
-
-    def _usable(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[_Checked]:
-        """Give the replies that can be used; errors are put aside.
-
-        Their metrics must be named alike, since Flower aggregates none otherwise: as those of most, or, where replies
-        come one by one, of most of the first few.
-        """
-        whole = isinstance(replies, Sequence)
-        if whole:
-            asked = [reply for reply in replies if reply.metadata.src_node_id in broadcast.nodes]
-            others = [reply for reply in replies if reply.metadata.src_node_id not in broadcast.nodes]
-            replies = self._sorted(asked) + others
-        checked = self._checked(broadcast, replies, errors)
-        first = list(checked if whole else islice(checked, _FEW))
-        usual = _usual(reply for reply, _ in first)
-        assert self.report is not None
-        received = 0
-        for one in _each(first, checked):
-            reply = one[0]
-            if _is_like(usual, broadcast.round, reply):
-                self.report.count("up", reply)
-                received += 1
-                yield one
-            del one, reply
-        self.traffic[-1] = replace(self.traffic[-1], received=received, up_bytes=self.report.up_bytes.total())
-
-    def _checked(self, broadcast: Broadcast, replies: Iterable[Message], errors: list[Message]) -> Iterator[_Checked]:
-        report, answered = self.report, set[int]()
-        assert report is not None
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                node = self._asked(reply)
-                errors.append(reply)
-                answered.add(node)
-                _left_out(broadcast.round, node, defences.explained(reply.error))
-            elif node not in broadcast.nodes or node in answered:
-                _left_out(broadcast.round, node, "it was not asked, or has answered before")
-            else:
-                answered.add(node)
-                try:
-                    with report.timed("decode"):
-                        variables = broadcast.read(reply)
-                    self._check_metrics(reply)
-                except PayloadError as error:
-                    _left_out(broadcast.round, node, error)
-                else:
-                    yield reply, variables
-                    del variables
-            del reply
-        for node in sorted(broadcast.nodes - answered):
-            log(WARNING, "round %d: left out node %d: no reply came in time", broadcast.round, node)
-
-    def _asked(self, reply: Message) -> int:
-        """Return the node whose reply this is: of a node that is gone, the SuperLink answers in its own name."""
-        asked = {sent.message_id: sent.dst_node_id for sent in self._sent if sent.message_id}
-        return asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-
-    def _check_metrics(self, reply: Message) -> None:
-        """Refuse what would make a weighted mean mean nothing."""
-        records = list(records_of(reply.content, MetricRecord).values())
-        if len(records) != 1:
-            raise PayloadError(f"the reply has {len(records)} metric records, one expected")
-        for name, value in records[0].items():
-            if not all(map(_is_a_number, value if isinstance(value, list) else [value])):
-                raise PayloadError(f"metric {name}={value} is not finite, or beyond 64 bits")
-        weight = records[0].get(self._weighted_by)
-        if isinstance(weight, list) or weight is None or not 0 <= weight <= _LARGEST_WEIGHT:
-            raise PayloadError(f"metric {self._weighted_by}={weight}: a number from 0 to 2**63 is expected")
+        return Broadcast(
+            arrays,
+            policy_of,
+            server_round,
+            self.client_name,
+            self.entropy_coding,
+            self.unquantized_format,
+            self._broadcast,
+        )
 
     @property
-    def _weighted_by(self) -> str:
-        *_, innermost = defences.layers(self.inner)
-        return getattr(innermost, "weighted_by_key", "num-examples")
-
-    def _weight(self, reply: Message) -> float:
-        return float(cast(float, next(iter(records_of(reply.content, MetricRecord).values()))[self._weighted_by]))
-
-
-def _is_a_number(value: float) -> bool:
-    """Tell whether numpy can add up such values; Python's whole numbers have no bound."""
-    return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
-
-
-def _left_out(server_round: int, node: int, why: object) -> None:
-    log(WARNING, "round %d: left out node %d: %s", server_round, node, why)
-
-
-def _structure(reply: Message) -> tuple[object, ...]:
-    metrics = next(iter(records_of(reply.content, MetricRecord).values()))
-    kinds = sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items())
-    return (*sorted(records_of(reply.content, ArrayRecord)), *sorted(records_of(reply.content, MetricRecord)), *kinds)
-
-
-def _usual(replies: Iterable[Message]) -> tuple[object, ...] | None:
-    """Return how the records and metrics of most replies are named."""
-    counts = Counter(_structure(reply) for reply in replies)
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def _is_like(usual: tuple[object, ...] | None, server_round: int, reply: Message) -> bool:
-    if _structure(reply) == usual:
-        return True
-    _left_out(server_round, reply.metadata.src_node_id, "its records or metrics are not those of the other replies")
-    return False
-
-
-def _each(first: list[_Checked], rest: Iterator[_Checked]) -> Iterator[_Checked]:
-    """Chain without holding on to what was given."""
-    while first:
-        yield first.pop(0)
-    yield from rest
-
-
-def _without_arrays(content: RecordDict) -> RecordDict:
-    return RecordDict({key: record for key, record in content.items() if not isinstance(record, ArrayRecord)})
-
-
-@contextmanager
-def _metrics_of(strategy: FedAvg, contents: list[RecordDict]) -> Iterator[None]:
-    """Let a strategy that is given one reply aggregate the metrics of all."""
-    own = strategy.train_metrics_aggr_fn
-    strategy.train_metrics_aggr_fn = lambda _, weighted_by: own(contents, weighted_by)
-    try:
-        yield
-    finally:
-        strategy.train_metrics_aggr_fn = own
-
-
-def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
-    """Give the new values the dtypes that were sent: Flower's adaptive strategies compute in float64 with numpy 2.
-
-    Raises:
-        NonFiniteError: a new value is NaN or infinite, at the latest in the dtype that was sent.
-    """
-    result = ArrayRecord()
-    for name, array in arrays.items():
-        wanted = sent[name].dtype
-        if array.dtype != wanted:
-            array = dense_array(in_dtype(array.numpy(), wanted))
-        try:
-            view_dense(array, name)
-        except PayloadError:
-            raise NonFiniteError(f"{name} would become NaN or infinite") from None
-        result[name] = array
-    return result
+    def _weight_name(self) -> str:
+        return getattr(defences.innermost(self.inner), "weighted_by_key", "num-examples")

@@ -1,4 +1,4 @@
-"""Rounds to TensorBoard; needs the extra ``fedomc[tensorboard]``."""
+"""Write the reports of rounds for TensorBoard; needs the extra ``fedomc[tensorboard]``."""
 
 import os
 
@@ -9,8 +9,8 @@ class TensorBoard:
     """An observer of ``OMCStrategy`` that writes each round's report for TensorBoard.
 
     Args:
-        folder: for ``tensorboard --logdir``.
-        variables: whether by variable too, not only in all.
+        folder: the folder for ``tensorboard --logdir``.
+        variables: whether to write the figures of each variable too, not only those of the whole model.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -25,7 +25,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder))
 
     def __call__(self, report: RoundReport) -> None:
-        """Write a report; it can be seen at once."""
+        """Write a report and flush it, so that TensorBoard shows it at once."""
         for name, value in report.metrics(variables=self.variables).items():
             self._writer.add_scalar(name, value, report.round)
         self._writer.flush()

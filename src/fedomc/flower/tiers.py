@@ -1,12 +1,11 @@
-"""Client tiers: a node announces what it can hold, and is sent a format that fits."""
+"""Client tiers: a node announces how much it can hold, and is sent a format that fits."""
 
-from logging import WARNING
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from fedomc.flower._flower import logger
 from fedomc.flower.arrays import records_of
 
 _ACTION = "fedomc"
@@ -20,21 +19,21 @@ _TIMEOUT = 60.0  # seconds
 def announce(message: Message, context: Context) -> Message:
     """Answer the server's query with the ``tier`` or the ``memory-bytes`` of the node config.
 
-    To be registered on the client as ``app.query("fedomc")(announce)``. A node is started with what it announces, as in
-    ``flower-supernode --node-config 'memory-bytes=500000000'``: the bytes that the model's parameters may take.
+    Register it on the client with ``app.query("fedomc")(announce)``. A node is started with what it announces, such as
+    the bytes that the model's parameters may take: ``flower-supernode --node-config 'memory-bytes=500000000'``.
     """
     config = {key: context.node_config[key] for key in (_TIER, _MEMORY) if key in context.node_config}
     return Message(RecordDict({_RECORD: ConfigRecord({**config})}), reply_to=message)
 
 
-class Announced:
-    """What nodes have announced; each is asked once, or again if it did not answer."""
+class NodeCapabilities:
+    """The capabilities that nodes have announced; each node is asked once, and again if it did not answer."""
 
     def __init__(self) -> None:
         self._of: dict[int, dict[str, Any]] = {}
 
     def ask(self, grid: Grid, nodes: set[int]) -> None:
-        """Ask those nodes that have not announced anything yet."""
+        """Ask the nodes that have not announced anything yet."""
         unknown = sorted(nodes - self._of.keys())
         if not unknown:
             return
@@ -45,10 +44,10 @@ class Announced:
                 self._of[reply.metadata.src_node_id] = _read(reply.content)
         for node in unknown:
             if node not in self._of:
-                log(WARNING, "node %d has announced no tier and gets the default", node)
+                logger.warning("node %d has announced no tier and gets the default", node)
 
     def of(self, node: int) -> dict[str, Any]:
-        """Return what a node has announced, as ``TieredPolicy.choose`` takes it."""
+        """Return what a node has announced, as keyword arguments of ``TieredPolicy.choose``."""
         return self._of.get(node, {})
 
 

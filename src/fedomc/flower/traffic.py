@@ -1,4 +1,4 @@
-"""What a round took: bytes, seconds and errors, in all and by variable."""
+"""What a round cost: bytes, seconds and compression errors, in total and by variable."""
 
 import math
 import time
@@ -18,11 +18,11 @@ class Traffic:
     """Bytes of the arrays in a round's training messages.
 
     Attributes:
-        round: number of the round.
-        sent: how many messages went down.
-        received: how many valid ones came up.
-        down_bytes: of all messages down.
-        up_bytes: of all valid messages up.
+        round: the round's number.
+        sent: how many messages went to clients.
+        received: how many replies were used.
+        down_bytes: the bytes of all messages to clients.
+        up_bytes: the bytes of all replies that were used.
     """
 
     round: int
@@ -34,17 +34,17 @@ class Traffic:
 
 @dataclass
 class RoundReport:
-    """What a round of training took of the network and the server, and what compression cost in precision.
+    """What a round of training cost the network and the server, and what compression cost in precision.
 
     Attributes:
-        round: number of the round.
-        down_bytes: of all messages down, by variable.
-        up_bytes: of all valid messages up, by variable.
-        encode_seconds: for the payloads.
-        decode_seconds: for checking replies, and for decoding them into the mean as they come.
-        aggregate_seconds: for the rest of the aggregation. Strategies that get all replies decode them in it.
-        errors: sums of squares by variable: of what compression missed, and of the server's values; of the format that
-            missed most, if there are several.
+        round: the round's number.
+        down_bytes: the bytes of all messages to clients, by variable.
+        up_bytes: the bytes of all replies that were used, by variable.
+        encode_seconds: the time to encode the payloads.
+        decode_seconds: the time to check replies, and to decode them into the mean as they come.
+        aggregate_seconds: the time of all other aggregation. Strategies that get all replies decode them in it.
+        errors: for each variable that was compressed, the sum of squares of the compression error and that of the
+            server's values; of several formats those of the one with the largest error.
     """
 
     round: int
@@ -57,11 +57,11 @@ class RoundReport:
 
     @property
     def compression_error(self) -> float:
-        """The error of the compressed variables that were sent, root mean square, relative to their size."""
-        return _relative(sum(missed for missed, _ in self.errors.values()), sum(of for _, of in self.errors.values()))
+        """The root mean square of the compression error of what was sent, relative to that of the values."""
+        return _relative(sum(error for error, _ in self.errors.values()), sum(size for _, size in self.errors.values()))
 
     def totals(self) -> dict[str, int | float]:
-        """Return what concerns the whole model."""
+        """Return the figures of the whole model."""
         return {
             "down-bytes": self.down_bytes.total(),
             "up-bytes": self.up_bytes.total(),
@@ -73,15 +73,15 @@ class RoundReport:
 
     def by_variable(self) -> dict[str, dict[str, int | float]]:
         """Return bytes down and up of each variable, and the compression error of those that were compressed."""
-        found: dict[str, dict[str, int | float]] = {}
+        rows: dict[str, dict[str, int | float]] = {}
         for name in self.down_bytes:
-            found[name] = {"down-bytes": self.down_bytes[name], "up-bytes": self.up_bytes[name]}
+            rows[name] = {"down-bytes": self.down_bytes[name], "up-bytes": self.up_bytes[name]}
             if name in self.errors:
-                found[name]["compression-error"] = _relative(*self.errors[name])
-        return found
+                rows[name]["compression-error"] = _relative(*self.errors[name])
+        return rows
 
     def metrics(self, *, variables: bool = True) -> MetricRecord:
-        """Return Flower metrics, named ``fedomc.up-bytes`` in all and ``fedomc.up-bytes/layer.weight`` by variable."""
+        """Return Flower metrics, such as ``fedomc.up-bytes`` and, by variable, ``fedomc.up-bytes/layer.weight``."""
         record = MetricRecord({f"fedomc.{key}": value for key, value in self.totals().items()})
         if variables:
             for name, row in self.by_variable().items():
@@ -90,7 +90,7 @@ class RoundReport:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add the time of a block to ``encode_seconds`` and the like."""
+        """Add the time that a block takes to ``encode_seconds``, ``decode_seconds`` or ``aggregate_seconds``."""
         began = time.perf_counter()
         try:
             yield
@@ -98,7 +98,7 @@ class RoundReport:
             setattr(self, f"{what}_seconds", getattr(self, f"{what}_seconds") + time.perf_counter() - began)
 
     def count(self, direction: str, message: Message) -> None:
-        """Add the bytes of a message's arrays to those ``down`` or ``up``."""
+        """Add the bytes of a message's arrays to ``down_bytes`` or ``up_bytes``."""
         counter: Counter[str] = getattr(self, f"{direction}_bytes")
         for record in records_of(message.content, ArrayRecord).values():
             for name, array in record.items():
@@ -106,8 +106,8 @@ class RoundReport:
 
 
 Observer = Callable[[RoundReport], Any]
-"""Who is told of each round."""
+"""A function that is called with the report of each round."""
 
 
-def _relative(missed: float, of: float) -> float:
-    return math.sqrt(missed / of) if of else 0.0
+def _relative(error: float, size: float) -> float:
+    return math.sqrt(error / size) if size else 0.0

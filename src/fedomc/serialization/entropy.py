@@ -52,7 +52,9 @@ def require() -> None:
         PolicyError: it is not.
     """
     if zstandard is None:
-        raise PolicyError("the lossless stage needs zstandard: pip install 'fedomc[lossless]', or set lossless='none'")
+        raise PolicyError(
+            "entropy coding needs zstandard: pip install 'fedomc[lossless]', or set entropy_coding='none'"
+        )
 
 
 def compress(

@@ -1,6 +1,7 @@
 """Which variables of a model are compressed, for which client, in which round, and how."""
 
 import fnmatch
+import functools
 import hashlib
 import math
 import operator
@@ -150,7 +151,9 @@ class CompressionPolicy:
         Raises:
             PolicyError: there is none, or a pattern of ``include`` or ``format_by_name`` matches no variable.
         """
-        shapes = shapes_of(variables)
+        return dict(_compressible(self, tuple(shapes_of(variables).items())))
+
+    def _find_compressible(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         for field_name, patterns in (("include", self.include), ("format_by_name", dict(self.format_by_name))):
             for pattern in patterns:
                 if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
@@ -208,6 +211,8 @@ class CompressionPolicy:
         return bits < 32 and encoding.nbytes(numel) >= 4 * numel
 
     def _left_in_full_precision(self, sizes: Mapping[str, int], round: int, client: str | int) -> set[str]:
+        if self.fraction == 1:
+            return set()
         target = (1 - self.fraction) * sum(sizes.values())
         order = sorted(sizes, key=lambda name: _hash(self.seed, "partial", round, client, name))
         kept: set[str] = set()
@@ -281,6 +286,11 @@ class TieredPolicy:
             if held_bytes(variables, selection) <= memory_bytes:
                 return policy
         return policy
+
+
+@functools.lru_cache(maxsize=64)  # a server asks for every client in every round
+def _compressible(policy: CompressionPolicy, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, int]:
+    return policy._find_compressible(dict(shapes))
 
 
 def held_bytes(variables: nn.Module | Mapping[str, Sequence[int]], selection: Mapping[str, Encoding] | None) -> int:

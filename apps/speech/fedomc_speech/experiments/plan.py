@@ -44,8 +44,8 @@ _COMPRESSION = (
     "weight_matrices_only",
     "rounding",
     "aggregate",
-    "lossless",
-    "rest_format",
+    "entropy_coding",
+    "unquantized_format",
 )
 """Settings that have no effect on a run in FP32."""
 

@@ -1,12 +1,14 @@
 """A run that was stopped after any round goes on bit by bit as one that was not."""
 
+import logging
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as strategies
+from flwr.serverapp.strategy import Result
 
 import fedomc
 from fedomc.flower import OMCStrategy
@@ -22,7 +24,9 @@ INNERS = {
 }
 
 
-def start(name: str, rounds: int, folder: Path | None, **kwargs: object) -> tuple[ArrayRecord, OMCStrategy, list[int]]:
+def start(
+    name: str, rounds: int, folder: Path | None, initial: ArrayRecord | None = None, **kwargs: object
+) -> tuple[ArrayRecord, OMCStrategy, list[int]]:
     inner = getattr(strategies, name)(fraction_train=0.5, fraction_evaluate=0.5, **INNERS[name])
     policy = fedomc.CompressionPolicy(**{"format": "S1E3M7", "fraction": 0.5, "rounding": "stochastic", **kwargs})  # type: ignore[arg-type]
     checkpoints = None if folder is None else Checkpoints(folder, keep=2)
@@ -31,11 +35,76 @@ def start(name: str, rounds: int, folder: Path | None, **kwargs: object) -> tupl
     grid = Network(8, lambda message: answer(message, 1e-2))
     result = wrapped.start(
         grid,  # type: ignore[arg-type]
-        model(),
+        initial or model(),
         num_rounds=rounds,
         evaluate_fn=lambda number, arrays: measured.append(number),
     )
     return result.arrays, wrapped, measured
+
+
+@pytest.fixture
+def flower_info(flower_log: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Capture Flower's log, that of what goes well included."""
+    flower_log.set_level(logging.INFO, logger="flwr")
+    return flower_log
+
+
+def test_the_log_says_what_a_run_begins_with(tmp_path: Path, flower_info: pytest.LogCaptureFixture) -> None:
+    start("FedAvg", 2, tmp_path)
+    assert "resumed" not in flower_info.text and "finished" not in flower_info.text
+    start("FedAvg", 3, tmp_path)
+    assert f"resumed after round 2 of 3 from {tmp_path}" in flower_info.text
+    start("FedAvg", 3, tmp_path)
+    assert f"already finished: {tmp_path} has the model after round 3 of 3" in flower_info.text
+
+
+def test_a_folder_of_another_initial_model_is_not_taken_silently(
+    tmp_path: Path, flower_info: pytest.LogCaptureFixture
+) -> None:
+    start("FedAvg", 2, tmp_path)
+    with pytest.raises(fedomc.PayloadError, match="finished after round 2, but began with another initial model"):
+        start("FedAvg", 2, tmp_path, initial=model(scale=0.1))
+    assert "another initial model" not in flower_info.text
+    start("FedAvg", 3, tmp_path, initial=model(scale=0.1))
+    assert f"the run in {tmp_path} began with another initial model than the one given" in flower_info.text
+    flower_info.clear()
+    start("FedAvg", 3, tmp_path)  # with its own
+    assert "another initial model" not in flower_info.text
+
+
+def test_a_result_has_the_metrics_of_earlier_rounds(tmp_path: Path) -> None:
+    def run(rounds: int, folder: Path | None) -> Result:
+        checkpoints = None if folder is None else Checkpoints(folder)
+        wrapped = OMCStrategy(strategies.FedAvg(), None, checkpoints=checkpoints)
+        grid = Network(
+            4, lambda message: measured(message) if message.metadata.message_type == "evaluate" else a(message)
+        )
+        return wrapped.start(
+            grid,  # type: ignore[arg-type]
+            model(),
+            num_rounds=rounds,
+            evaluate_fn=lambda number, arrays: MetricRecord({"error": number / 3, "list": [1, number]}),
+        )
+
+    def a(message: Message) -> Message:
+        return answer(message, 1e-2)
+
+    def measured(message: Message) -> Message:
+        metrics = MetricRecord({"num-examples": message.metadata.dst_node_id, "loss": message.metadata.dst_node_id / 7})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    random.seed(7)  # by which Flower orders the nodes
+    whole = run(3, None)
+    random.seed(7)
+    run(2, tmp_path)
+    for resumed in (run(3, tmp_path), run(3, tmp_path)):
+        assert resumed.evaluate_metrics_serverapp == whole.evaluate_metrics_serverapp
+        assert resumed.evaluate_metrics_clientapp == whole.evaluate_metrics_clientapp
+        assert list(whole.evaluate_metrics_clientapp) == list(resumed.train_metrics_clientapp) == [1, 2, 3]
+        assert list(resumed.evaluate_metrics_serverapp) == [0, 1, 2, 3]
+        up = [metrics["fedomc.up-bytes"] for metrics in whole.train_metrics_clientapp.values()]
+        assert [metrics["fedomc.up-bytes"] for metrics in resumed.train_metrics_clientapp.values()] == up
+        assert data(resumed.arrays) == data(whole.arrays)
 
 
 def data(arrays: ArrayRecord) -> dict[str, bytes]:

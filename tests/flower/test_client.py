@@ -14,10 +14,11 @@ from torch import nn
 
 import fedomc
 from fedomc.errors import PolicyError
-from fedomc.flower import OMCStrategy, collect, install
+from fedomc.flower import OMCStrategy, client, collect, install
 from fedomc.flower import arrays as arrays_module
-from fedomc.flower.arrays import CONFIG, STYPE, packed_array, read_packed, to_config
-from fedomc.methods.packed import encode
+from fedomc.flower.arrays import STYPE, packed_array, read_packed
+from fedomc.flower.config import CONFIG, to_config
+from fedomc.methods import encode
 from fedomc.serialization import frame
 from fedomc.training import module_state
 from tests.conftest import allocations
@@ -66,54 +67,6 @@ def test_install_gives_the_model_that_was_collected(name: str) -> None:
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
 
 
-@pytest.mark.parametrize("how", [{}, {"lossless": "both"}, {"rest_format": "S1E5M10"}])
-@pytest.mark.parametrize("name", POLICIES)
-def test_what_holds_values_is_real_also_where_new_tensors_are_made_on_the_meta_device(
-    name: str, how: dict[str, Any]
-) -> None:
-    """A whole round inside ``torch.device("meta")``, as a client that never leaves it would run it."""
-    plain, x = collect(Model()), torch.randn(4, 40)
-    strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0), POLICIES[name], **how)
-    with torch.device("meta"):
-        (message, other) = strategy.configure_train(1, plain, ConfigRecord(), Nodes(2))  # type: ignore[arg-type]
-        model = install(Model(), message)
-        assert not any(tensor.is_meta for tensor in model.state_dict().values())
-        model(x).square().mean().backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.sub_(parameter.grad)
-        replies = []
-        for each, record in ((message, collect(model, message)), (other, collect(install(Model(), other), other))):
-            content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 1})})
-            replies.append(Message(content, reply_to=each))
-        result, _ = strategy.aggregate_train(1, replies)
-    assert result is not None and strategy.traffic[-1].received == 2
-    assert not np.array_equal(result["inner.0.weight"].numpy(), plain["inner.0.weight"].numpy())
-
-
-def test_a_dense_variable_is_checked_and_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does numpy make a copy of its own, and the model's state is listed once."""
-    plain = nn.Linear(1024, 1024)
-    message = RecordDict({"arrays": collect(plain)})
-    listed, checked = [], []
-    of, is_finite = module_state.ModuleState.of, module_state.is_finite
-    monkeypatch.setattr(module_state.ModuleState, "of", lambda module: listed.append(module) or of(module))
-    monkeypatch.setattr(module_state, "is_finite", lambda tensor: checked.append(tensor.shape) or is_finite(tensor))
-    monkeypatch.setattr(arrays_module, "_all_finite", lambda values: checked.append(values.shape) or True)
-    with torch.device("meta"):
-        model = nn.Linear(1024, 1024)
-    tracemalloc.start()
-    made = [size for size in allocations(lambda: install(model, message)) if size >= 2**20]
-    numpy_peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert listed == [model] and checked == [(1024, 1024), (1024,)]
-    assert made == [4 * 2**20] and numpy_peak < 2**20
-    assert torch.equal(model.weight, plain.weight)
-    with torch.no_grad():
-        model.weight.zero_()
-    assert np.array_equal(message["arrays"]["weight"].numpy(), plain.weight.detach().numpy())
-
-
 def test_a_base_lies_in_the_message_and_one_part_does_not() -> None:
     for name, shared in (("two parts", True), ("one part", False)):
         _, message = payload(POLICIES[name])
@@ -160,14 +113,14 @@ def test_a_consumed_model_is_let_go_of_one_parameter_at_a_time(monkeypatch: pyte
     _, message = payload(POLICIES["one part"])
     model = install(Model(), message)
     held = [weakref.ref(parameter) for parameter in model.parameters()]
-    counts, real = [], arrays_module._written
+    counts, real = [], client._written
 
     def counted(tensor: torch.Tensor, *rest: Any) -> Array:
         if isinstance(tensor, nn.Parameter):
             counts.append(sum(parameter() is not None for parameter in held))
         return real(tensor, *rest)
 
-    monkeypatch.setattr(arrays_module, "_written", counted)
+    monkeypatch.setattr(client, "_written", counted)
     collect(model, message, consume=True)
     assert counts == list(range(len(held), 0, -1))
 
@@ -298,20 +251,20 @@ def test_a_compressed_buffer_becomes_dense() -> None:
     assert type(model.table) is torch.Tensor
 
 
-# ---- the lossless stage and the rest's format -----------------------------------------------------------------------
+# ---- entropy coding and the format of unquantized variables ---------------------------------------------------------
 
 
-def sent_and_trained(policy: fedomc.CompressionPolicy, rest: str | None, lossless: bool) -> tuple[RecordDict, Model]:
-    """Make a message with a rest in a format of its own, and a model that it filled and that was trained a step."""
-    rest_format = None if rest is None else fedomc.FloatFormat.parse(rest)
+def sent_and_trained(policy: fedomc.CompressionPolicy, rest: str | None, coded: bool) -> tuple[RecordDict, Model]:
+    """Make a message with unquantized variables in a format, and a model that it filled, trained by a step."""
+    unquantized_format = None if rest is None else fedomc.FloatFormat.parse(rest)
     model, message = payload(policy)
     record = ArrayRecord()
     for name, array in message["arrays"].items():
-        if array.stype != STYPE and len(array.shape) == 2 and rest_format is not None:
-            packed = encode(torch.from_numpy(array.numpy()), rest_format)
-            array = packed_array(packed, tuple(array.shape), frame.DENSE, lossless=True)
+        if array.stype != STYPE and len(array.shape) == 2 and unquantized_format is not None:
+            packed = encode(torch.from_numpy(array.numpy()), unquantized_format)
+            array = packed_array(packed, tuple(array.shape), frame.DENSE, entropy_coding=True)
         record[name] = array
-    how = to_config(policy.encoding(round=1, client="a"), lossless=lossless, rest_format=rest_format)
+    how = to_config(policy.encoding(round=1, client="a"), entropy_coding=coded, unquantized_format=unquantized_format)
     message = RecordDict({"arrays": record, CONFIG: how})
     model = install(Model(), message)
     fedomc.step_in_backward(model, torch.optim.SGD, lr=0.1)
@@ -321,7 +274,7 @@ def sent_and_trained(policy: fedomc.CompressionPolicy, rest: str | None, lossles
 
 
 @pytest.mark.parametrize("name", ["one part", "two parts"])
-def test_a_reply_through_the_lossless_stage_has_the_same_values(name: str) -> None:
+def test_a_reply_entropy_coded_has_the_same_values(name: str) -> None:
     message, model = sent_and_trained(POLICIES[name], None, True)
     plain, smaller = collect(model), collect(model, message)
     assert plain.keys() == smaller.keys()
@@ -339,12 +292,12 @@ def test_a_reply_through_the_lossless_stage_has_the_same_values(name: str) -> No
     assert {k: a.data for k, a in collect(model, silent).items()} == {k: a.data for k, a in plain.items()}
 
 
-def test_a_message_through_the_lossless_stage_fills_the_same_model() -> None:
+def test_a_message_entropy_coded_fills_the_same_model() -> None:
     _, message = payload(POLICIES["two parts"])
     smaller = ArrayRecord()
     for key, array in message["arrays"].items():
         if array.stype == STYPE:
-            array = packed_array(read_packed(array, key, copy=True).packed, tuple(array.shape), lossless=True)
+            array = packed_array(read_packed(array, key, copy=True).packed, tuple(array.shape), entropy_coding=True)
             assert array.data[21]
         smaller[key] = array
     filled = install(Model(), RecordDict({"arrays": smaller, CONFIG: message[CONFIG]}))
@@ -353,7 +306,7 @@ def test_a_message_through_the_lossless_stage_fills_the_same_model() -> None:
 
 
 @pytest.mark.parametrize("rest", ["S1E5M10", "S1E8M23"])
-def test_the_rest_arrives_in_its_format_and_goes_back_as_an_update(rest: str) -> None:
+def test_unquantized_variables_arrive_in_their_format_and_go_back_as_updates(rest: str) -> None:
     message, model = sent_and_trained(POLICIES["one part"], rest, True)
     key = next(k for k, a in message["arrays"].items() if a.stype == STYPE and a.data[5] == frame.DENSE)
     parameter = dict(model.named_parameters())[key]
@@ -371,7 +324,11 @@ def test_the_rest_arrives_in_its_format_and_goes_back_as_an_update(rest: str) ->
 
 @pytest.mark.parametrize(
     ("fields", "says"),
-    [({"lossless": 1}, "lossless=1"), ({"rest_format": "S1E5"}, "S1E5"), ({"rest_format": "S1E4M9"}, "S1E4M9")],
+    [
+        ({"entropy_coding": 1}, "entropy_coding=1"),
+        ({"unquantized_format": "S1E5"}, "S1E5"),
+        ({"unquantized_format": "S1E4M9"}, "S1E4M9"),
+    ],
 )
 def test_wrong_instructions_are_refused(fields: dict[str, object], says: str) -> None:
     message, _ = sent_and_trained(POLICIES["one part"], "S1E5M10", False)
@@ -386,3 +343,51 @@ def test_a_reply_to_another_message_is_refused() -> None:
         collect(model, replaced(message, W, Array(np.zeros((64, 41), np.float32))))
     with pytest.raises(fedomc.PayloadError, match="0 array records"):
         collect(model, RecordDict({CONFIG: message[CONFIG]}))
+
+
+@pytest.mark.parametrize("how", [{}, {"entropy_coding": "both"}, {"unquantized_format": "S1E5M10"}])
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_holds_values_is_real_also_where_new_tensors_are_made_on_the_meta_device(
+    name: str, how: dict[str, Any]
+) -> None:
+    """A whole round inside ``torch.device("meta")``, as a client that never leaves it would run it."""
+    plain, x = collect(Model()), torch.randn(4, 40)
+    strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0), POLICIES[name], **how)
+    with torch.device("meta"):
+        (message, other) = strategy.configure_train(1, plain, ConfigRecord(), Nodes(2))  # type: ignore[arg-type]
+        model = install(Model(), message)
+        assert not any(tensor.is_meta for tensor in model.state_dict().values())
+        model(x).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad)
+        replies = []
+        for each, record in ((message, collect(model, message)), (other, collect(install(Model(), other), other))):
+            content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 1})})
+            replies.append(Message(content, reply_to=each))
+        result, _ = strategy.aggregate_train(1, replies)
+    assert result is not None and strategy.traffic[-1].received == 2
+    assert not np.array_equal(result["inner.0.weight"].numpy(), plain["inner.0.weight"].numpy())
+
+
+def test_a_dense_variable_is_checked_and_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does numpy make a copy of its own, and the model's state is listed once."""
+    plain = nn.Linear(1024, 1024)
+    message = RecordDict({"arrays": collect(plain)})
+    listed, checked = [], []
+    of, is_finite = module_state.ModuleState.of, module_state.is_finite
+    monkeypatch.setattr(module_state.ModuleState, "of", lambda module: listed.append(module) or of(module))
+    monkeypatch.setattr(module_state, "is_finite", lambda tensor: checked.append(tensor.shape) or is_finite(tensor))
+    monkeypatch.setattr(arrays_module, "_all_finite", lambda values: checked.append(values.shape) or True)
+    with torch.device("meta"):
+        model = nn.Linear(1024, 1024)
+    tracemalloc.start()
+    made = [size for size in allocations(lambda: install(model, message)) if size >= 2**20]
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert listed == [model] and checked == [(1024, 1024), (1024,)]
+    assert made == [4 * 2**20] and numpy_peak < 2**20
+    assert torch.equal(model.weight, plain.weight)
+    with torch.no_grad():
+        model.weight.zero_()
+    assert np.array_equal(message["arrays"]["weight"].numpy(), plain.weight.detach().numpy())

@@ -1,0 +1,211 @@
+"""Between a run and its checkpoints: everything that the next round depends on."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedomc.errors import PayloadError
+from fedomc.flower.arrays import dense_array, view_dense
+from fedomc.flower.defences import accountant_of, adaptive_clipping_of, innermost, layers
+from fedomc.flower.traffic import Traffic
+from fedomc.serialization.checkpointing import Checkpoint
+from fedomc.training.policy import CompressionPolicy, TieredPolicy
+
+_DERIVED = "current_arrays"
+"""The attribute in which Flower's strategies keep the model itself; they set it anew in each round."""
+
+_HISTORIES = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
+"""The attributes of a ``Result`` that hold metrics by round."""
+
+
+@dataclass
+class RunState:
+    """The state of a run after a round.
+
+    Attributes:
+        round: the round's number.
+        arrays: the model.
+        initial: the digest of the model that the run began with.
+        traffic: bytes by round.
+        result: metrics by round.
+    """
+
+    round: int
+    arrays: ArrayRecord
+    initial: str = ""
+    traffic: list[Traffic] = field(default_factory=list)
+    result: Result = field(default_factory=Result)
+
+
+def digest(arrays: ArrayRecord) -> str:
+    """Return a digest of a model's names, dtypes, shapes and values."""
+    hasher = xxhash.xxh3_128()
+    for name, array in arrays.items():
+        hasher.update(json.dumps([name, array.dtype, list(array.shape)]).encode())
+        hasher.update(array.data)
+    return hasher.hexdigest()
+
+
+def to_checkpoint(state: RunState, inner: Strategy, settings: Mapping[str, Any]) -> Checkpoint:
+    """Write the state of a run: model, optimizer state, settings, traffic, metrics and Python's random state.
+
+    The optimizer state is every attribute of the innermost strategy that is an array, or a list or dict of arrays by
+    name: ``m_t``, ``v_t``, ``momentum_vector``. Of differential privacy it is the budget that was spent and the norm of
+    an adaptive strategy; the noise is not repeated. Whatever else changes between rounds, such as a learning rate, is
+    up to the caller.
+
+    Args:
+        state: the state after a round.
+        inner: the wrapped strategy.
+        settings: what ``settings_of`` returned; a run goes on only with the same ones.
+    """
+    kinds: dict[str, dict[str, np.ndarray[Any, Any]]] = {
+        "model": {name: view_dense(array, name) for name, array in state.arrays.items()}
+    }
+    form: dict[str, str] = {}
+    for attribute, value in vars(innermost(inner)).items():
+        arrays = _arrays(value)
+        if arrays is not None and attribute != _DERIVED:
+            kinds[attribute], form[attribute] = arrays, type(value).__name__
+    version, numbers, gauss = random.getstate()
+    clipping, accountant = adaptive_clipping_of(inner), accountant_of(inner)
+    progress = {
+        "round": state.round,
+        "configured": dict(settings),
+        "initial": state.initial,
+        "traffic": [dataclasses.asdict(row) for row in state.traffic],
+        "metrics": {name: _to_rows(getattr(state.result, name)) for name in _HISTORIES},
+        "random": [version, list(numbers), gauss],
+        "form": form,
+        "clipping_norm": None if clipping is None else clipping.clipping_norm,
+        "privacy": None if accountant is None else accountant.state_dict(),
+    }
+    return Checkpoint(progress, kinds)
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint, inner: Strategy, settings: Mapping[str, Any], arrays: ArrayRecord
+) -> RunState:
+    """Read the state of a run, and set that of the strategy and of Python's random numbers.
+
+    Args:
+        checkpoint: the checkpoint.
+        inner: the wrapped strategy.
+        settings: what ``settings_of`` returned.
+        arrays: a model with the names, shapes and dtypes of the one in the checkpoint.
+
+    Raises:
+        PayloadError: the checkpoint is of another model or other settings, or misses something.
+    """
+    stored = checkpoint.arrays.get("model", {})
+    described = {name: (array.shape, str(array.dtype)) for name, array in stored.items()}
+    if described != {name: (tuple(array.shape), array.dtype) for name, array in arrays.items()}:
+        raise PayloadError("the checkpoint is of another model: start again in another folder")
+    try:
+        progress = checkpoint.progress
+        former = progress["configured"]
+        if former != json.loads(json.dumps(dict(settings))):
+            raise PayloadError(f"the checkpoint was made with {former}, not {settings}: start again in another folder")
+        random_state = _random_state(progress["random"])
+        state = RunState(
+            int(progress["round"]), ArrayRecord(), str(progress["initial"]), [Traffic(**r) for r in progress["traffic"]]
+        )
+        for name in _HISTORIES:
+            getattr(state.result, name).update(_from_rows(progress["metrics"][name]))
+        optimizer = {
+            attribute: _value(kind, checkpoint.arrays[attribute])
+            for attribute, kind in progress["form"].items()
+            if hasattr(innermost(inner), attribute)
+        }
+        clipping, accountant = adaptive_clipping_of(inner), accountant_of(inner)
+        if clipping is not None:
+            clipping.clipping_norm = float(progress["clipping_norm"])
+        if accountant is not None:
+            accountant.load_state_dict(progress["privacy"])
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        if isinstance(error, PayloadError):
+            raise
+        raise PayloadError(f"the checkpoint misses something: {error!r}") from None
+    random.setstate(random_state)
+    for attribute, value in optimizer.items():
+        setattr(innermost(inner), attribute, value)
+    for name in arrays:
+        state.arrays[name] = dense_array(stored[name])
+    return state
+
+
+def _random_state(stored: Any) -> tuple[Any, ...]:
+    """Return the state of Python's generator as ``random.setstate`` takes it.
+
+    Raises:
+        PayloadError: it is not such a state.
+    """
+    try:
+        version, numbers, gauss = stored
+        if gauss is not None and type(gauss) is not float:
+            raise TypeError(f"{gauss!r} is no number")
+        state = version, tuple(numbers), gauss
+        generator = random.Random()  # noqa: S311  (another than the one that Flower draws from)
+        generator.setstate(state)
+        if generator.getstate() != state:
+            raise ValueError("a number is out of range")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise PayloadError(f"the checkpoint's random state is damaged: {error}") from None
+    return state
+
+
+def settings_of(inner: Strategy, aggregate: str, policy: CompressionPolicy | TieredPolicy | None) -> dict[str, Any]:
+    """Describe the settings that a run must keep when it goes on from a checkpoint."""
+    described: Any = None
+    if isinstance(policy, TieredPolicy):
+        described = {"default": policy.default, **{name: _described(each) for name, each in policy.tiers.items()}}
+    else:
+        described = _described(policy)
+    wrapped = " around ".join(type(layer).__name__ for layer in layers(inner))
+    return {"strategy": wrapped, "aggregate": aggregate, "policy": described}
+
+
+def _described(policy: CompressionPolicy | None) -> dict[str, Any] | None:
+    if policy is None:
+        return None
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    texts = {name: str(fields[name]) for name in ("format", "update_format")}
+    encoding = policy.encoding()  # which has the defaults that depend on the formats
+    texts |= {"transform": encoding.transform, "rounding": encoding.rounding}
+    by_name = [[pattern, str(fmt)] for pattern, fmt in dict(policy.format_by_name).items()]  # the first match counts
+    return {
+        **fields,
+        **texts,
+        "format_by_name": by_name,
+        "include": list(policy.include),
+        "exclude": list(policy.exclude),
+    }
+
+
+def _to_rows(history: Mapping[int, MetricRecord]) -> dict[str, dict[str, Any]]:
+    return {str(number): dict(metrics.items()) for number, metrics in history.items()}
+
+
+def _from_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[int, MetricRecord]:
+    return {int(number): MetricRecord(dict(rows[number])) for number in sorted(rows, key=int)}
+
+
+def _arrays(value: object) -> dict[str, np.ndarray[Any, Any]] | None:
+    items = dict(enumerate(value)) if isinstance(value, list) else value if isinstance(value, dict) else {"": value}
+    known = np.ndarray | np.generic  # numpy makes scalars of arrays without dimensions
+    arrays = {str(name): np.asarray(array) for name, array in items.items() if isinstance(array, known)}
+    return arrays if arrays and len(arrays) == len(items) else None
+
+
+def _value(kind: str, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:
+    if kind == "dict":
+        return arrays
+    return [arrays[str(i)] for i in range(len(arrays))] if kind == "list" else arrays[""]

@@ -1,0 +1,38 @@
+"""The record with which a server tells a client how to encode its reply."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord
+
+from fedomc.errors import OMCError, PayloadError
+from fedomc.methods import Encoding, Method, parse_method
+from fedomc.serialization import frame
+from fedomc.serialization.uplink import UplinkConfig
+
+CONFIG = "fedomc"
+"""The name of the ``ConfigRecord`` in a message."""
+
+
+def to_config(
+    encoding: Encoding, *, entropy_coding: bool = False, unquantized_format: Method | None = None
+) -> ConfigRecord:
+    """Write what ``from_config`` reads as an ``UplinkConfig``."""
+    unquantized = {} if unquantized_format is None else {"unquantized_format": str(unquantized_format)}
+    return ConfigRecord({**frame.encoding_fields(encoding), "entropy_coding": entropy_coding, **unquantized})
+
+
+def from_config(config: Mapping[str, Any]) -> UplinkConfig:
+    """Read the record of a message.
+
+    Raises:
+        PayloadError: a field is missing or wrong.
+    """
+    try:
+        entropy_coding, unquantized = config.get("entropy_coding", False), config.get("unquantized_format")
+        if type(entropy_coding) is not bool:
+            raise PayloadError(f"entropy_coding={entropy_coding!r} is neither true nor false")
+        encoding = frame.read_encoding(config)
+        return UplinkConfig(encoding, entropy_coding, None if unquantized is None else parse_method(unquantized))
+    except OMCError as error:
+        raise PayloadError(f"the message's {CONFIG!r} record: {error}") from None

@@ -1,0 +1,173 @@
+"""What each client is sent in a round: one model, of which every variable is encoded once in each format."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from torch import Tensor
+
+from fedomc.codec import CHUNK
+from fedomc.errors import PolicyError
+from fedomc.flower.arrays import Values, flat_tensor, packed_array, records_of, view_dense
+from fedomc.flower.config import CONFIG, to_config
+from fedomc.methods import Encoding, Method, Packed, encode
+from fedomc.serialization import frame
+from fedomc.training.policy import CompressionPolicy
+
+_STRETCH = 8 * CHUNK
+"""Values whose compression error is measured at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A variable in one format: as it travels, its codes, and the sums of squares of their error and of the values."""
+
+    array: Array
+    packed: Packed
+    error: tuple[float, float]
+
+
+class Broadcast:
+    """One round's model: its FP32 values, each variable encoded once in each format, and what each node was sent.
+
+    Args:
+        arrays: the model.
+        policy_of: returns the policy of a node; None sends FP32.
+        server_round: the round's number.
+        client_name: names a node for the random draws.
+        entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
+        unquantized_format: the format of the variables that partial quantization leaves unquantized; None is FP32.
+        former: the broadcast before this one. If it was of the same model, which lies in the same arrays, what it
+            encoded is taken from it: evaluation sends the model that the next round trains.
+
+    Attributes:
+        arrays: the model.
+        round: the round's number.
+        nodes: the nodes that were sent the model.
+        errors: for each variable that was compressed, the sum of squares of the compression error, and that of its
+            values.
+    """
+
+    def __init__(
+        self,
+        arrays: ArrayRecord,
+        policy_of: Callable[[int], CompressionPolicy | None],
+        server_round: int,
+        client_name: Callable[[int], str | int],
+        entropy_coding: str = "none",
+        unquantized_format: Method | None = None,
+        former: "Broadcast | None" = None,
+    ) -> None:
+        self.arrays = arrays
+        self.round = server_round
+        self.nodes: set[int] = set()
+        self._policy_of = policy_of
+        self._client_name = client_name
+        self._code_down = entropy_coding in ("down", "both")
+        self._code_up = entropy_coding in ("up", "both")
+        self._unquantized_format = unquantized_format
+        self._shapes = float32_shapes(arrays)
+        self._pieces: dict[tuple[object, ...], _Piece] = {}
+        self.errors: dict[str, tuple[float, float]] = {}
+        self._dense: dict[str, Values] = {}
+        self._former_pieces = {} if former is None else former.pieces_of(arrays)
+        self._sent: dict[int, dict[str, Packed]] = {}
+        self._record_names: dict[int, list[str]] = {}
+
+    def compress(self, message: Message) -> None:
+        """Replace the model in a message by the payload of the client that the message goes to.
+
+        Raises:
+            PolicyError: the message does not contain the model that the strategy was given.
+        """
+        node = message.metadata.dst_node_id
+        self.nodes.add(node)
+        policy, client = self._policy_of(node), self._client_name(node)
+        records = records_of(message.content, ArrayRecord)
+        self._record_names[node] = models = [k for k, record in records.items() if set(record) == set(self.arrays)]
+        if policy is None:
+            return
+        pieces = self._pieces_for(policy, client)
+        self._sent[node] = {name: piece.packed for name, piece in pieces.items()}
+        payload = ArrayRecord()
+        for name, array in self.arrays.items():
+            payload[name] = pieces[name].array if name in pieces else array
+        if not models:
+            raise PolicyError("the inner strategy sends no model of the variables it was given: nothing to compress")
+        content = RecordDict(dict(message.content.items()))
+        for key in models:
+            content[key] = payload
+        content[CONFIG] = to_config(
+            policy.encoding(round=self.round, client=client),
+            entropy_coding=self._code_up,
+            unquantized_format=self._unquantized_format,
+        )
+        message.content = content
+
+    def dense(self, name: str) -> Values:
+        """Return the server's values of a variable; they must not be written."""
+        if name not in self._dense:
+            self._dense[name] = view_dense(self.arrays[name], name, check=False)
+        return self._dense[name]
+
+    def packed(self, node: int) -> dict[str, Packed]:
+        """Return the variables that a node was sent compressed."""
+        return self._sent.get(node, {})
+
+    def record_names(self, node: int) -> list[str]:
+        """Return the names of the array records in which a node was sent the model."""
+        return self._record_names.get(node) or ["arrays"]
+
+    def _pieces_for(self, policy: CompressionPolicy, client: str | int) -> dict[str, _Piece]:
+        """Return the variables that a client is sent compressed, as arrays and as codes."""
+        selection = policy.select(self._shapes, round=self.round, client=client)
+        shared = {fmt: policy.encoding(fmt, round=self.round) for fmt in policy.formats}
+        pieces = {name: self._piece(name, shared[how.format], frame.VARIABLE) for name, how in selection.items()}
+        if self._unquantized_format is not None:
+            unquantized = Encoding(self._unquantized_format, transform=policy.encoding().transform)
+            for name in policy.compressible(self._shapes):
+                if name not in pieces:
+                    pieces[name] = self._piece(name, unquantized, frame.DENSE)
+        return pieces
+
+    def _piece(self, name: str, how: Encoding, kind: int) -> _Piece:
+        """Encode a variable, once for all clients that are sent it in this format."""
+        seed = how.seed if how.base_rounding == "stochastic" else 0
+        key = (name, kind, how.format, how.transform, how.base_rounding, seed)
+        piece = self._pieces.get(key) or self._former_pieces.get(key)
+        if piece is None:
+            values = flat_tensor(self.dense(name))
+            packed = encode(values, how.format, how.transform, how.base_rounding, seed, name)
+            array = packed_array(packed, self._shapes[name], kind, entropy_coding=self._code_down)
+            piece = _Piece(array, packed, _error(packed, values))
+        self._pieces[key] = piece
+        self.errors[name] = max(self.errors.get(name, (0.0, 0.0)), piece.error)
+        return piece
+
+    def release_former(self) -> None:
+        """Release what the former broadcast encoded and this one does not send."""
+        self._former_pieces = {}
+
+    def pieces_of(self, arrays: ArrayRecord) -> "dict[tuple[object, ...], _Piece]":
+        """Return what was encoded of a model; nothing if it lies in other arrays."""
+        own = self.arrays
+        same = own is arrays or (list(own) == list(arrays) and all(own[name] is arrays[name] for name in own))
+        return self._pieces if same else {}
+
+
+def float32_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the float32 variables, which are those that may be compressed."""
+    return {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
+
+
+def _error(packed: Packed, values: Tensor) -> tuple[float, float]:
+    """Return the sum of squares of the compression error, and that of the values."""
+    error, size = 0.0, 0.0
+    scratch = torch.empty(min(_STRETCH, values.numel()), dtype=torch.float32, device="cpu")
+    for start in range(0, values.numel(), _STRETCH):
+        part = values[start : start + _STRETCH]
+        difference = packed.decode(scratch[: part.numel()], start).sub_(part)
+        error += float(torch.dot(difference, difference))
+        size += float(torch.dot(part, part))
+    return error, size

@@ -1,0 +1,166 @@
+"""The metrics and weights of replies: which are usable, which all share, and how much one client may weigh."""
+
+import bisect
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from flwr.app import Message, MetricRecord
+
+from fedomc.errors import PayloadError
+from fedomc.flower._flower import logger
+from fedomc.flower.arrays import records_of
+
+_LARGEST_WEIGHT = 2.0**63
+"""The largest weight of a reply: it is a count, and sums of larger numbers might not be finite."""
+
+_USUAL_NAME = "metrics"
+"""What Flower's documentation calls the record of a reply's metrics."""
+
+
+@dataclass(frozen=True)
+class ReplyMetrics:
+    """The metrics of a reply that numbers can be made of.
+
+    Attributes:
+        node: the node that answered.
+        record: the name of the record that holds the weight.
+        metrics: the usable metrics of that record, the weight among them.
+        weight: the weight, a finite number from 0 on.
+    """
+
+    node: int
+    record: str
+    metrics: MetricRecord
+    weight: float
+
+
+def read_metrics(reply: Message, server_round: int, weight_name: str) -> ReplyMetrics:
+    """Read the metrics of a reply; a metric that is not finite is dropped and named in the log.
+
+    Args:
+        reply: the reply. Of several metric records the one with the weight counts: ``metrics``, or the first by name.
+        server_round: the round's number, for the log.
+        weight_name: the name of the metric that is the reply's weight.
+
+    Raises:
+        PayloadError: there is no weight, or none that a mean can be weighted with.
+    """
+    node, records = reply.metadata.src_node_id, records_of(reply.content, MetricRecord)
+    weighted = sorted((name != _USUAL_NAME, name) for name, record in records.items() if weight_name in record)
+    if not weighted:
+        raise PayloadError(f"none of its {len(records)} metric records has the weight, {weight_name!r}")
+    record_name = weighted[0][1]
+    usable = MetricRecord()
+    for name, value in records[record_name].items():
+        if all(map(_is_a_number, value if isinstance(value, list) else [value])):
+            usable[name] = value
+        elif name != weight_name:
+            logger.warning(
+                "round %d: node %d: metric %s=%s is not finite, or beyond 64 bits: it is dropped, the reply is not",
+                *(server_round, node, name, value),
+            )
+    weight = records[record_name][weight_name]
+    if isinstance(weight, list) or weight_name not in usable or not 0 <= weight <= _LARGEST_WEIGHT:
+        raise PayloadError(f"metric {weight_name}={weight}: a number from 0 to 2**63 is expected")
+    return ReplyMetrics(node, record_name, usable, float(weight))
+
+
+def common_metrics(replies: Sequence[ReplyMetrics], server_round: int) -> tuple[list[MetricRecord | None], set[str]]:
+    """Choose the metrics that are aggregated: those that more than half of the replies have.
+
+    Flower's functions for metrics expect the same ones of all replies. So the others are dropped, and a reply that
+    lacks one of the chosen ones takes no part in the aggregation of metrics; both are named in the log. No client alone
+    can thus keep a metric from being reported.
+
+    Args:
+        replies: the metrics of all replies.
+        server_round: the round's number, for the log.
+
+    Returns:
+        For each reply the chosen metrics, or None if it lacks one; and the names of the chosen metrics.
+    """
+    forms = [{(name, _length(value)) for name, value in reply.metrics.items()} for reply in replies]
+    counts = Counter(form for each in forms for form in each)
+    chosen = {form for form, count in counts.items() if 2 * count > len(replies)}
+    for form in sorted(counts, key=lambda form: (form[0], form[1])):
+        having = [reply.node for reply, each in zip(replies, forms, strict=True) if form in each]
+        lacking = [reply.node for reply, each in zip(replies, forms, strict=True) if form not in each]
+        if form not in chosen:
+            logger.warning(
+                "round %d: metric %s is dropped: only %s of %d replies have it in this form",
+                *(server_round, form[0], _named(having), len(replies)),
+            )
+        elif lacking:
+            logger.warning("round %d: metric %s is aggregated without %s", server_round, form[0], _named(lacking))
+    names = {name for name, _ in chosen}
+    rows = [
+        MetricRecord({name: value for name, value in reply.metrics.items() if name in names})
+        if chosen <= each
+        else None
+        for reply, each in zip(replies, forms, strict=True)
+    ]
+    return rows, names
+
+
+class WeightCap:
+    """A cap on the weight of one reply: a multiple of the median weight of the round's replies.
+
+    The median is that of the weights above zero that have been added so far; of an even number the lower of the middle
+    two, so that two clients do not let one of them decide for both.
+
+    Args:
+        factor: the multiple; None sets no cap.
+    """
+
+    def __init__(self, factor: float | None) -> None:
+        self.factor = factor
+        self._weights: list[float] = []
+
+    def add(self, weights: Iterable[float]) -> None:
+        """Add the weights of replies to those that the median is of."""
+        for weight in weights:
+            if weight > 0:
+                bisect.insort(self._weights, weight)
+
+    @property
+    def limit(self) -> float:
+        """The most that a reply weighs, infinite if there is no cap or no weight yet."""
+        if self.factor is None or not self._weights:
+            return math.inf
+        return self.factor * self._weights[(len(self._weights) - 1) // 2]
+
+    def capped(self, reply: ReplyMetrics, server_round: int) -> float:
+        """Return the weight that a reply counts with; if it is less than its own, the log names both."""
+        limit = self.limit
+        if reply.weight <= limit:
+            return reply.weight
+        logger.warning(
+            "round %d: node %d has weight %g and counts with %g, the cap: %g times the median weight (weight_cap)",
+            *(server_round, reply.node, reply.weight, limit, self.factor),
+        )
+        return limit
+
+
+def with_weight(metrics: MetricRecord, weight_name: str, weight: float) -> MetricRecord:
+    """Return metrics whose weight is no more than a limit; a whole number stays one."""
+    own = cast(float, metrics[weight_name])
+    if own <= weight:
+        return metrics
+    return MetricRecord({**metrics, weight_name: int(weight) if isinstance(own, int) else weight})
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, list) else -1
+
+
+def _named(nodes: Sequence[int]) -> str:
+    shown = ", ".join(map(str, sorted(nodes)[:8]))
+    return f"node{'s' * (len(nodes) > 1)} {shown}" + (f" and {len(nodes) - 8} more" if len(nodes) > 8 else "")
+
+
+def _is_a_number(value: float) -> bool:
+    """Tell whether numpy can add up such values; Python's whole numbers have no bound."""
+    return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
