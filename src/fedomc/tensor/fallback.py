@@ -178,19 +178,6 @@ def _share_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return args[0]
 
 
-def _setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Write through an index, which torch would do on a view without a gradient."""
-    target, index, value = args
-    value = value.dequantize() if is_compressed(value) else value
-    if not is_compressed(target):
-        func(target, index, value)
-        return
-    values = target.dequantize()
-    values[index] = value
-    target.copy_(values)
-
-
 FALLBACK.append(_on_dense)
-METHODS[Tensor.__setitem__] = _setitem
 METHODS[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
 METHODS[Tensor.share_memory_] = _share_memory
