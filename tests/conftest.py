@@ -5,10 +5,12 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import gfloat
 import numpy as np
 import torch
+import torch.multiprocessing
 from hypothesis import settings
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -133,3 +135,19 @@ def flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
+
+
+def run_processes(target: Callable[..., None], count: int, *args: Any) -> None:
+    """Run a function in new processes, for a minute at most."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=target, args=(rank, *args)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * count
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fedomc import codec
+from fedomc._torch import forbid_memory_access
 from fedomc.codec.elements import FloatFormat
 from fedomc.codec.workspace import PANEL_BYTES, workspace
 from fedomc.methods.packed import Encoding, Packed, encode
@@ -52,6 +53,7 @@ class CompressedTensor(Tensor):
         self: CompressedTensor = Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=torch.float32, device=base.codes.device, requires_grad=requires_grad
         )
+        forbid_memory_access(self)
         self.base, self.update, self.encoding, self.variable = base, update, encoding, name
         return self
 
@@ -245,6 +247,10 @@ class CompressedTensor(Tensor):
         self._backward_hooks = self._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         return int(super()._use_count())  # type: ignore[misc]
 
+    def data_ptr(self) -> int:
+        """Return 0, as there is no memory that holds the values."""
+        return 0
+
     def numpy(self, *, force: bool = False) -> Any:
         """Decode to a numpy array."""
         return self.dequantize().numpy(force=force)
@@ -289,6 +295,8 @@ class CompressedTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the functions that a handler is for; leave the others to the dispatcher."""
+        if kwargs and kwargs.get("out") is not None:
+            return _handled(FALLBACK["out"], func, args, kwargs)
         handler = METHODS.get(func)
         if handler is None and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
             handler = FUNCTIONS.get(func)
@@ -307,7 +315,7 @@ class CompressedTensor(Tensor):
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
             handler = OPERATORS.get(func)
             result = NotImplemented if handler is None else handler(func, args, kwargs)
-            return FALLBACK[0](func, args, kwargs) if result is NotImplemented else result
+            return FALLBACK["operator"](func, args, kwargs) if result is NotImplemented else result
 
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -329,8 +337,8 @@ METHODS: dict[Any, Handler] = {}
 OPERATORS: dict[Any, Handler] = {}
 """Operators that are run by a handler, below autograd; it returns NotImplemented for arguments that it leaves."""
 
-FALLBACK: list[Handler] = []
-"""What runs every other operator."""
+FALLBACK: dict[str, Handler] = {}
+"""What runs every other ``operator``, and every function that is given an ``out``."""
 
 
 def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> CompressedTensor:

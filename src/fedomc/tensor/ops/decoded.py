@@ -120,13 +120,10 @@ def with_decoded_weights(
 
 
 def with_autocast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same for functions that autocast runs in its lower precision.
+    """Do the same for functions that autocast runs in its lower precision.
 
-    Autocast would cast the decoded weight and autograd save that copy. What writes to ``out`` is left to the
-    dispatcher, which encodes it again; so does autocast leave it alone.
+    Autocast would cast the decoded weight, and autograd would save that copy.
     """
-    if kwargs.get("out") is not None:
-        return func(*args, **kwargs)
     return with_decoded_weights(func, args, kwargs, autocast_dtype(args, kwargs) or torch.float32)
 
 
