@@ -252,8 +252,8 @@ class CompressedTensor(Tensor):
         return 0
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Decode to a numpy array."""
-        return self.dequantize().numpy(force=force)
+        """Decode to a numpy array, which is read-only (what is written to it would be lost) unless with ``force``."""
+        return numpy_of(self.dequantize(), force)
 
     def tolist(self) -> Any:
         """Decode to nested lists."""
@@ -267,6 +267,9 @@ class CompressedTensor(Tensor):
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.dequantize().__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __format__(self, spec: str) -> str:
+        return self.dequantize().__format__(spec) if spec else str(self)  # type: ignore[no-untyped-call]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Name the inner tensors; see ``torch.utils._python_dispatch``."""
@@ -297,6 +300,8 @@ class CompressedTensor(Tensor):
         """Run the functions that a handler is for; leave the others to the dispatcher."""
         if kwargs and kwargs.get("out") is not None:
             return _handled(FALLBACK["out"], func, args, kwargs)
+        if func in BACKWARD:
+            return BACKWARD[func](func, args, kwargs or {})
         handler = METHODS.get(func)
         if handler is None and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
             handler = FUNCTIONS.get(func)
@@ -334,6 +339,9 @@ in forward mode, which differentiate the operators that torch makes of them."""
 METHODS: dict[Any, Handler] = {}
 """Methods of tensors that are run by a handler wherever they are called."""
 
+BACKWARD: dict[Any, Handler] = {}
+"""Functions that run a backward pass."""
+
 OPERATORS: dict[Any, Handler] = {}
 """Operators that are run by a handler, below autograd; it returns NotImplemented for arguments that it leaves."""
 
@@ -349,6 +357,14 @@ def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> Comp
     """
     base = encode(values, encoding.format, encoding.transform, encoding.base_rounding, encoding.seed, name)
     return CompressedTensor.from_packed(base, encoding, values.shape, name)
+
+
+def numpy_of(values: Tensor, force: bool) -> Any:
+    """Return decoded values as a numpy array, read-only unless with ``force``."""
+    array = values.numpy(force=force)
+    if not force:
+        array.flags.writeable = False
+    return array
 
 
 def is_compressed(x: Any) -> TypeGuard[CompressedTensor]:

@@ -70,6 +70,12 @@ def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         target.copy_(values)
 
 
+def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Replace each value by a function of it."""
+    target, function = args
+    return target.copy_(target.dequantize().apply_(function))
+
+
 def _share_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Move the codes to memory that processes share."""
     for part in args[0].parts:
@@ -81,4 +87,5 @@ def _share_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 FALLBACK["operator"] = _on_dense
 FALLBACK["out"] = _to_out
 METHODS[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
+METHODS[Tensor.apply_] = _apply
 METHODS[Tensor.share_memory_] = _share_memory

@@ -7,13 +7,14 @@ another way, and what an operator writes into a view is encoded at once.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fedomc.tensor.compressed import CompressedTensor
+from fedomc.tensor.compressed import CompressedTensor, numpy_of
 from fedomc.tensor.schema import changes_geometry, run, written
 
 
@@ -114,8 +115,8 @@ class DecodedView(Tensor):
         )
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Return the values as a numpy array."""
-        return self.current().numpy(force=force)
+        """Return a numpy array, which is read-only (what is written to it would be lost) unless with ``force``."""
+        return numpy_of(self.current().clone(), force)
 
     def tolist(self) -> Any:
         """Return the values as nested lists."""
@@ -123,6 +124,21 @@ class DecodedView(Tensor):
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.current().__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __format__(self, spec: str) -> str:
+        return self.current().__format__(spec) if spec else str(self)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Copy to a plain tensor of the same values."""
+        if not self.is_leaf:
+            return super().__deepcopy__(memo)  # type: ignore[no-untyped-call, no-any-return]  # which says why not
+        copy = memo[id(self)] = self.current().clone()
+        return copy
+
+    def apply_(self, function: Callable[[float], float]) -> "DecodedView":
+        """Replace each value by a function of it."""
+        self.copy_(self.current().clone().apply_(function))
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.current().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
