@@ -59,7 +59,7 @@ def gfloat_format(fmt: FloatFormat) -> gfloat.FormatInfo:
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def lossless(values: Tensor, **kwargs: object) -> CompressedTensor:

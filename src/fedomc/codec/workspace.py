@@ -61,10 +61,10 @@ class Workspace:
     def empty(self, numel: int, device: torch.device) -> Tensor:
         """Lend float32 ``[numel]``; on other devices than the CPU, torch's allocator does the same."""
         if numel < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
-            return torch.empty(numel, device=device)
+            return torch.empty(numel, dtype=torch.float32, device=device)
         with self._alone() as alone:
             if not alone:
-                return torch.empty(numel, device=device)
+                return torch.empty(numel, dtype=torch.float32, device=device)
             piece = self._take(numel)
             view = piece[:numel]
             reference = weakref.ref(view, self._give_back)

@@ -94,7 +94,7 @@ class Packed:
     def empty(cls, format: FloatFormat, numel: int, device: torch.device | str) -> "Packed":
         """Allocate a variable of zeros."""
         codes = torch.zeros(codec.words_of(numel, format.bits), dtype=torch.int32, device=device)
-        return cls(codes, torch.tensor([1.0, 0.0], device=device), format, numel)
+        return cls(codes, torch.tensor([1.0, 0.0], dtype=torch.float32, device=device), format, numel)
 
     @property
     def nbytes(self) -> int:
@@ -226,7 +226,7 @@ class Packed:
         scale = s * 2.0**-exponent
         if not stays_finite(self.format, scale, b):
             scale, b = 2.0**-exponent, 0.0
-        new = Packed(codes, torch.tensor([scale, b]), self.format, self.numel)
+        new = Packed(codes, torch.tensor([scale, b], dtype=torch.float32), self.format, self.numel)
         if fits is not None and not fits(new):
             raise NonFiniteError(
                 f"{name} would have a base and an update whose sum is beyond float32; nothing was changed. "
@@ -252,7 +252,7 @@ class Packed:
             largest = max(largest, part_largest)
             if largest >= codec.INFINITY_BITS:
                 break
-        return codes, torch.cat(found) if found else torch.empty(0, codec.SUMS), largest
+        return codes, torch.cat(found) if found else torch.empty(0, codec.SUMS, dtype=torch.float64), largest
 
     def _room(self) -> Tensor:
         """Room for other codes: a wrong power of two must not destroy the present ones."""

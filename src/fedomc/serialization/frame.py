@@ -181,7 +181,7 @@ def from_bytes(
     else:
         reference = _reference(sent, fmt, numel)
         codes = planes.decompress(body, coding, bool(difference), numel, fmt.bits, reference, name)
-    return Frame(Packed(codes, torch.tensor([scale, offset]), fmt, numel), found, kind)
+    return Frame(Packed(codes, torch.tensor([scale, offset], dtype=torch.float32), fmt, numel), found, kind)
 
 
 def _reference(sent: Packed | None, format: FloatFormat, numel: int) -> Tensor | None:

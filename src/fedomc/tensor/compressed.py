@@ -125,7 +125,7 @@ class CompressedTensor(Tensor):
 
     def dequantize(self) -> Tensor:
         """Decode to a fresh dense float32 tensor, outside of autograd."""
-        return self._decoded(torch.empty(self.base.numel, device=self.base.codes.device))
+        return self._decoded(torch.empty(self.base.numel, dtype=torch.float32, device=self.base.codes.device))
 
     def decode(self) -> Tensor:
         """Decode as ``dequantize`` does, but into scratch memory: for a moment."""

@@ -53,7 +53,7 @@ def _empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _new_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(torch.empty(args[0].shape, device=args[0].device), *args[1:], **kwargs)
+    return func(torch.empty(args[0].shape, dtype=torch.float32, device=args[0].device), *args[1:], **kwargs)
 
 
 def _copied(part: Packed, device: torch.device) -> Packed:

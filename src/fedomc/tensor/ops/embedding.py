@@ -25,7 +25,7 @@ class _Embedding(torch.autograd.Function):
             raise IndexError(
                 f"{weight.variable} has rows 0 to {len(weight) - 1}: no row {int(rows[0 if rows[0] < 0 else -1])}"
             )
-        found = torch.empty(len(rows), weight.shape[1], device=weight.device)  # [U, D]
+        found = torch.empty(len(rows), weight.shape[1], dtype=torch.float32, device=weight.device)  # [U, D]
         for begin, end in _runs(rows, weight.shape[1], weight.panel_rows):
             first, last = int(rows[begin]), int(rows[end - 1])
             torch.index_select(weight.decode_rows(first, last + 1), 0, rows[begin:end] - first, out=found[begin:end])
