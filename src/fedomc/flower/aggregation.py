@@ -199,8 +199,8 @@ def _values(returned: Returned, server: Values, value: bool) -> Values:
         values = returned.read()
         if not isinstance(values, Packed):
             return values.copy()
-        return values.decode(torch.empty(server.size)).numpy().reshape(server.shape)
-    flat = returned.change(torch.empty(server.size))
+        return values.decode(torch.empty(server.size, dtype=torch.float32)).numpy().reshape(server.shape)
+    flat = returned.change(torch.empty(server.size, dtype=torch.float32))
     if value:
         assert isinstance(returned.sent, Packed)
         return returned.sent.add_to(flat).numpy().reshape(server.shape)

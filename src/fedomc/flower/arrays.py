@@ -338,4 +338,4 @@ def _read(array: Array, name: str, old: Tensor, told: Instructions | None) -> Te
         return CompressedTensor.from_packed(parsed.packed, told.encoding, parsed.shape, name)
     if parsed.packed.format != told.rest_format:
         raise PayloadError(f"{name} is {parsed.packed.format}, but the config record's rest is {told.rest_format}")
-    return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
+    return parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32)).view(parsed.shape)

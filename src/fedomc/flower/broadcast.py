@@ -255,7 +255,7 @@ def _unpacked(array: Array, name: str, sent: Packed | None) -> Packed:
 def _error(packed: Packed, values: Tensor) -> tuple[float, float]:
     """Return the sums of squares of what compression missed, and of the values."""
     missed, of = 0.0, 0.0
-    scratch = torch.empty(min(STRETCH, values.numel()))
+    scratch = torch.empty(min(STRETCH, values.numel()), dtype=torch.float32)
     for start in range(0, values.numel(), STRETCH):
         part = values[start : start + STRETCH]
         difference = packed.decode(scratch[: part.numel()], start).sub_(part)

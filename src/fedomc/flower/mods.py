@@ -77,4 +77,4 @@ def _encode(name: str, values: Tensor, format: FloatFormat, how: Encoding) -> Pa
 
 
 def _values(parsed: frame.Frame) -> Tensor:
-    return parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
+    return parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32)).view(parsed.shape)

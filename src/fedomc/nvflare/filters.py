@@ -226,7 +226,7 @@ class DecompressFilter(_ModelFilter):
             if keep:
                 data[name] = CompressedTensor.from_packed(parsed.packed, encoding, parsed.shape, name)
             else:
-                values = parsed.packed.decode(torch.empty(parsed.packed.numel)).view(parsed.shape)
+                values = parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32)).view(parsed.shape)
                 data[name] = values.numpy() if (wanted or library) == "numpy" else values
         return _replaced(dxo, data, {})
 
