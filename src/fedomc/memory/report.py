@@ -20,6 +20,7 @@ from fedomc.errors import OMCError, PolicyError
 from fedomc.memory.liveness import KINDS, FunctionTracker, MemoryBytes, ShapeMode, StorageTracker, VariableTracker
 from fedomc.methods.packed import Encoding
 from fedomc.tensor.compressed import is_compressed
+from fedomc.training.lazy import check_initialized
 from fedomc.training.model import compress_, decompress_
 from fedomc.training.policy import CompressionPolicy
 from fedomc.training.stepping import _in_reentrant_checkpoint, step_in_backward
@@ -95,10 +96,12 @@ def memory_report(
 
     Raises:
         FormatError: no such format.
-        PolicyError: a policy that fits no variable of the model, or two formats of one name.
+        PolicyError: a policy that fits no variable of the model, a lazy module that has not run yet, or two formats of
+            one name.
         OMCError: the loss is no scalar; the shapes in the model depend on values; a model on meta cannot be measured.
         RuntimeError: stepping in backward inside a reentrant checkpoint.
     """
+    check_initialized(model)
     training = _Training(loss or _own_loss, optimizer_class, in_backward, clip_norm, kwargs)
     encodings = {_label(each): _encodings(model, each) for each in formats}
     if len(encodings) < len(formats):

@@ -251,6 +251,17 @@ class CompressedTensor(Tensor):
         """Return 0, as there is no memory that holds the values."""
         return 0
 
+    def storage(self) -> torch.TypedStorage:
+        """Refuse, as there is no storage that holds the values.
+
+        Raises:
+            RuntimeError: always; safetensors and ``save_pretrained`` of transformers come here.
+        """
+        raise RuntimeError(
+            f"{self.variable} is compressed and has no storage of its values: save the model with fedomc.save_model, "
+            "or decompress_ it (or a deep copy of it) before safetensors or save_pretrained write it"
+        )
+
     def numpy(self, *, force: bool = False) -> Any:
         """Decode to a numpy array, which is read-only (what is written to it would be lost) unless with ``force``."""
         return numpy_of(self.dequantize(), force)
@@ -298,6 +309,8 @@ class CompressedTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the functions that a handler is for; leave the others to the dispatcher."""
+        if torch.compiler.is_exporting():
+            raise RuntimeError("a compressed model cannot be exported: decompress_ it (or a deep copy of it) first")
         if kwargs and kwargs.get("out") is not None:
             return _handled(FALLBACK["out"], func, args, kwargs)
         if func in BACKWARD:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fedomc.errors import PolicyError
 from fedomc.methods.packed import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress
+from fedomc.training.lazy import check_initialized
 
 
 def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
@@ -23,11 +24,12 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding]) -> nn.Module:
 
     Raises:
         PolicyError: a name that the model does not have, a variable that is compressed already, is not float32, has no
-            values (meta device), or is stepped in backward: call ``step_in_backward`` after ``compress_``.
+            values (meta device, lazy module), or is stepped in backward: call ``step_in_backward`` after ``compress_``.
         NonFiniteError: a value is NaN or infinite; the variables before it are compressed, none is lost.
     """
     if not isinstance(selection, Mapping):
         raise PolicyError(f"compress_ takes a selection, not a {type(selection).__name__}: pass policy.select(model)")
+    check_initialized(model)
     parameters = dict(model.named_parameters())
     for name in selection:
         if name not in parameters:
@@ -138,7 +140,11 @@ def parameter_bytes(model: nn.Module) -> ParameterBytes:
 
     Returns:
         Bytes by variable, their sum, and its ratio to FP32.
+
+    Raises:
+        PolicyError: a lazy module has not run yet.
     """
+    check_initialized(model)
     parameters = dict(model.named_parameters())
     return ParameterBytes(
         {name: parameter.nbytes for name, parameter in parameters.items()},

@@ -14,6 +14,7 @@ from fedomc import codec
 from fedomc.codec.elements import FloatFormat
 from fedomc.errors import PolicyError
 from fedomc.methods.packed import Encoding
+from fedomc.training.lazy import check_initialized
 
 
 class Selection(Mapping[str, Encoding]):
@@ -128,8 +129,11 @@ class CompressionPolicy:
             variables: a model, or the shapes of its variables by name.
 
         Raises:
-            PolicyError: there is none, or a pattern of ``include`` or ``format_by_name`` matches no variable.
+            PolicyError: there is none, the model has a lazy module that has not run yet, or a pattern of ``include``
+                or ``format_by_name`` matches no variable.
         """
+        if isinstance(variables, nn.Module):
+            check_initialized(variables)
         shapes = shapes_of(variables)
         for field_name, patterns in (("include", self.include), ("format_by_name", dict(self.format_by_name))):
             for pattern in patterns:

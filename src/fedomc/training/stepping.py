@@ -26,6 +26,7 @@ from torch.utils.hooks import unserializable_hook
 
 from fedomc.errors import PolicyError
 from fedomc.tensor.compressed import is_compressed
+from fedomc.training.lazy import check_initialized
 
 
 class StepInBackward:
@@ -169,12 +170,14 @@ def step_in_backward(
         The optimizer, a way to accumulate gradients and a way to stop.
 
     Raises:
-        PolicyError: nothing to train, or a parameter is stepped already; in a forward pass of the model, a parameter
-            that requires a gradient and is not stepped, because it was replaced, moved or unfrozen.
+        PolicyError: there is nothing to train, a lazy module has not run yet, or a parameter is stepped already. In a
+            forward pass of the model: a parameter that requires a gradient is not stepped, because it was replaced,
+            moved or unfrozen.
 
     A backward pass inside a reentrant checkpoint raises RuntimeError: it cannot know whether a gradient is complete. A
     loss that a ``GradScaler`` multiplied is stepped with as it is.
     """
+    check_initialized(model)
     variables = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
