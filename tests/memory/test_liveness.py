@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from fedomc import CompressedTensor, Encoding, FloatFormat
-from fedomc.memory.liveness import FunctionTracker, Lifetime, ShapeMode, StorageTracker, VariableTracker
+from fedomc.memory.liveness import FunctionTracker, Lifetime, StorageTracker, VariableTracker
+from fedomc.memory.shapes import ShapeMode
 from tests.conftest import randn
 
 S1E2M3 = Encoding(FloatFormat(2, 3))

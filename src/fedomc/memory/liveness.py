@@ -20,11 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fedomc._torch import TorchDispatchMode, current_node, schema_of, sparse_parts, storage_key, tree_leaves
 from fedomc.codec.layout import CHUNK, words_of
 from fedomc.codec.workspace import PANEL_BYTES
 from fedomc.methods.packed import Encoding
@@ -39,9 +37,6 @@ _IN_ONE_PASS = {_aten.add_.Tensor, _aten.sub_.Tensor}
 
 _BY_PANELS = {F.linear, F.embedding, *CONVOLUTIONS}
 """FunctionTracker that decode no more of a variable at a time than a panel."""
-
-_RUN_ON_ZEROS = {_aten._ctc_loss.default, _aten._ctc_loss.Tensor, _aten.mkldnn_rnn_layer.default}
-"""Operators of which only the kernel knows what it gives for the next one: by target lengths, or a workspace."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[Any, Lifetime]] = {}
         for name, parameter in model.named_parameters():
             self._see(parameter, "parameters", name)
-            self.variables |= {storage._cdata: name for storage in _storages(parameter)}
+            self.variables |= {storage_key(storage): name for storage in _storages(parameter)}
         self._see(list(model.buffers()), "buffers")
         self._see(batch, "batch")
 
@@ -123,8 +118,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def tag(self, kind: str, tensors: Any) -> None:
         """Say of which kind tensors are, in any structure; those that were made elsewhere are left out."""
         for storage in _storages(tensors):
-            if storage._cdata in self._alive:
-                self._alive[storage._cdata][1].kind = kind
+            if storage_key(storage) in self._alive:
+                self._alive[storage_key(storage)][1].kind = kind
 
     def tag_alive(self, kind: str) -> None:
         """Say of which kind everything is that lives and has no kind yet."""
@@ -151,7 +146,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see(self, tensors: Any, kind: str = "transients", variable: str = "") -> None:
         for storage in _storages(tensors):
-            key = storage._cdata
+            key = storage_key(storage)
             if key not in self._alive:
                 life = Lifetime(storage.nbytes(), self.moment, None, kind, variable)
                 self.lives.append(life)
@@ -193,15 +188,15 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
                 life.death = self.moment
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        node = torch._C._current_autograd_node()
+        node = current_node()
         if node is not self._node:
             for life in self._decoded.values():
                 life.death = self.moment - 1
             self._node, self._since, self._decoded = node, self.moment, {}
         if self._calls or func in (_aten.detach.default, _aten.alias.default):
             return
-        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        named = dict(zip((argument.name for argument in schema_of(func).arguments), args, strict=False)) | kwargs
+        writes = {a.name for a in schema_of(func).arguments if a.alias_info is not None and a.alias_info.is_write}
         for argument, value in named.items():
             for name in self._variables_in(value):
                 if argument in writes:
@@ -247,7 +242,7 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
         return "panel" if self._functions.get(name) in _BY_PANELS else "decoded"
 
     def _variables_in(self, arguments: Any) -> set[str]:
-        keys = {storage._cdata for storage in _storages(arguments)}
+        keys = {storage_key(storage) for storage in _storages(arguments)}
         return {self.variables[key] for key in keys & self.variables.keys()}
 
 
@@ -268,47 +263,6 @@ class FunctionTracker(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Runs a model without values, as a context. Integers and truths have theirs: tokens, lengths, masks.
-
-    A float that a model looks at all the same is 1, and what it compares to floats is false.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-
-    def __torch_dispatch__(  # type: ignore[override]
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            dtype = args[0].dtype
-            return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
-        if func in _RUN_ON_ZEROS:
-            found = func(*tree_map(_zeros, args), **tree_map(_zeros, kwargs or {}))
-            return tree_map(lambda x: self.from_tensor(x) if isinstance(x, Tensor) else x, found)
-        if tensors and all(_has_values(x) for x in tensors):
-            return tree_map(self._without_values, func(*args, **(kwargs or {})))
-        result = super().__torch_dispatch__(func, types, args, kwargs or {})
-        if not tensors and isinstance(result, FakeTensor) and not _is_float(result):
-            return func(*args, **(kwargs or {}))
-        return result
-
-    def copy(self, x: Any) -> Any:
-        """Copy a tensor, without its values if it is of floats."""
-        if not isinstance(x, Tensor):
-            return x
-        device = "cpu" if x.is_meta else x.device
-        if not _is_float(x):
-            return torch.zeros_like(x, device=device) if x.is_meta else x.clone()
-        with self:
-            values = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-        return nn.Parameter(values, x.requires_grad) if isinstance(x, nn.Parameter) else values
-
-    def _without_values(self, x: Any) -> Any:
-        return self.from_tensor(x) if isinstance(x, Tensor) and _is_float(x) else x
-
-
 def _storages(x: Any) -> list[torch.UntypedStorage]:
     """Return the storages behind a tensor, or the tensors of a structure."""
     found: list[torch.UntypedStorage] = []
@@ -316,19 +270,7 @@ def _storages(x: Any) -> list[torch.UntypedStorage]:
         if is_compressed(leaf):
             found += _storages([[part.codes, part.affine] for part in leaf.parts])
         elif isinstance(leaf, Tensor) and leaf.layout is torch.sparse_coo:
-            found += _storages([leaf._indices(), leaf._values()])
+            found += _storages(sparse_parts(leaf))
         elif isinstance(leaf, Tensor) and leaf.layout is torch.strided:
             found.append(leaf.untyped_storage())
     return found
-
-
-def _zeros(x: Any) -> Any:
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, FakeTensor) else x
-
-
-def _is_float(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
-
-
-def _has_values(x: Tensor) -> bool:
-    return not isinstance(x, FakeTensor) and not _is_float(x)

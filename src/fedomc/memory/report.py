@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
+from fedomc._torch import tree_map
 from fedomc.errors import OMCError, PolicyError
-from fedomc.memory.liveness import KINDS, FunctionTracker, MemoryBytes, ShapeMode, StorageTracker, VariableTracker
+from fedomc.memory.liveness import KINDS, FunctionTracker, MemoryBytes, StorageTracker, VariableTracker
 from fedomc.methods.packed import Encoding
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
@@ -209,6 +208,9 @@ def _predicted(
     model: nn.Module, batch: _Batch, training: _Training, formats: Mapping[str, _Encodings]
 ) -> dict[str, MemoryBytes]:
     """Train a plain copy of the model that has no values, and see what compressed ones would hold."""
+    from fedomc._torch import DataDependentOutputException, DynamicOutputShapeException
+    from fedomc.memory.shapes import ShapeMode
+
     shapes = ShapeMode()
     trial = _copied(model, shapes.copy)
     inputs = tree_map(shapes.copy, batch)

@@ -15,10 +15,18 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fedomc import codec
-from fedomc._torch import forbid_memory_access
+from fedomc._torch import (
+    drop_hooks,
+    forbid_memory_access,
+    has_hooks,
+    no_overrides,
+    transforms_are_active,
+    uncompiled,
+    use_count,
+    wrapper_tensor,
+)
 from fedomc.codec.elements import FloatFormat
 from fedomc.codec.workspace import PANEL_BYTES, workspace
 from fedomc.methods.packed import Encoding, Packed, encode
@@ -50,9 +58,7 @@ class CompressedTensor(Tensor):
         requires_grad: bool = False,
     ) -> "CompressedTensor":
         """Wrap packed parts as they are; ``from_dense`` and ``from_packed`` are what users call."""
-        self: CompressedTensor = Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=torch.float32, device=base.codes.device, requires_grad=requires_grad
-        )
+        self = wrapper_tensor(cls, shape, torch.float32, base.codes.device, requires_grad)
         forbid_memory_access(self)
         self.base, self.update, self.encoding, self.variable = base, update, encoding, name
         return self
@@ -135,7 +141,7 @@ class CompressedTensor(Tensor):
         """Decode the rows ``[start, stop)`` of a matrix (or of the first dimension) into scratch memory."""
         width = self.base.numel // self.shape[0]
         begin = start * width // codec.BLOCK * codec.BLOCK
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with no_overrides(), torch.no_grad():
             room = self.empty(0, (stop - start) * width + codec.BLOCK)  # as much wherever it begins: to be lent again
             values = self._decode_into(room[: stop * width - begin], begin)
             return values[start * width - begin :].view(-1, *self.shape[1:])
@@ -152,7 +158,7 @@ class CompressedTensor(Tensor):
         return [(start, min(start + height, rows)) for start in range(0, max(1, rows), height)]
 
     def _decoded(self, out: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with no_overrides(), torch.no_grad():
             return self._decode_into(out, 0).view(self.shape)
 
     def rewrite(self, produce: Callable[[int, int], Tensor]) -> None:
@@ -238,14 +244,14 @@ class CompressedTensor(Tensor):
         Raises:
             RuntimeError: it has hooks.
         """
-        if self._backward_hooks or self._post_accumulate_grad_hooks:
+        if has_hooks(self):
             raise RuntimeError(
                 f"{self.variable} has hooks that it would lose: move the model first, and call step_in_backward (or "
                 "register hooks) afterwards. remove() takes those of step_in_backward away"
             )
         # An empty set of hooks would take new ones after the move, and never call them.
-        self._backward_hooks = self._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-        return int(super()._use_count())  # type: ignore[misc]
+        drop_hooks(self)
+        return use_count(self)
 
     def data_ptr(self) -> int:
         """Return 0, as there is no memory that holds the values."""
@@ -283,7 +289,7 @@ class CompressedTensor(Tensor):
         return self.dequantize().__format__(spec) if spec else str(self)  # type: ignore[no-untyped-call]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Name the inner tensors; see ``torch.utils._python_dispatch``."""
+        """Name the inner tensors, as torch asks of subclasses that it can trace."""
         names = [f"{part}_{tensor}" for part in ("base", "update")[: len(self.parts)] for tensor in ("codes", "affine")]
         return names, (self.encoding, tuple(self.shape), self.variable, tuple(part.rewrites for part in self.parts))
 
@@ -316,11 +322,11 @@ class CompressedTensor(Tensor):
         if func in BACKWARD:
             return BACKWARD[func](func, args, kwargs or {})
         handler = METHODS.get(func)
-        if handler is None and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        if handler is None and not transforms_are_active():
             handler = FUNCTIONS.get(func)
         if handler is not None:
             return _handled(handler, func, args, kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
+        with no_overrides():
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -339,9 +345,9 @@ class CompressedTensor(Tensor):
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-@torch.compiler.disable(reason="a weight is decoded for a moment")  # type: ignore[no-untyped-call, untyped-decorator]
+@uncompiled("a weight is decoded for a moment")
 def _handled(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with no_overrides():
         return handler(func, args, kwargs)
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fedomc._torch import schema_of, tree_leaves, tree_map
 from fedomc.tensor import views
 from fedomc.tensor.compressed import FALLBACK, METHODS, CompressedTensor, is_compressed
 from fedomc.tensor.schema import returns_view, run, written
@@ -30,7 +30,7 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ):  # a broadcast does not change its source
             x.rewrite_from(values)
         encoded[id(values)] = x
-    if func.namespace == "c10d" or func._schema.name.startswith(("aten::_foreach", "aten::_fused")):
+    if func.namespace == "c10d" or schema_of(func).name.startswith(("aten::_foreach", "aten::_fused")):
         # Of variables in lists, autograd has to be told that they were changed.
         torch.autograd.graph.increment_version(encoded.values())
     return tree_map(lambda x: encoded.get(id(x), x), result)

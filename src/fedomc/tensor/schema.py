@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+
+from fedomc._torch import schema_of, tree_leaves
 
 
 def arguments_by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by the names that the schema gives them."""
-    return {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
+    return {**dict(zip((argument.name for argument in schema_of(func).arguments), args, strict=False)), **kwargs}
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return what a call of an operator writes to."""
     if _is_collective(func):
         return list(tree_leaves(args[0]))
-    arguments = func._schema.arguments
+    arguments = schema_of(func).arguments
     mutable = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
     named = arguments_by_name(func, args, kwargs) if mutable else {}
     return [x for name in mutable for x in tree_leaves(named.get(name))]
@@ -29,7 +30,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[An
 
 def returns_view(func: Any) -> bool:
     """Tell whether an operator returns views of its arguments."""
-    return any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns)
+    return any(output.alias_info is not None and not output.alias_info.is_write for output in schema_of(func).returns)
 
 
 def changes_geometry(func: Any) -> bool:
@@ -52,7 +53,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], variables: Seq
     if not (variables and _is_collective(func)):
         return func(*args, **kwargs)
     if arguments_by_name(func, args, kwargs).get("async_op", True):
-        name = func._schema.name.removeprefix("c10d::")
+        name = schema_of(func).name.removeprefix("c10d::")
         raise RuntimeError(
             f"{variables[0]} is compressed and cannot be written by {name} after the call has returned (recv, irecv "
             "or async_op=True): use a synchronous collective, or receive into a dense tensor and copy_ that into the "
@@ -64,4 +65,4 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], variables: Seq
 
 
 def _is_collective(func: Any) -> bool:
-    return bool(func.namespace == "c10d" and func._schema.name.endswith("_"))
+    return bool(func.namespace == "c10d" and schema_of(func).name.endswith("_"))

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fedomc._torch import tree_leaves, tree_map, without_overrides
 from fedomc.tensor.compressed import CompressedTensor, numpy_of
 from fedomc.tensor.schema import changes_geometry, run, written
 
@@ -84,7 +84,7 @@ def _viewed(x: Any, decoded_copies: list[_DecodedCopy]) -> Any:
 class DecodedView(Tensor):
     """A view of a compressed tensor's decoded values; what is written into it is encoded again."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = without_overrides  # type: ignore[assignment]
     _decoded_copy: _DecodedCopy
     _plain: Tensor
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedomc._torch import has_step_hooks
 from fedomc.errors import PolicyError
 from fedomc.methods.packed import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress
@@ -85,7 +86,7 @@ def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -
         owner, key = places[name][0]
         old = owner._parameters[key]
         assert old is not None
-        if old._post_accumulate_grad_hooks:
+        if has_step_hooks(old):
             raise PolicyError(
                 f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
                 "returned, and step_in_backward again afterwards"

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fedomc._torch import has_step_hooks
 from fedomc.codec import CHUNK
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.methods.packed import Encoding
@@ -138,7 +139,7 @@ def _canonical(
 
 def _check_replaceable(model: nn.Module, state: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
     for name, old in state.items():
-        if old._post_accumulate_grad_hooks:
+        if has_step_hooks(old):
             raise PolicyError(
                 f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
                 "returned, and step_in_backward again afterwards"

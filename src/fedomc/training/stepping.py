@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import unserializable_hook
 
+from fedomc._torch import has_step_hooks, tree_leaves, without_overrides
 from fedomc.errors import PolicyError
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
@@ -182,7 +182,7 @@ def step_in_backward(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter._post_accumulate_grad_hooks:
+        if has_step_hooks(parameter):
             raise PolicyError(f"{name} is stepped in backward already: call remove() on what the first call returned")
         variables.append((name, parameter))
     if not variables:
@@ -197,7 +197,7 @@ _aten = torch.ops.aten
 class ReleasedGradient(Tensor):
     """What is left of a gradient after the step: shape, dtype and device, and an error for whoever wants its values."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = without_overrides  # type: ignore[assignment]
     variable: str
 
     @staticmethod
@@ -254,7 +254,7 @@ def _check_all_stepped(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or model not in _stepping:
         return
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter._post_accumulate_grad_hooks:
+        if parameter.requires_grad and not has_step_hooks(parameter):
             raise PolicyError(
                 f"{name} requires a gradient and is not stepped in backward: it was replaced, moved or unfrozen after "
                 "step_in_backward. Call remove() on what that returned, and step_in_backward again"

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fedomc._torch import run_next_in_backward, saved_tensors_hooks, tree_leaves, tree_map
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 
 _CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts; the first as well without it
@@ -93,7 +93,7 @@ def with_decoded_weights(
         values: Tensor = _Decode.apply(x)  # type: ignore[no-untyped-call]
         if values.grad_fn is not None:
             # Else the backward pass would come here last, when the gradients of all layers are there.
-            values.grad_fn._set_sequence_nr(2**63 - 1)  # type: ignore[attr-defined]
+            run_next_in_backward(values)
         values = values.to(dtype)
         weights[values.untyped_storage().data_ptr()] = x
         return values
@@ -112,7 +112,7 @@ def with_decoded_weights(
     def unpack(saved: Saved | _SavedElsewhere) -> Tensor:
         return saved.load()
 
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer = saved_tensors_hooks()
 
     args, kwargs = tree_map(decode, (args, kwargs))
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
