@@ -1,4 +1,4 @@
-"""Running a model without values, to see what it would hold; loaded at its first use, as it takes its time."""
+"""Runs a model on shapes alone, without values. Loading this module takes time: it is imported at its first use."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from fedomc._torch import FakeTensor, FakeTensorMode, tree_leaves, tree_map
 
 _aten = torch.ops.aten
 _RUN_ON_ZEROS = {_aten._ctc_loss.default, _aten._ctc_loss.Tensor, _aten.mkldnn_rnn_layer.default}
-"""Operators of which only the kernel knows what it gives for the next one: by target lengths, or a workspace."""
+"""Operators with outputs whose shapes only the kernel knows: they depend on target lengths, or are a workspace."""
 
 
 class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Runs a model without values, as a context. Integers and truths have theirs: tokens, lengths, masks.
+    """A context in which floating-point tensors have no values. Integers and booleans have: tokens, lengths, masks.
 
-    A float that a model looks at all the same is 1, and what it compares to floats is false.
+    Where a model reads the value of a float all the same, it gets 1; comparisons of floats are False.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,8 @@ class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             dtype = args[0].dtype
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if func in _RUN_ON_ZEROS:
-            found = func(*tree_map(_zeros, args), **tree_map(_zeros, kwargs or {}))
-            return tree_map(lambda x: self.from_tensor(x) if isinstance(x, Tensor) else x, found)
+            outputs = func(*tree_map(_zeros, args), **tree_map(_zeros, kwargs or {}))
+            return tree_map(lambda x: self.from_tensor(x) if isinstance(x, Tensor) else x, outputs)
         if tensors and all(_has_values(x) for x in tensors):
             return tree_map(self._without_values, func(*args, **(kwargs or {})))
         result = super().__torch_dispatch__(func, types, args, kwargs or {})
@@ -39,7 +39,7 @@ class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return result
 
     def copy(self, x: Any) -> Any:
-        """Copy a tensor, without its values if it is of floats."""
+        """Copy a tensor, without its values if its dtype is floating-point."""
         if not isinstance(x, Tensor):
             return x
         device = "cpu" if x.is_meta else x.device

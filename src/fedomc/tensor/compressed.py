@@ -1,11 +1,12 @@
 """``CompressedTensor``: a float32 tensor to the outside, held as packed codes.
 
 [Note: who runs an operation]
-The class knows how to decode and rewrite itself; what torch does with it is in three modules that register their
-handlers here. ``ops``: functions such as linear decode the whole weight for one moment and save only its codes.
-``inplace``: element-wise in-place operations decode, change and encode a chunk at a time, so that the optimizers of
-``torch.optim`` work as they are. ``fallback``: everything else runs on a fresh decoded copy; what it writes is encoded
-again, and its views write through. Slower, never wrong.
+The class knows how to decode and rewrite itself. What torch does with it is in modules that register their handlers
+here. ``ops``: functions such as ``linear`` decode the weight, by panels or as a whole, while they run, and save only
+its codes for the backward pass. ``inplace``: element-wise in-place operators decode, change and encode a chunk at a
+time, so that the optimizers of ``torch.optim`` work as they are. ``fallback``: everything else runs on a fresh decoded
+copy, and what it writes is encoded again. ``views``: views show the values of a decoded copy and write through.
+``backward``: backward passes that start from, or differentiate, a compressed tensor.
 """
 
 from collections.abc import Callable, Sequence

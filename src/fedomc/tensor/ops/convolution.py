@@ -54,9 +54,9 @@ class _Convolution(torch.autograd.Function):
         of_x, of_weight, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # for a second derivative
             out = with_decoded_weights(torch.ops.aten.convolution, (x, weight, None, *how), {}, x.dtype)
-            wanted = [tensor for tensor, of in ((x, of_x), (weight, of_weight)) if of]
-            found = list(torch.autograd.grad(out, wanted, gradient, create_graph=True))
-            return found.pop(0) if of_x else None, found.pop(0) if of_weight else None, None
+            inputs = [tensor for tensor, of in ((x, of_x), (weight, of_weight)) if of]
+            gradients = list(torch.autograd.grad(out, inputs, gradient, create_graph=True))
+            return gradients.pop(0) if of_x else None, gradients.pop(0) if of_weight else None, None
         transposed = how[3]
         x_gradient = torch.zeros_like(x) if of_x else None
         weight_gradient = torch.empty(weight.shape, dtype=torch.float32, device=weight.device) if of_weight else None

@@ -1,4 +1,4 @@
-"""Any function of torch, on whole decoded weights; what it saves of them for the backward pass is their codes.
+"""Runs functions of torch on whole decoded weights, and saves codes in place of the weights for the backward pass.
 
 [Note: saving the codes, not the weight]
 Autograd saves a linear layer's weight for the backward pass, and a decoded copy saved like that would live as long as
@@ -23,7 +23,7 @@ _CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts; t
 
 
 class _Decode(torch.autograd.Function):
-    """Decode a weight; its gradient is that of the decoded values."""
+    """Decodes a weight; the gradient of the values is the gradient of the weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: CompressedTensor) -> Tensor:
@@ -36,7 +36,7 @@ class _Decode(torch.autograd.Function):
 
 @dataclass
 class Saved:
-    """A tensor that autograd saved, as it is, and its version then."""
+    """A tensor saved for the backward pass, and its version when it was saved."""
 
     tensor: Tensor
     version: int
