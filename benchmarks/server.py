@@ -97,7 +97,7 @@ def run(format: str, clients: int, strategy: str) -> dict[str, float]:
     import fedomc
     from fedomc.flower import OMCStrategy
     from fedomc.flower.arrays import STYPE, packed_array
-    from fedomc.methods.packed import encode
+    from fedomc.methods import encode
     from fedomc.serialization import frame
     from fedomc_speech.model import build
 

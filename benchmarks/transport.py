@@ -38,7 +38,7 @@ import fedomc
 from fedomc.flower import collect, install
 from fedomc.flower.arrays import STYPE, packed_array, read_packed
 from fedomc.flower.config import CONFIG, to_config
-from fedomc.methods.packed import Packed, encode
+from fedomc.methods import Packed, encode
 from fedomc.serialization import frame
 from fedomc_speech import corpus, features, model
 from fedomc_speech.corpus.base import Utterance

@@ -5,10 +5,12 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import gfloat
 import numpy as np
 import torch
+import torch.multiprocessing
 from hypothesis import settings
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -62,7 +64,7 @@ def gfloat_format(fmt: FloatFormat) -> gfloat.FormatInfo:
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def lossless(values: Tensor, **kwargs: object) -> CompressedTensor:
@@ -138,3 +140,19 @@ def flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
+
+
+def run_processes(target: Callable[..., None], count: int, *args: Any) -> None:
+    """Run a function in new processes, for a minute at most."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=target, args=(rank, *args)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * count
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()

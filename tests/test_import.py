@@ -16,6 +16,18 @@ def test_the_core_imports_no_extra(module: str) -> None:
     assert done.stdout.strip() == "[] True"
 
 
+def modules_after(statement: str) -> set[str]:
+    script = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)  # noqa: S603
+    return set(done.stdout.split())
+
+
+def test_no_part_of_torch_is_loaded_that_torch_does_not_load() -> None:
+    """The compiler and the tensors without values take seconds, and come with their first use."""
+    added = modules_after("import fedomc") - modules_after("import torch")
+    assert [name for name in sorted(added) if name.partition(".")[0] in ("torch", "sympy", "mpmath")] == []
+
+
 def test_all_names_exist() -> None:
     import fedomc
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedomc import FloatFormat, PayloadError, PolicyError, codec
-from fedomc.methods.packed import Packed, encode
+from fedomc.methods import Packed, encode
 from fedomc.serialization import entropy as lossless
 from fedomc.serialization import frame
 from tests import independent_reader

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedomc import CompressedTensor, Encoding, FloatFormat, PayloadError
-from fedomc.methods.packed import Packed, encode
+from fedomc.methods import Packed, encode
 from fedomc.serialization import frame
 from tests.conftest import allocations, pack_by_design, randn
 

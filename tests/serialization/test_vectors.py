@@ -24,7 +24,7 @@ from fedomc import (
     load_model,
     save_model,
 )
-from fedomc.methods.packed import Packed, encode
+from fedomc.methods import Packed, encode
 from fedomc.serialization import frame
 from tests import independent_reader
 from tests.conftest import dense, pack_by_design

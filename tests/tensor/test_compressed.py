@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedomc import CompressedTensor, Encoding, FloatFormat, NonFiniteError, decompress_
 from fedomc.codec.workspace import workspace
-from fedomc.methods.packed import Packed
+from fedomc.methods import Packed
 from tests.conftest import allocations, assert_same_parameters, compressed, dense, lossless, randn, same_bits
 
 from_dense = CompressedTensor.from_dense

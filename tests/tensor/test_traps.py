@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from torch import Tensor, nn, optim
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
@@ -26,7 +25,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from fedomc import CompressedTensor, NonFiniteError, decompress_, step_in_backward
-from tests.conftest import Twice, allocations, assert_same_parameters, compressed, dense, randn, same_bits
+from tests.conftest import (
+    Twice,
+    allocations,
+    assert_same_parameters,
+    compressed,
+    dense,
+    randn,
+    run_processes,
+    same_bits,
+)
 
 X = randn(2, 5, 8)
 IDS = torch.tensor([[1, 2, 3], [0, 3, 3]])
@@ -814,19 +822,3 @@ def _train_and_save(rank: int, model: nn.Module, path: Path) -> None:
     assert_compressed(model)
     train(model, X)
     torch.save(model.state_dict(), path)
-
-
-def run_processes(target: Callable[..., None], count: int, *args: Any) -> None:
-    """Run a function in new processes, for a minute at most."""
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=(rank, *args)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0] * count
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()

@@ -238,7 +238,7 @@ def _sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By row: the word in which its code begins, the one in which it may end, the bit it begins at, a mask."""
-    position = torch.arange(ROWS, device="cpu") * bits
+    position = torch.arange(ROWS, dtype=torch.int64, device="cpu") * bits
     first = position // 32
     second = (first + 1).clamp(max=bits - 1)
     begin = (position % 32).to(torch.int32)

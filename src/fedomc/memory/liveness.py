@@ -1,12 +1,12 @@
-"""Which storages are alive between which operators while a model trains, by kind: the data of a memory report.
+"""Tracks which storages are alive between which operators while a model trains: the data of a memory report.
 
 [Note: liveness]
-Each storage that an operator makes has a size, and a first and a last operator that knows it. ``StorageTracker``
-records that for any run. ``VariableTracker`` records, for a plain model, also which operators read or write which
-variable: a compressed one would be decoded there, for as long as the operator, the function of ``torch`` around it or
-its backward node runs. So one run of a plain model, under ``ShapeMode`` even one without values, predicts what the
-model would hold in any format. Storages are sorted into kinds afterwards: one that turns out to be a variable's
-gradient was one from the beginning.
+Each storage has a size, a kind, and a first and a last operator during which it is alive. ``StorageTracker`` records
+them for any run. For a plain model, ``VariableTracker`` also records which operators read or write which variable. A
+compressed variable would be decoded at these operators, for as long as the operator, the function of ``torch`` around
+it or its backward node runs. One run of a plain model therefore predicts what the model would hold in any format, and
+under ``shapes.ShapeMode`` that run needs no values. Storages are sorted into kinds afterwards, because a storage that
+turns out to be a gradient was one from the beginning.
 """
 
 import weakref
@@ -20,11 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fedomc._torch import TorchDispatchMode, current_node, schema_of, sparse_parts, storage_key, tree_leaves
 from fedomc.codec import CHUNK
 from fedomc.codec.workspace import PANEL_BYTES
 from fedomc.methods import Encoding
@@ -35,27 +33,25 @@ _USED = ("decoded", "panel", "chunk", "added", "written")
 
 _aten = torch.ops.aten
 _IN_ONE_PASS = {_aten.add_.Tensor, _aten.sub_.Tensor}
-"""Operators that a compressed variable does with no dense values."""
+"""In-place operators that a compressed variable executes without dense values."""
 
 _BY_PANELS = {F.linear, F.embedding, *CONVOLUTIONS}
-"""FunctionTracker that decode no more of a variable at a time than a panel."""
-
-_RUN_ON_ZEROS = {_aten._ctc_loss.default, _aten._ctc_loss.Tensor, _aten.mkldnn_rnn_layer.default}
-"""Operators of which only the kernel knows what it gives for the next one: by target lengths, or a workspace."""
+"""Functions that decode no more than a panel of a variable at a time."""
 
 
 @dataclass(frozen=True)
 class MemoryBytes:
-    """Bytes that training holds: of each kind the most at one time.
+    """The bytes that training holds: the maximum over time, for each kind and for all together.
 
     Attributes:
-        parameters: packed or dense.
-        buffers: of the modules, such as running statistics.
-        gradients: of variables, complete; in backward those of one function, a layer or all weights of an LSTM.
-        optimizer: state of the optimizer, in FP32.
-        activations: what lives when the forward pass ends, for the backward pass.
-        transients: what lives for a moment: decoded weights, gradients on their way, what a checkpoint computes again.
-        peak: the most of all together. The kinds have their largest at different moments: it is at most their sum.
+        parameters: the parameters, packed or dense.
+        buffers: the modules' buffers, such as running statistics.
+        gradients: complete gradients of variables. With steps in the backward pass these are the gradients of one
+            function at a time, such as a layer or all weights of an LSTM.
+        optimizer: the state of the optimizer, in FP32.
+        activations: what is kept for the backward pass when the forward pass ends.
+        transients: everything short-lived: decoded weights, gradients in flight, what a checkpoint recomputes.
+        peak: the maximum of the total. It is at most the sum of the others, whose maxima occur at different times.
     """
 
     parameters: int
@@ -72,42 +68,42 @@ KINDS = tuple(kind.name for kind in fields(MemoryBytes) if kind.name != "peak")
 
 @dataclass
 class Lifetime:
-    """A storage, or a variable while it is used.
+    """The time during which a storage is alive, or a variable is in use.
 
     Attributes:
-        nbytes: of the storage.
-        birth: the number of the first operator that knows it.
-        death: the number of the last, None while it lives.
-        kind: of ``MemoryBytes``, or one of ``_USED``: what is done with a variable.
-        variable: which one, for a variable.
+        nbytes: size of the storage.
+        start: number of the operator that makes it.
+        end: number of the last operator at which it is alive; None if it still is.
+        kind: a field of ``MemoryBytes``, or one of ``_USED``: how a variable is used.
+        variable: name of the variable, if it is one.
     """
 
     nbytes: int
-    birth: int
-    death: int | None = None
+    start: int
+    end: int | None = None
     kind: str = "transients"
     variable: str = ""
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches which storages live, as a context around any run.
+    """A context that tracks which storages are alive while a model runs.
 
     Args:
-        model: whose parameters and buffers are there from the beginning.
-        batch: tensors, in any structure, that are not counted.
+        model: its parameters and buffers are alive from the beginning.
+        batch: the input, in any structure; it is not counted.
     """
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.moment = 0
-        self.lives: list[Lifetime] = []
+        self.lifetimes: list[Lifetime] = []
         self.variables: dict[int, str] = {}
         self._alive: dict[int, tuple[Any, Lifetime]] = {}
         for name, parameter in model.named_parameters():
-            self._see(parameter, "parameters", name)
-            self.variables |= {storage._cdata: name for storage in _storages(parameter)}
-        self._see(list(model.buffers()), "buffers")
-        self._see(batch, "batch")
+            self._register(parameter, "parameters", name)
+            self.variables |= {storage_key(storage): name for storage in _storages(parameter)}
+        self._register(list(model.buffers()), "buffers")
+        self._register(batch, "batch")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,73 +111,71 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(issubclass(cls, CompressedTensor) for cls in types):
             return NotImplemented  # it comes back here with the operators on its parts
         self.moment += 1
-        self._look(func, args, kwargs or {})
+        self._observe(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
-        self._see(result)
+        self._register(result)
         return result
 
     def tag(self, kind: str, tensors: Any) -> None:
-        """Say of which kind tensors are, in any structure; those that were made elsewhere are left out."""
+        """Set the kind of tensors, in any structure; tensors that were made outside of the run are ignored."""
         for storage in _storages(tensors):
-            if storage._cdata in self._alive:
-                self._alive[storage._cdata][1].kind = kind
+            if storage_key(storage) in self._alive:
+                self._alive[storage_key(storage)][1].kind = kind
 
     def follow(self, model: nn.Module) -> None:
         """Count the new fields of changed variables as parameters, from when the former fields were gone."""
         for name, parameter in model.named_parameters():
             for storage in _storages(parameter):
-                life = self._alive[storage._cdata][1]
-                if life.kind == "parameters":
+                reference, lifetime = self._alive[storage_key(storage)]
+                if lifetime.kind == "parameters":
                     continue
-                former = [one.death for one in self.lives if (one.kind, one.variable) == ("parameters", name)]
-                life.kind, life.death = (
-                    "transients",
-                    max((death for death in former if death is not None), default=life.birth),
-                )
-                held = Lifetime(life.nbytes, life.death + 1, None, "parameters", name)
-                self.lives.append(held)
-                self._alive[storage._cdata] = (self._alive[storage._cdata][0], held)
+                former = [x.end for x in self.lifetimes if (x.kind, x.variable) == ("parameters", name)]
+                lifetime.kind = "transients"
+                lifetime.end = max((end for end in former if end is not None), default=lifetime.start)
+                held = Lifetime(lifetime.nbytes, lifetime.end + 1, None, "parameters", name)
+                self.lifetimes.append(held)
+                self._alive[storage_key(storage)] = (reference, held)
 
     def tag_alive(self, kind: str) -> None:
-        """Say of which kind everything is that lives and has no kind yet."""
-        for _, life in self._alive.values():
-            if life.kind == "transients":
-                life.kind = kind
+        """Set the kind of everything that is alive and has no kind yet."""
+        for _, lifetime in self._alive.values():
+            if lifetime.kind == "transients":
+                lifetime.kind = kind
 
-    def most(self, bytes_of: Callable[[Lifetime], int]) -> MemoryBytes:
-        """Find the most bytes of each kind, and of all together, that live at one time.
+    def peaks(self, bytes_of: Callable[[Lifetime], int]) -> MemoryBytes:
+        """Return the maximum over time of the bytes of each kind, and of their total.
 
         Args:
-            bytes_of: what a life counts; ``nbytes`` is what was there.
+            bytes_of: gives the bytes that a lifetime counts for.
         """
         changes = np.zeros((len(KINDS), self.moment + 2), dtype=np.int64)
-        for life in self.lives:
-            kind = "transients" if life.kind in _USED else life.kind
+        for lifetime in self.lifetimes:
+            kind = "transients" if lifetime.kind in _USED else lifetime.kind
             if kind in KINDS:
-                row, nbytes = KINDS.index(kind), bytes_of(life)
-                changes[row, life.birth] += nbytes
-                changes[row, (self.moment if life.death is None else life.death) + 1] -= nbytes
+                row, nbytes = KINDS.index(kind), bytes_of(lifetime)
+                changes[row, lifetime.start] += nbytes
+                changes[row, (self.moment if lifetime.end is None else lifetime.end) + 1] -= nbytes
         held = changes.cumsum(1)  # [kinds, moments]
-        most = dict(zip(KINDS, (int(each) for each in held.max(1)), strict=True))
-        return MemoryBytes(**most, peak=int(held.sum(0).max()))
+        peaks = dict(zip(KINDS, (int(each) for each in held.max(1)), strict=True))
+        return MemoryBytes(**peaks, peak=int(held.sum(0).max()))
 
-    def _see(self, tensors: Any, kind: str = "transients", variable: str = "") -> None:
+    def _register(self, tensors: Any, kind: str = "transients", variable: str = "") -> None:
         for storage in _storages(tensors):
-            key = storage._cdata
+            key = storage_key(storage)
             if key not in self._alive:
-                life = Lifetime(storage.nbytes(), self.moment, None, kind, variable)
-                self.lives.append(life)
-                self._alive[key] = (weakref.ref(storage, partial(self._bury, key)), life)
+                lifetime = Lifetime(storage.nbytes(), self.moment, None, kind, variable)
+                self.lifetimes.append(lifetime)
+                self._alive[key] = (weakref.ref(storage, partial(self._end, key)), lifetime)
 
-    def _bury(self, key: int, _: Any) -> None:
-        self._alive.pop(key)[1].death = self.moment
+    def _end(self, key: int, _: Any) -> None:
+        self._alive.pop(key)[1].end = self.moment
 
-    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at the arguments of an operator."""
+    def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the use of an operator's arguments."""
 
 
 class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
-    """Watches, in a plain model, also which variables are used: where a compressed one would be decoded or written."""
+    """Tracks, for a plain model, also where each variable would be decoded or written if it were compressed."""
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__(model, batch)
@@ -195,60 +189,60 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def call(self, func: Any, arguments: Any) -> Iterator[None]:
-        """Decode the variables among the arguments of a function while it runs."""
+        """Count the variables among a function's arguments as decoded while it runs."""
         names = self._variables_in(arguments)
         self._functions |= dict.fromkeys(names, func)
-        lives = [Lifetime(0, self.moment + 1, None, self._decoding(name), name) for name in names]
-        self.lives += lives
+        lifetimes = [Lifetime(0, self.moment + 1, None, self._decoding(name), name) for name in names]
+        self.lifetimes += lifetimes
         self._calls += 1
         try:
             yield
         finally:
             self._calls -= 1
-            for life in lives:
-                life.death = self.moment
+            for lifetime in lifetimes:
+                lifetime.end = self.moment
 
-    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        node = torch._C._current_autograd_node()
+    def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        node = current_node()
         if node is not self._node:
-            for life in self._decoded.values():
-                life.death = self.moment - 1
+            for lifetime in self._decoded.values():
+                lifetime.end = self.moment - 1
             self._node, self._since, self._decoded = node, self.moment, {}
         if self._calls or func in (_aten.detach.default, _aten.alias.default):
             return
-        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        named = dict(zip((argument.name for argument in schema_of(func).arguments), args, strict=False)) | kwargs
+        writes = {a.name for a in schema_of(func).arguments if a.alias_info is not None and a.alias_info.is_write}
         for argument, value in named.items():
             for name in self._variables_in(value):
                 if argument in writes:
                     kind = "added" if func in _IN_ONE_PASS else "written"
-                    self.lives.append(Lifetime(0, self.moment, self.moment, kind, name))
+                    self.lifetimes.append(Lifetime(0, self.moment, self.moment, kind, name))
                 elif node is None or node.name() == "torch::autograd::AccumulateGrad":
                     kind = "chunk" if func is _aten.add.Tensor else "decoded"  # weight decay
-                    self.lives.append(Lifetime(0, self.moment, self.moment, kind, name))
+                    self.lifetimes.append(Lifetime(0, self.moment, self.moment, kind, name))
                 elif self._functions.get(name) is F.linear:
                     if name in self._frozen:  # else it is gone before its gradient, which is as large, is made
-                        self.lives.append(Lifetime(0, self.moment, self.moment, "panel", name))
+                        self.lifetimes.append(Lifetime(0, self.moment, self.moment, "panel", name))
                 elif name not in self._decoded:  # unpacked before the node runs, and held until it ends
                     self._decoded[name] = Lifetime(0, self._since, None, self._decoding(name), name)
-                    self.lives.append(self._decoded[name])
+                    self.lifetimes.append(self._decoded[name])
 
-    def most_in(self, encodings: Mapping[str, Encoding]) -> MemoryBytes:
-        """Find the most bytes that the model would hold with these variables compressed."""
+    def peaks_with(self, encodings: Mapping[str, Encoding]) -> MemoryBytes:
+        """Return what the model would hold with some variables compressed, given their encodings by name."""
 
-        def bytes_of(life: Lifetime) -> int:
-            encoding = encodings.get(life.variable)
+        def bytes_of(lifetime: Lifetime) -> int:
+            encoding = encodings.get(lifetime.variable)
             if encoding is None:
-                return life.nbytes if life.kind in KINDS else 0
-            size = self._sizes[life.variable]
+                return lifetime.nbytes if lifetime.kind in KINDS else 0
+            size = self._sizes[lifetime.variable]
             packed = [method.nbytes(size) for method in encoding.methods]
-            if life.kind == "parameters":
+            if lifetime.kind == "parameters":
                 return sum(packed)
-            if life.kind == "decoded":
+            if lifetime.kind == "decoded":
                 return 4 * size
-            if life.kind in ("panel", "chunk"):
-                return min(4 * size, PANEL_BYTES if life.kind == "panel" else 4 * CHUNK)
-            if life.kind == "added":  # to codes that take the place of the present ones
+            if lifetime.kind in ("panel", "chunk"):
+                return min(4 * size, PANEL_BYTES if lifetime.kind == "panel" else 4 * CHUNK)
+            if lifetime.kind == "added":  # to codes that take the place of the present ones
                 return packed[-1]
             if encoding.update_format is None:  # a chunk is made while the one before is there
                 return packed[0] + 4 * min(size, 2 * CHUNK)
@@ -256,22 +250,22 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
             chunk, following = min(size, CHUNK), min(max(size - CHUNK, 0), CHUNK)
             return 2 * packed[1] + 4 * max(3 * chunk, chunk + 3 * following)
 
-        return self.most(bytes_of)
+        return self.peaks(bytes_of)
 
     def _decoding(self, name: str) -> str:
         return "panel" if self._functions.get(name) in _BY_PANELS else "decoded"
 
     def _variables_in(self, arguments: Any) -> set[str]:
-        keys = {storage._cdata for storage in _storages(arguments)}
+        keys = {storage_key(storage) for storage in _storages(arguments)}
         return {self.variables[key] for key in keys & self.variables.keys()}
 
 
 class FunctionTracker(TorchFunctionMode):
-    """Watches the functions that decode a compressed weight while they run."""
+    """A context that reports the functions that decode a compressed weight to a ``VariableTracker``."""
 
-    def __init__(self, uses: VariableTracker) -> None:
+    def __init__(self, tracker: VariableTracker) -> None:
         super().__init__()
-        self._uses = uses
+        self._tracker = tracker
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -279,71 +273,18 @@ class FunctionTracker(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in FUNCTIONS:
             return func(*args, **kwargs)
-        with self._uses.call(func, (args, kwargs)):
+        with self._tracker.call(func, (args, kwargs)):
             return func(*args, **kwargs)
 
 
-class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Runs a model without values, as a context. Integers and truths have theirs: tokens, lengths, masks.
-
-    A float that a model looks at all the same is 1, and what it compares to floats is false.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-
-    def __torch_dispatch__(  # type: ignore[override]
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            dtype = args[0].dtype
-            return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
-        if func in _RUN_ON_ZEROS:
-            found = func(*tree_map(_zeros, args), **tree_map(_zeros, kwargs or {}))
-            return tree_map(lambda x: self.from_tensor(x) if isinstance(x, Tensor) else x, found)
-        if tensors and all(_has_values(x) for x in tensors):
-            return tree_map(self._without_values, func(*args, **(kwargs or {})))
-        result = super().__torch_dispatch__(func, types, args, kwargs or {})
-        if not tensors and isinstance(result, FakeTensor) and not _is_float(result):
-            return func(*args, **(kwargs or {}))
-        return result
-
-    def copy(self, x: Any) -> Any:
-        """Copy a tensor, without its values if it is of floats."""
-        if not isinstance(x, Tensor):
-            return x
-        device = "cpu" if x.is_meta else x.device
-        if not _is_float(x):
-            return torch.zeros_like(x, device=device) if x.is_meta else x.clone()
-        with self:
-            values = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-        return nn.Parameter(values, x.requires_grad) if isinstance(x, nn.Parameter) else values
-
-    def _without_values(self, x: Any) -> Any:
-        return self.from_tensor(x) if isinstance(x, Tensor) and _is_float(x) else x
-
-
 def _storages(x: Any) -> list[torch.UntypedStorage]:
-    """Return the storages behind a tensor, or the tensors of a structure."""
-    found: list[torch.UntypedStorage] = []
+    """Return the storages of all tensors in a structure."""
+    storages: list[torch.UntypedStorage] = []
     for leaf in tree_leaves(x):
         if is_compressed(leaf):
-            found += _storages([part.fields for part in leaf.parts])
+            storages += _storages([part.fields for part in leaf.parts])
         elif isinstance(leaf, Tensor) and leaf.layout is torch.sparse_coo:
-            found += _storages([leaf._indices(), leaf._values()])
+            storages += _storages(sparse_parts(leaf))
         elif isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-            found.append(leaf.untyped_storage())
-    return found
-
-
-def _zeros(x: Any) -> Any:
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, FakeTensor) else x
-
-
-def _is_float(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
-
-
-def _has_values(x: Tensor) -> bool:
-    return not isinstance(x, FakeTensor) and not _is_float(x)
+            storages.append(leaf.untyped_storage())
+    return storages

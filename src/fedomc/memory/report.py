@@ -1,7 +1,7 @@
 """What training a model holds in memory, by kind and by format: predicted from shapes, and measured by a dry run.
 
-The dry run trains a copy of the model, compressed, and watches what lives. The prediction trains a copy without values,
-once for all formats, on a machine that could hold none of them; see ``liveness`` for both.
+The dry run trains a copy of the model, compressed, and tracks what is alive. The prediction trains one copy
+without values for all formats, also on a machine that could hold none of them; see ``liveness`` for both.
 """
 
 import copy
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
+from fedomc._torch import tree_map
 from fedomc.errors import OMCError, PolicyError
-from fedomc.memory.liveness import KINDS, FunctionTracker, MemoryBytes, ShapeMode, StorageTracker, VariableTracker
+from fedomc.memory.liveness import KINDS, FunctionTracker, MemoryBytes, StorageTracker, VariableTracker
 from fedomc.methods import Encoding
 from fedomc.tensor.compressed import is_compressed
+from fedomc.training.lazy import check_initialized
 from fedomc.training.model import compress_, decompress_
 from fedomc.training.policy import CompressionPolicy
 from fedomc.training.stepping import _in_reentrant_checkpoint, step_in_backward
@@ -50,15 +50,15 @@ class MemoryReport:
                 what an operator allocates inside itself, and idle workspace memory (at most 24 MB, see
                 ``codec.workspace``).
         """
-        return [name for name, found in (self.predicted | self.measured).items() if found.peak <= budget]
+        return [name for name, memory in (self.predicted | self.measured).items() if memory.peak <= budget]
 
     def __str__(self) -> str:
         head = f"{'MB':16}{'':10}" + "".join(f"{kind:>13}" for kind in (*KINDS, "peak"))
         rows = [
-            f"{name:16}{source:10}" + "".join(f"{getattr(found, kind) / 1e6:13.3f}" for kind in (*KINDS, "peak"))
+            f"{name:16}{source:10}" + "".join(f"{getattr(memory, kind) / 1e6:13.3f}" for kind in (*KINDS, "peak"))
             for name in self.predicted or self.measured
             for source in ("predicted", "measured")
-            if (found := getattr(self, source).get(name)) is not None
+            if (memory := getattr(self, source).get(name)) is not None
         ]
         return "\n".join([head, *rows])
 
@@ -76,29 +76,31 @@ def memory_report(
     measure: bool = True,
     **kwargs: Any,
 ) -> MemoryReport:
-    """Tell what training a model on a batch holds in memory, in several formats.
+    """Report what training a model on a batch holds in memory, in several formats.
 
-    The model stays as it is, also its gradients, and so do torch's random numbers. Frozen variables have no gradient.
-    Checkpoints in the model count as what they are: they keep little and compute it again.
+    The model, its gradients and the state of torch's random generators stay as they are. Frozen variables have no
+    gradient. Checkpoints in the model are taken into account.
 
     Args:
         model: plain or compressed; on the meta device with ``measure=False``.
         batch: for the forward pass: a mapping is passed as keyword arguments, a tuple or list as arguments.
-        loss: makes a scalar of the model's output; None takes its ``loss``, or the output if it is a scalar.
+        loss: maps the model's output to a scalar; None takes ``output.loss``, or the output if it is a scalar.
         formats: ``FP32``, formats as ``S1E3M7`` or ``S1E2M3+S1E2M1``, policies, or ``as is`` for the model's own.
         optimizer_class: from ``torch.optim``.
-        in_backward: as ``step_in_backward`` does it; False steps after the backward pass with one optimizer.
+        in_backward: steps as ``step_in_backward`` does; False steps after the backward pass with one optimizer.
         clip_norm: as for ``step_in_backward``.
-        predict: look at shapes alone; nothing of the model's size is allocated.
-        measure: train a copy of the model for two steps, in each format.
+        predict: predicts from shapes alone; nothing of the model's size is allocated.
+        measure: trains a copy of the model for two steps, in each format.
         **kwargs: for the optimizer.
 
     Raises:
         FormatError: no such format.
-        PolicyError: a policy that fits no variable of the model, or two formats of one name.
+        PolicyError: a policy that fits no variable of the model, a lazy module that has not run yet, or two formats of
+            one name.
         OMCError: the loss is no scalar; the shapes in the model depend on values; a model on meta cannot be measured.
         RuntimeError: stepping in backward inside a reentrant checkpoint.
     """
+    check_initialized(model)
     training = _Training(loss or _own_loss, optimizer_class, in_backward, clip_norm, kwargs)
     encodings = {_label(each): _encodings(model, each) for each in formats}
     if len(encodings) < len(formats):
@@ -127,7 +129,7 @@ def _label(format: str | CompressionPolicy) -> str:
 
 
 def _encodings(model: nn.Module, format: str | CompressionPolicy) -> _Encodings:
-    """Return what is compressed, by qualified name."""
+    """Return the encodings of the compressed variables, by qualified name."""
     if format == FP32:
         return {}
     if format == AS_IS:
@@ -136,8 +138,8 @@ def _encodings(model: nn.Module, format: str | CompressionPolicy) -> _Encodings:
 
 
 def _own_loss(output: Any) -> Tensor:
-    found = getattr(output, "loss", None)
-    result = output if found is None else found
+    result = getattr(output, "loss", None)
+    result = output if result is None else result
     if not isinstance(result, Tensor) or result.numel() != 1:
         raise OMCError(f"a {type(output).__name__} has no scalar loss: pass loss=, which makes one of the output")
     return result
@@ -153,12 +155,12 @@ class _Training:
     clip_norm: float | None
     kwargs: dict[str, Any]
 
-    def run(self, model: nn.Module, batch: _Batch, lives: StorageTracker, stepping: Callable[..., object]) -> None:
-        """Train while what lives is watched."""
+    def run(self, model: nn.Module, batch: _Batch, tracker: StorageTracker, stepping: Callable[..., object]) -> None:
+        """Train under a tracker."""
         optimizers: list[Optimizer] = []
 
         def tag(optimizer: Optimizer, *_: Any) -> None:
-            lives.tag("gradients", [p.grad for group in optimizer.param_groups for p in group["params"]])
+            tracker.tag("gradients", [p.grad for group in optimizer.param_groups for p in group["params"]])
 
         def watched(parameters: Any, **kwargs: Any) -> Optimizer:
             optimizer = self.optimizer_class(parameters, **kwargs)
@@ -173,7 +175,7 @@ class _Training:
             watched(trained, **self.kwargs)
         for _ in range(_STEPS):
             loss = self.loss(model(**batch) if isinstance(batch, dict) else model(*batch))
-            lives.tag_alive("activations")
+            tracker.tag_alive("activations")
             if trained:
                 loss.backward()  # type: ignore[no-untyped-call]
             del loss
@@ -183,44 +185,47 @@ class _Training:
                         nn.utils.clip_grad_norm_([parameter], self.clip_norm)
                 optimizers[0].step()
                 optimizers[0].zero_grad()
-            lives.tag("released", [parameter.grad for parameter in trained])  # four bytes each, of no kind
-            lives.follow(model)
-            lives.tag("optimizer", [list(state.values()) for each in optimizers for state in each.state.values()])
+            tracker.tag("released", [parameter.grad for parameter in trained])  # four bytes each, of no kind
+            tracker.follow(model)
+            tracker.tag("optimizer", [list(state.values()) for each in optimizers for state in each.state.values()])
 
 
 def _measured(model: nn.Module, batch: _Batch, training: _Training, encodings: _Encodings) -> MemoryBytes:
-    """Train a compressed copy of the model."""
+    """Train a compressed copy of the model and return what it held."""
     trial = decompress_(_copied(model, _copy))
     compress_(trial, encodings)
     inputs = tree_map(_copy, batch)
-    lives = StorageTracker(trial, inputs)
-    with lives:
-        training.run(trial, inputs, lives, step_in_backward)
-    return lives.most(lambda life: life.nbytes)
+    tracker = StorageTracker(trial, inputs)
+    with tracker:
+        training.run(trial, inputs, tracker, step_in_backward)
+    return tracker.peaks(lambda lifetime: lifetime.nbytes)
 
 
 def _predicted(
     model: nn.Module, batch: _Batch, training: _Training, formats: Mapping[str, _Encodings]
 ) -> dict[str, MemoryBytes]:
-    """Train a plain copy of the model that has no values, and see what compressed ones would hold."""
+    """Train a plain copy of the model without values, and return what compressed ones would hold."""
+    from fedomc._torch import DataDependentOutputException, DynamicOutputShapeException
+    from fedomc.memory.shapes import ShapeMode
+
     shapes = ShapeMode()
     trial = _copied(model, shapes.copy)
     inputs = tree_map(shapes.copy, batch)
-    lives = VariableTracker(trial, inputs)
+    tracker = VariableTracker(trial, inputs)
     try:
-        with shapes, lives, FunctionTracker(lives):
-            training.run(trial, inputs, lives, _step_shapes)
+        with shapes, tracker, FunctionTracker(tracker):
+            training.run(trial, inputs, tracker, _step_shapes)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise OMCError(
             f"the model's shapes depend on values ({error.func}) and cannot be predicted: pass predict=False"
         ) from error
-    return {name: lives.most_in(encodings) for name, encodings in formats.items()}
+    return {name: tracker.peaks_with(encodings) for name, encodings in formats.items()}
 
 
 def _step_shapes(
     model: nn.Module, optimizer_class: Callable[..., Optimizer], *, clip_norm: float | None, **kwargs: Any
 ) -> None:
-    """Step in backward a model without values, which has nothing that could be left of a gradient."""
+    """Step a model without values in its backward pass; of a gradient nothing is left."""
 
     def complete(optimizer: Optimizer, parameter: Tensor) -> None:
         if _in_reentrant_checkpoint():
@@ -237,7 +242,7 @@ def _step_shapes(
 
 
 def _copied(model: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Copy a model without its gradients and hooks of variables; each of its tensors as a function copies it."""
+    """Copy a model, without gradients and hooks of variables; ``copied`` copies each tensor."""
     memo = {id(x): copied(x) for x in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
 

@@ -1,6 +1,6 @@
-"""``CompressedTensor`` and what torch does with it: operations, changes in place, everything else."""
+"""``CompressedTensor`` and the handlers of what torch does with it."""
 
-from fedomc.tensor import fallback, inplace, ops  # noqa: F401  (they register what CompressedTensor does)
+from fedomc.tensor import backward, fallback, inplace, ops  # noqa: F401  (they register what CompressedTensor does)
 from fedomc.tensor.compressed import CompressedTensor, compress, is_compressed
 
 __all__ = ["CompressedTensor", "compress", "is_compressed"]

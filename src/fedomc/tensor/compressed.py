@@ -1,11 +1,12 @@
 """``CompressedTensor``: a float32 tensor to the outside, held as packed codes.
 
 [Note: who runs an operation]
-The class knows how to decode and rewrite itself; what torch does with it is in three modules that register their
-handlers here. ``ops``: functions such as linear decode the whole weight for one moment and save only its codes.
-``inplace``: element-wise in-place operations decode, change and encode a chunk at a time, so that the optimizers of
-``torch.optim`` work as they are. ``fallback``: everything else runs on a fresh decoded copy; what it writes is encoded
-again, and its views write through. Slower, never wrong.
+The class knows how to decode and rewrite itself. What torch does with it is in modules that register their handlers
+here. ``ops``: functions such as ``linear`` decode the weight, by panels or as a whole, while they run, and save only
+its codes for the backward pass. ``inplace``: element-wise in-place operators decode, change and encode a chunk at a
+time, so that the optimizers of ``torch.optim`` work as they are. ``fallback``: everything else runs on a fresh decoded
+copy, and what it writes is encoded again. ``views``: views show the values of a decoded copy and write through.
+``backward``: backward passes that start from, or differentiate, a compressed tensor.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +15,18 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fedomc import codec
+from fedomc._torch import (
+    drop_hooks,
+    forbid_memory_access,
+    has_hooks,
+    no_overrides,
+    transforms_are_active,
+    uncompiled,
+    use_count,
+    wrapper_tensor,
+)
 from fedomc.codec.workspace import PANEL_BYTES, workspace
 from fedomc.methods import Encoding, Method, Packed, encode, parse_method, registered
 from fedomc.methods.packed import State
@@ -50,9 +60,8 @@ class CompressedTensor(Tensor):
         requires_grad: bool = False,
     ) -> "CompressedTensor":
         """Wrap packed parts as they are; ``from_dense`` and ``from_packed`` are what users call."""
-        self: CompressedTensor = Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=torch.float32, device=base.codes.device, requires_grad=requires_grad
-        )
+        self = wrapper_tensor(cls, shape, torch.float32, base.codes.device, requires_grad)
+        forbid_memory_access(self)
         self.base, self.update, self.encoding, self.variable = base, update, encoding, name
         return self
 
@@ -124,7 +133,7 @@ class CompressedTensor(Tensor):
 
     def dequantize(self) -> Tensor:
         """Decode to a fresh dense float32 tensor, outside of autograd."""
-        return self._decoded(torch.empty(self.base.numel, device=self.base.codes.device))
+        return self._decoded(torch.empty(self.base.numel, dtype=torch.float32, device=self.base.codes.device))
 
     def decode(self) -> Tensor:
         """Decode as ``dequantize`` does, but into scratch memory: for a moment."""
@@ -134,7 +143,7 @@ class CompressedTensor(Tensor):
         """Decode the rows ``[start, stop)`` of a matrix (or of the first dimension) into scratch memory."""
         width = self.base.numel // self.shape[0]
         begin = start * width // codec.BLOCK * codec.BLOCK
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with no_overrides(), torch.no_grad():
             room = self.empty(0, (stop - start) * width + codec.BLOCK)  # as much wherever it begins: to be lent again
             values = self._decode_into(room[: stop * width - begin], begin)
             return values[start * width - begin :].view(-1, *self.shape[1:])
@@ -151,7 +160,7 @@ class CompressedTensor(Tensor):
         return [(start, min(start + height, rows)) for start in range(0, max(1, rows), height)]
 
     def _decoded(self, out: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with no_overrides(), torch.no_grad():
             return self._decode_into(out, 0).view(self.shape)
 
     def rewrite(self, produce: Callable[[int, int], Tensor]) -> None:
@@ -239,18 +248,33 @@ class CompressedTensor(Tensor):
         Raises:
             RuntimeError: it has hooks.
         """
-        if self._backward_hooks or self._post_accumulate_grad_hooks:
+        if has_hooks(self):
             raise RuntimeError(
                 f"{self.variable} has hooks that it would lose: move the model first, and call step_in_backward (or "
                 "register hooks) afterwards. remove() takes those of step_in_backward away"
             )
         # An empty set of hooks would take new ones after the move, and never call them.
-        self._backward_hooks = self._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-        return int(super()._use_count())  # type: ignore[misc]
+        drop_hooks(self)
+        return use_count(self)
+
+    def data_ptr(self) -> int:
+        """Return 0, as there is no memory that holds the values."""
+        return 0
+
+    def storage(self) -> torch.TypedStorage:
+        """Refuse, as there is no storage that holds the values.
+
+        Raises:
+            RuntimeError: always; safetensors and ``save_pretrained`` of transformers come here.
+        """
+        raise RuntimeError(
+            f"{self.variable} is compressed and has no storage of its values: save the model with fedomc.save_model, "
+            "or decompress_ it (or a deep copy of it) before safetensors or save_pretrained write it"
+        )
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Decode to a numpy array."""
-        return self.dequantize().numpy(force=force)
+        """Decode to a numpy array, which is read-only (what is written to it would be lost) unless with ``force``."""
+        return numpy_of(self.dequantize(), force)
 
     def tolist(self) -> Any:
         """Decode to nested lists."""
@@ -265,8 +289,11 @@ class CompressedTensor(Tensor):
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.dequantize().__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def __format__(self, spec: str) -> str:
+        return self.dequantize().__format__(spec) if spec else str(self)  # type: ignore[no-untyped-call]
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Name the inner tensors; see ``torch.utils._python_dispatch``."""
+        """Name the inner tensors, as torch asks of subclasses that it can trace."""
         names = [
             f"{part}_{field.name}"
             for part, packed in zip(_PARTS, self.parts, strict=False)
@@ -301,12 +328,18 @@ class CompressedTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the functions that a handler is for; leave the others to the dispatcher."""
+        if torch.compiler.is_exporting():
+            raise RuntimeError("a compressed model cannot be exported: decompress_ it (or a deep copy of it) first")
+        if kwargs and kwargs.get("out") is not None:
+            return _handled(FALLBACK["out"], func, args, kwargs)
+        if func in BACKWARD:
+            return BACKWARD[func](func, args, kwargs or {})
         handler = METHODS.get(func)
-        if handler is None and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        if handler is None and not transforms_are_active():
             handler = FUNCTIONS.get(func)
         if handler is not None:
             return _handled(handler, func, args, kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
+        with no_overrides():
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -319,15 +352,15 @@ class CompressedTensor(Tensor):
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
             handler = OPERATORS.get(func)
             result = NotImplemented if handler is None else handler(func, args, kwargs)
-            return FALLBACK[0](func, args, kwargs) if result is NotImplemented else result
+            return FALLBACK["operator"](func, args, kwargs) if result is NotImplemented else result
 
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-@torch.compiler.disable(reason="a weight is decoded for a moment")  # type: ignore[no-untyped-call, untyped-decorator]
+@uncompiled("a weight is decoded for a moment")
 def _handled(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with no_overrides():
         return handler(func, args, kwargs)
 
 
@@ -338,11 +371,14 @@ in forward mode, which differentiate the operators that torch makes of them."""
 METHODS: dict[Any, Handler] = {}
 """Methods of tensors that are run by a handler wherever they are called."""
 
+BACKWARD: dict[Any, Handler] = {}
+"""Functions that run a backward pass."""
+
 OPERATORS: dict[Any, Handler] = {}
 """Operators that are run by a handler, below autograd; it returns NotImplemented for arguments that it leaves."""
 
-FALLBACK: list[Handler] = []
-"""What runs every other operator."""
+FALLBACK: dict[str, Handler] = {}
+"""What runs every other ``operator``, and every function that is given an ``out``."""
 
 
 def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> CompressedTensor:
@@ -353,6 +389,14 @@ def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> Comp
     """
     base = encode(values, encoding.format, encoding.transform, encoding.base_rounding, encoding.seed, name)
     return CompressedTensor.from_packed(base, encoding, values.shape, name)
+
+
+def numpy_of(values: Tensor, force: bool) -> Any:
+    """Return decoded values as a numpy array, read-only unless with ``force``."""
+    array = values.numpy(force=force)
+    if not force:
+        array.flags.writeable = False
+    return array
 
 
 def is_compressed(x: Any) -> TypeGuard[CompressedTensor]:

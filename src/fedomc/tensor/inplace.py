@@ -1,4 +1,4 @@
-"""Operations without a dense copy: sharing, copying, element-wise changes in place and sums, a chunk at a time."""
+"""Operators without a dense copy: aliases, copies, element-wise in-place changes and sums, chunk by chunk."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def _move(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make room on a given device, as ``Module.to_empty`` does, for a tensor of the same kind; here it is all zeros."""
+    """Make a tensor of the same kind, of zeros, on another device, as ``Module.to_empty`` asks for."""
     device = kwargs.get("device")
     if device is None or kwargs.get("dtype") not in (None, torch.float32):
         return _new_like(func, args, kwargs)
@@ -53,11 +53,11 @@ def _empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _new_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(torch.empty(args[0].shape, device=args[0].device), *args[1:], **kwargs)
+    return func(torch.empty(args[0].shape, dtype=torch.float32, device=args[0].device), *args[1:], **kwargs)
 
 
 def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Decode, change and encode chunk by chunk; operands that would have to be broadcast are left to the fallback."""
+    """Decode, change and encode chunk by chunk; operands that need broadcasting are left to the fallback."""
     target, *operands = args
     if not is_compressed(target) or not all(_fits(x, target) for x in operands):
         return NotImplemented
@@ -89,7 +89,7 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _add(func: Any, target: CompressedTensor, operand: Any, alpha: Any) -> bool:
-    """Add in one pass, what the optimizers do; False for operands that take the general way."""
+    """Add a dense operand in one pass, as optimizers do; return False for operands that this cannot add."""
     if not isinstance(operand, Tensor) or is_compressed(operand):
         return False
     if operand.dim() == 0 or operand.dtype is not torch.float32 or operand.device != target.device:
@@ -100,7 +100,7 @@ def _add(func: Any, target: CompressedTensor, operand: Any, alpha: Any) -> bool:
 
 
 def _add_decoded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Add a compressed tensor to a dense one, chunk by chunk: weight decay, whose sum is the new gradient."""
+    """Add a compressed tensor to a dense one, chunk by chunk, as weight decay does with a gradient."""
     dense, x = args
     if is_compressed(dense) or not is_compressed(x) or not _fits(dense, x) or dense.dim() == 0:
         return NotImplemented
@@ -127,7 +127,7 @@ def _flat(x: Any) -> Any:
 
 
 def _copy_codes(target: CompressedTensor, source: Any) -> bool:
-    """Copy codes as they are; False if that would not be the same variable."""
+    """Copy the codes of a variable of the same encoding and shape; return False for other sources."""
     if not is_compressed(source) or target.encoding != source.encoding or target.shape != source.shape:
         return False
     for mine, other in zip(target.parts, source.parts, strict=True):
@@ -136,7 +136,7 @@ def _copy_codes(target: CompressedTensor, source: Any) -> bool:
 
 
 def _scale(target: CompressedTensor, factor: Any) -> bool:
-    """Multiply by a number: the scale changes, the codes do not; False where that is not possible."""
+    """Multiply by a number through scale and offset alone; return False where that is not possible."""
     if target.update is not None or target.encoding.transform == "none":
         return False
     if isinstance(factor, Tensor) and factor.dim():

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedomc._torch import has_step_hooks
 from fedomc.errors import PolicyError
 from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress
+from fedomc.training.lazy import check_initialized
 from fedomc.training.policy import CompressionPolicy
 
 
@@ -27,7 +29,8 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
     Raises:
         FormatError: the text is not a format.
         PolicyError: the selection is of another model; or a selected variable is compressed already, is not float32,
-            has no values (meta device), or is stepped in backward: call ``step_in_backward`` after ``compress_``.
+            has no values (meta device, lazy module), or is stepped in backward: call ``step_in_backward`` after
+            ``compress_``.
         NonFiniteError: a value is NaN or infinite. The variables before it are compressed by then; none is lost.
 
     Example:
@@ -36,6 +39,7 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
         '35%'
     """
     selection = resolve_selection(model, selection)
+    check_initialized(model)
     parameters = dict(model.named_parameters())
     for name in selection:
         if name not in parameters:
@@ -127,7 +131,7 @@ def check_replaceable(name: str, parameter: Tensor) -> None:
     Raises:
         PolicyError: the parameter is stepped in backward.
     """
-    if parameter._post_accumulate_grad_hooks:
+    if has_step_hooks(parameter):
         raise PolicyError(
             f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
             "returned, and step_in_backward again afterwards"
@@ -177,7 +181,11 @@ def parameter_bytes(model: nn.Module) -> ParameterBytes:
 
     Returns:
         Bytes by variable, with their total and its ratio to FP32.
+
+    Raises:
+        PolicyError: a lazy module has not run yet.
     """
+    check_initialized(model)
     parameters = dict(model.named_parameters())
     return ParameterBytes(
         {name: parameter.nbytes for name, parameter in parameters.items()},

@@ -13,6 +13,7 @@ from torch import nn
 
 from fedomc.errors import PolicyError
 from fedomc.methods import Encoding, Method, parse_method
+from fedomc.training.lazy import check_initialized
 
 
 class Selection(Mapping[str, Encoding]):
@@ -149,8 +150,11 @@ class CompressionPolicy:
             variables: a model, or the shapes of its variables by name.
 
         Raises:
-            PolicyError: there is none, or a pattern of ``include`` or ``format_by_name`` matches no variable.
+            PolicyError: there is none, the model has a lazy module that has not run yet, or a pattern of ``include``
+                or ``format_by_name`` matches no variable.
         """
+        if isinstance(variables, nn.Module):
+            check_initialized(variables)
         return dict(_compressible(self, tuple(shapes_of(variables).items())))
 
     def _find_compressible(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -5,8 +5,8 @@ There is one optimizer of torch for the whole model, so that schedulers and stat
 for each variable, and when a gradient is complete it steps with that group alone: all other gradients are gone.
 
 [Note: gone, and not None]
-To torch a gradient that is None is none at all: ``clip_grad_norm_`` would return 0, an optimizer or a ``GradScaler``
-skip the variable, a distributed wrapper average zeros, all without a word. So what is left in ``.grad`` is a tensor
+For torch, a gradient that is None does not exist: ``clip_grad_norm_`` would return 0, an optimizer or a ``GradScaler``
+skip the variable, a distributed wrapper average zeros, all silently. So what is left in ``.grad`` is a tensor
 without values that raises when it is used, and that makes room when the next gradient comes.
 """
 
@@ -20,20 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import unserializable_hook
 
+from fedomc._torch import has_step_hooks, tree_leaves, without_overrides
 from fedomc.errors import PolicyError
 from fedomc.tensor.compressed import is_compressed
+from fedomc.training.lazy import check_initialized
 
 
 class StepInBackward:
-    """An optimizer that steps each variable of a model when its gradient is complete.
+    """An optimizer that steps each variable of a model as soon as its gradient is complete.
 
     Attributes:
-        optimizer: of all variables, with a group for each (``group["param_names"]`` is its name). Give it to a
-            scheduler of ``torch.optim.lr_scheduler``, change its groups, save and load its ``state_dict``; its
+        optimizer: the optimizer of all variables, with a group for each (``group["param_names"]`` is its name). Give it
+            to a scheduler of ``torch.optim.lr_scheduler``, change its groups, save and load its ``state_dict``; its
             ``step`` is called by the backward pass.
     """
 
@@ -89,13 +90,13 @@ class StepInBackward:
         reference = weakref.ref(self)  # the garbage collector does not see through the hooks of a tensor
 
         def stepping() -> StepInBackward:
-            found = reference()
-            if found is None:
+            owner = reference()
+            if owner is None:
                 raise RuntimeError(
                     f"{name} is not stepped any more: the module that was given to step_in_backward is gone. "
                     "Keep it, or what step_in_backward returned"
                 )
-            return found
+            return owner
 
         def before(gradient: Tensor) -> None:
             _make_room(stepping()._variables[index][1])
@@ -137,7 +138,7 @@ class StepInBackward:
                 self._release(index)
 
     def _release(self, index: int) -> None:
-        """Drop a gradient."""
+        """Replace a gradient by its placeholder."""
         name, parameter = self._variables[index]
         released = self._released[index]
         if released.dtype is not parameter.dtype or released.device != parameter.device:  # it was moved
@@ -169,17 +170,19 @@ def step_in_backward(
         The optimizer, a way to accumulate gradients and a way to stop.
 
     Raises:
-        PolicyError: nothing to train, or a parameter is stepped already; in a forward pass of the model, a parameter
-            that requires a gradient and is not stepped, because it was replaced, moved or unfrozen.
+        PolicyError: there is nothing to train, a lazy module has not run yet, or a parameter is stepped already. In a
+            forward pass of the model: a parameter that requires a gradient is not stepped, because it was replaced,
+            moved or unfrozen.
 
     A backward pass inside a reentrant checkpoint raises RuntimeError: it cannot know whether a gradient is complete. A
     loss that a ``GradScaler`` multiplied is stepped with as it is.
     """
+    check_initialized(model)
     variables = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter._post_accumulate_grad_hooks:
+        if has_step_hooks(parameter):
             raise PolicyError(f"{name} is stepped in backward already: call remove() on what the first call returned")
         variables.append((name, parameter))
     if not variables:
@@ -192,14 +195,14 @@ _aten = torch.ops.aten
 
 
 class ReleasedGradient(Tensor):
-    """What is left of a gradient after the step: shape, dtype and device, and an error for whoever wants its values."""
+    """What is left of a gradient after the step: its shape, dtype and device. Using its values is an error."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = without_overrides  # type: ignore[assignment]
     variable: str
 
     @staticmethod
     def __new__(cls, like: Tensor, name: str) -> "ReleasedGradient":
-        """Stand for the gradient of a parameter."""
+        """Make the placeholder of a parameter's gradient."""
         one = torch.full((), torch.nan, dtype=like.dtype, device=like.device)  # memory, for what looks there unasked
         self: ReleasedGradient = one.expand(like.shape).as_subclass(cls)
         self.variable = name
@@ -242,16 +245,16 @@ def _make_room(parameter: Tensor) -> None:
 
 
 _stepping: "weakref.WeakKeyDictionary[nn.Module, StepInBackward]" = weakref.WeakKeyDictionary()
-"""What steps a model lives as long as the model. Not kept in it, so that it can be copied and pickled; its copy is not
-stepped."""
+"""The optimizer of each model that is stepped in backward, kept alive as long as the model. It is not an attribute of
+the model, which can so be copied and pickled; a copy is not stepped."""
 
 
 def _check_all_stepped(model: nn.Module, args: Any) -> None:
-    """Before a forward pass: no parameter may silently stay as it is."""
+    """Refuse, before a forward pass, a parameter that would silently not be trained."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or model not in _stepping:
         return
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter._post_accumulate_grad_hooks:
+        if parameter.requires_grad and not has_step_hooks(parameter):
             raise PolicyError(
                 f"{name} requires a gradient and is not stepped in backward: it was replaced, moved or unfrozen after "
                 "step_in_backward. Call remove() on what that returned, and step_in_backward again"

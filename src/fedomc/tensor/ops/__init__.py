@@ -1,4 +1,4 @@
-"""The functions of torch that use a compressed weight for one moment, and how each does it.
+"""Functions of torch that decode a compressed weight while they run.
 
 ``linear``, ``convolution`` and ``embedding`` decode no more of a weight at a time than ``workspace.PANEL_BYTES``; the
 others decode it as a whole (``decoded``). What a module of this package does not know is left to the dispatcher; see
@@ -24,9 +24,9 @@ _LOWER_PRECISION = (
     Tensor.__matmul__,
     Tensor.__rmatmul__,
 )
-"""What autocast runs in its lower precision."""
+"""Functions that autocast runs in its lower precision."""
 
-_WHOLE = (
+_DECODED_WHOLE = (
     F.bilinear,
     torch.lstm,
     torch.gru,
@@ -39,7 +39,7 @@ _WHOLE = (
 )
 
 FUNCTIONS.update(dict.fromkeys(_LOWER_PRECISION, with_autocast))
-FUNCTIONS.update(dict.fromkeys(_WHOLE, with_decoded_weights))
+FUNCTIONS.update(dict.fromkeys(_DECODED_WHOLE, with_decoded_weights))
 FUNCTIONS.update(dict.fromkeys(convolution.CONVOLUTIONS, convolution.convolution))
 FUNCTIONS[torch.einsum] = einsum
 FUNCTIONS[F.linear] = linear.linear

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.ops.decoded import Saved, autocast_dtype, is_operand, with_autocast, with_decoded_weights
@@ -42,7 +41,7 @@ class _Convolution(torch.autograd.Function):
                 out = part if out is None else out.add_(part)
                 continue
             if out is None:
-                shape, order = (len(part), len(weight), *part.shape[2:]), suggest_memory_format(part)
+                shape, order = (len(part), len(weight), *part.shape[2:]), _memory_format(part)
                 out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=order)
             out[:, start:stop] = part
         assert out is not None
@@ -55,12 +54,12 @@ class _Convolution(torch.autograd.Function):
         of_x, of_weight, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # for a second derivative
             out = with_decoded_weights(torch.ops.aten.convolution, (x, weight, None, *how), {}, x.dtype)
-            wanted = [tensor for tensor, of in ((x, of_x), (weight, of_weight)) if of]
-            found = list(torch.autograd.grad(out, wanted, gradient, create_graph=True))
-            return found.pop(0) if of_x else None, found.pop(0) if of_weight else None, None
+            inputs = [tensor for tensor, of in ((x, of_x), (weight, of_weight)) if of]
+            gradients = list(torch.autograd.grad(out, inputs, gradient, create_graph=True))
+            return gradients.pop(0) if of_x else None, gradients.pop(0) if of_weight else None, None
         transposed = how[3]
         x_gradient = torch.zeros_like(x) if of_x else None
-        weight_gradient = torch.empty(weight.shape, device=weight.device) if of_weight else None
+        weight_gradient = torch.empty(weight.shape, dtype=torch.float32, device=weight.device) if of_weight else None
         for start, stop in weight.panels():
             place = (slice(None), slice(start, stop))
             at_x, at_gradient = (x[place], gradient) if transposed else (x, gradient[place])
@@ -95,6 +94,14 @@ def _fits(x: Tensor, weight: CompressedTensor, bias: Tensor | None, dimensions: 
         return False
     into, out_of = weight.shape[:2] if transposed else weight.shape[1::-1]
     return x.shape[1] == into and (bias is None or (is_operand(bias, weight) and bias.shape == (out_of,)))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Return the memory format of a dense tensor."""
+    for dimensions, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dimensions and x.is_contiguous(memory_format=order) and not x.is_contiguous():
+            return order
+    return torch.contiguous_format
 
 
 def _each(size: Any, dimensions: int) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""Any function of torch, on whole decoded weights; what it saves of them for the backward pass is their codes.
+"""Runs functions of torch on whole decoded weights, and saves codes in place of the weights for the backward pass.
 
 [Note: saving the codes, not the weight]
 Autograd saves a linear layer's weight for the backward pass, and a decoded copy saved like that would live as long as
@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fedomc._torch import run_next_in_backward, saved_tensors_hooks, tree_leaves, tree_map
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 
 _CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts; the first as well without it
 
 
 class _Decode(torch.autograd.Function):
-    """Decode a weight; its gradient is that of the decoded values."""
+    """Decodes a weight; the gradient of the values is the gradient of the weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: CompressedTensor) -> Tensor:
@@ -36,7 +36,7 @@ class _Decode(torch.autograd.Function):
 
 @dataclass
 class Saved:
-    """A tensor that autograd saved, as it is, and its version then."""
+    """A tensor saved for the backward pass, and its version when it was saved."""
 
     tensor: Tensor
     version: int
@@ -93,7 +93,7 @@ def with_decoded_weights(
         values: Tensor = _Decode.apply(x)  # type: ignore[no-untyped-call]
         if values.grad_fn is not None:
             # Else the backward pass would come here last, when the gradients of all layers are there.
-            values.grad_fn._set_sequence_nr(2**63 - 1)  # type: ignore[attr-defined]
+            run_next_in_backward(values)
         values = values.to(dtype)
         weights[values.untyped_storage().data_ptr()] = x
         return values
@@ -112,7 +112,7 @@ def with_decoded_weights(
     def unpack(saved: Saved | _SavedElsewhere) -> Tensor:
         return saved.load()
 
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer = saved_tensors_hooks()
 
     args, kwargs = tree_map(decode, (args, kwargs))
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -120,13 +120,10 @@ def with_decoded_weights(
 
 
 def with_autocast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same for functions that autocast runs in its lower precision.
+    """Do the same for functions that autocast runs in its lower precision.
 
-    Autocast would cast the decoded weight and autograd save that copy. What writes to ``out`` is left to the
-    dispatcher, which encodes it again; so does autocast leave it alone.
+    Autocast would cast the decoded weight, and autograd would save that copy.
     """
-    if kwargs.get("out") is not None:
-        return func(*args, **kwargs)
     return with_decoded_weights(func, args, kwargs, autocast_dtype(args, kwargs) or torch.float32)
 
 

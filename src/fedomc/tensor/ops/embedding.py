@@ -14,7 +14,7 @@ _GAP = 2**14
 
 
 class _Embedding(torch.autograd.Function):
-    """Rows of a weight; nothing of the weight is needed for its gradient."""
+    """Looks up rows of a weight; its gradient needs nothing of the weight."""
 
     @staticmethod
     def forward(ctx: Any, indices: Tensor, weight: CompressedTensor, padding: int, by_frequency: bool) -> Tensor:
@@ -25,11 +25,11 @@ class _Embedding(torch.autograd.Function):
             raise IndexError(
                 f"{weight.variable} has rows 0 to {len(weight) - 1}: no row {int(rows[0 if rows[0] < 0 else -1])}"
             )
-        found = torch.empty(len(rows), weight.shape[1], device=weight.device)  # [U, D]
+        values = torch.empty(len(rows), weight.shape[1], dtype=torch.float32, device=weight.device)  # [U, D]
         for begin, end in _runs(rows, weight.shape[1], weight.panel_rows):
             first, last = int(rows[begin]), int(rows[end - 1])
-            torch.index_select(weight.decode_rows(first, last + 1), 0, rows[begin:end] - first, out=found[begin:end])
-        return found[places]
+            torch.index_select(weight.decode_rows(first, last + 1), 0, rows[begin:end] - first, out=values[begin:end])
+        return values[places]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
@@ -37,11 +37,11 @@ class _Embedding(torch.autograd.Function):
         return None, torch.ops.aten.embedding_dense_backward(gradient, indices, *ctx.how), None, None
 
 
-def _runs(rows: Tensor, width: int, most: int) -> Iterator[tuple[int, int]]:
+def _runs(rows: Tensor, width: int, max_rows: int) -> Iterator[tuple[int, int]]:
     """Cut sorted rows into stretches without large gaps, of a panel at most."""
     begin, listed = 0, rows.tolist()
     for i in range(1, len(listed) + 1):
-        if i == len(listed) or (listed[i] - listed[i - 1]) * width > _GAP or listed[i] - listed[begin] >= most:
+        if i == len(listed) or (listed[i] - listed[i - 1]) * width > _GAP or listed[i] - listed[begin] >= max_rows:
             yield begin, i
             begin = i
 

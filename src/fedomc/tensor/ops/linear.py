@@ -52,8 +52,8 @@ def _times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
 
 
 def _torch_times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
-    found: Tensor = with_decoded_weights(torch.mm, (rows, weight), {}, rows.dtype)
-    return found
+    result: Tensor = with_decoded_weights(torch.mm, (rows, weight), {}, rows.dtype)
+    return result
 
 
 def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedomc._torch import linear_of_onednn
+
 _LEAST_SIZE, _LEAST_PRODUCTS = 8, 2**20  # where oneDNN takes less time
 
 
@@ -30,7 +32,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.contiguous()  # its stride is not looked at
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(_ordered(x), _ordered(weight), bias, "none", [], "")
+    product: Tensor = _LINEAR(_ordered(x), _ordered(weight), bias, "none", [], "")
     return product
 
 
@@ -41,7 +43,7 @@ def _ordered(x: Tensor) -> Tensor:
 
 def _by_onednn(a: Tensor, columns: int) -> bool:
     return (
-        _AVAILABLE
+        _LINEAR is not None
         and a.numel() * columns >= _LEAST_PRODUCTS
         and min(*a.shape, columns) >= _LEAST_SIZE
         and a.dtype is torch.float32
@@ -50,4 +52,4 @@ def _by_onednn(a: Tensor, columns: int) -> bool:
     )
 
 
-_AVAILABLE = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_LINEAR = linear_of_onednn()

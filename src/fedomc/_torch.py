@@ -1,0 +1,175 @@
+"""The private names of torch that fedomc needs, each behind a name of its own.
+
+Whatever torch changes without notice breaks here and nowhere else: ``tests/test__torch.py`` has a test of each name,
+which fails first and says what changed. What ``import torch`` does not load by itself is loaded at its first use.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+    )
+
+__all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "current_node",
+    "drop_hooks",
+    "forbid_memory_access",
+    "has_hooks",
+    "has_step_hooks",
+    "linear_of_onednn",
+    "no_overrides",
+    "run_next_in_backward",
+    "saved_tensors_hooks",
+    "schema_of",
+    "sparse_parts",
+    "storage_key",
+    "transforms_are_active",
+    "tree_leaves",
+    "tree_map",
+    "uncompiled",
+    "use_count",
+    "without_overrides",
+    "wrapper_tensor",
+]
+
+_FAKE = ("DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
+
+
+def __getattr__(name: str) -> Any:
+    """Load the tensors without values, which take their time, when they are asked for."""
+    if name not in _FAKE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torch._subclasses import fake_tensor
+
+    return getattr(fake_tensor, name)
+
+
+without_overrides = torch._C._disabled_torch_function_impl
+"""The ``__torch_function__`` of a subclass of ``Tensor`` whose functions all go to the dispatcher."""
+
+
+def no_overrides() -> AbstractContextManager[Any]:
+    """Return a context in which functions of torch go to the dispatcher, past ``__torch_function__``."""
+    context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+def wrapper_tensor(
+    cls: type[AnyTensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> AnyTensor:
+    """Make a tensor of a subclass that has a shape, dtype and device, and no memory."""
+    tensor: AnyTensor = Tensor._make_wrapper_subclass(
+        cls, tuple(shape), dtype=dtype, device=device, requires_grad=requires_grad
+    )
+    return tensor
+
+
+def forbid_memory_access(tensor: Tensor) -> None:
+    """Make it an error to ask a tensor without memory for its address, in place of a crash.
+
+    Kernels that look at memory without the dispatcher's help, such as those of collectives on lists of lists, then
+    raise RuntimeError.
+    """
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def transforms_are_active() -> bool:
+    """Tell whether a transform of ``torch.func`` or the forward mode of autograd is active."""
+    return bool(torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def uncompiled(reason: str) -> Callable[[Function], Function]:
+    """Keep ``torch.compile`` out of a function and of what it calls.
+
+    The decorator ``torch.compiler.disable`` does the same, and loads the compiler at once.
+
+    Args:
+        reason: the reason of the graph break.
+    """
+
+    def mark(function: Function) -> Function:
+        compiler = torch._C._dynamo.eval_frame
+        skip = compiler._FrameAction.SKIP
+        compiler.set_code_exec_strategy(function.__code__, compiler._FrameExecStrategy(skip, skip))
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def schema_of(operator: Any) -> Any:
+    """Return the schema of an operator: ``name``, ``arguments`` and ``returns``."""
+    return operator._schema
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Tell whether a leaf has hooks of its gradient."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def has_step_hooks(tensor: Tensor) -> bool:
+    """Tell whether a leaf has hooks that run when its gradient was accumulated."""
+    return bool(tensor._post_accumulate_grad_hooks)
+
+
+def drop_hooks(tensor: Tensor) -> None:
+    """Drop the sets of hooks of a leaf, also empty ones."""
+    tensor._backward_hooks = tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+
+
+def use_count(tensor: Tensor) -> int:
+    """Count the references to a tensor in C++, which ``torch.utils.swap_tensors`` wants to be one."""
+    return int(Tensor._use_count(tensor))  # type: ignore[attr-defined]
+
+
+def run_next_in_backward(tensor: Tensor) -> None:
+    """Let the node of a tensor in the graph run before all others that are ready, in the backward pass."""
+    tensor.grad_fn._set_sequence_nr(2**63 - 1)  # type: ignore[union-attr]
+
+
+def saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Return the innermost pair of ``torch.autograd.graph.saved_tensors_hooks`` that is in effect, if any."""
+    hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks
+
+
+def current_node() -> Any:
+    """Return the node of the graph whose backward function runs in this thread, or None."""
+    return torch._C._current_autograd_node()
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return a number that no other living storage has, whether it has memory or not."""
+    return int(storage._cdata)
+
+
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices and values of a sparse COO tensor, whether it is coalesced or not."""
+    return tensor._indices(), tensor._values()
+
+
+def linear_of_onednn() -> Any:
+    """Return the operator ``(x, weight, bias, "none", [], "")`` by which oneDNN computes ``x W^T + b``, if any."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
