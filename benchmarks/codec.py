@@ -24,10 +24,13 @@ import numpy as np
 import torch
 
 from fedomc import FloatFormat, codec
-from fedomc.codec import native, reference
-from fedomc.methods.packed import scaling_exponent
+from fedomc.codec import native, reference, reference_blocks
+from fedomc.methods import parse_method
+from fedomc.methods.blockwise import Blockwise
+from fedomc.methods.floats import scaling_exponent
 
 FORMATS = ("S1E2M3", "S1E4M3", "S1E3M7", "S1E5M10", "S1E4M14")
+BLOCKWISE = ("INT8", "INT4", "NF4", "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4")
 SIZES = (2**24, 2**17)  # in memory, in the cache
 ROUNDS = 7
 
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.05, help="least time of one measurement")
     options = parser.parse_args()
     threads = sorted({1, torch.get_num_threads()})
-    print(f"memcpy, {', '.join(FORMATS)}; {SIZES} values; {threads} threads: some minutes")
+    print(f"memcpy, {', '.join(FORMATS + BLOCKWISE)}; {SIZES} values; {threads} threads: some minutes")
     rows = []
     for values in SIZES:
         x = torch.randn(values, generator=torch.Generator().manual_seed(0)) * 0.05
@@ -52,7 +55,7 @@ def main() -> None:
 
         for count in threads:
             torch.set_num_threads(count)
-            for format, backend, op, operation in (*ours(x), *(peers(x) if count == 1 else ())):
+            for format, backend, op, operation in (*ours(x), *blockwise(x), *(peers(x) if count == 1 else ())):
                 seconds, ratio = against(memcpy, operation, options.seconds)
                 row = {
                     "format": format, "op": op, "backend": backend, "threads": count, "values": values,
@@ -92,18 +95,17 @@ def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
     """Give the operations of both backends in all formats."""
     backends = [("reference", reference)] + ([("native", native)] if native.extension is not None else [])
     gradient, out = torch.randn_like(x), torch.empty_like(x)
-    largest = torch.zeros(1, dtype=torch.int64)
+    status = torch.zeros(2, dtype=torch.int64)
     sums = torch.empty(-(-x.numel() // codec.CHUNK), codec.SUMS, dtype=torch.float64)
     for name in FORMATS:
         fmt = FloatFormat.parse(name)
         e, m = fmt.exponent_bits, fmt.mantissa_bits
         words = torch.empty(codec.words_of(x.numel(), fmt.bits), dtype=torch.int32)
         again = torch.empty_like(words)
-        k = scaling_exponent(codec.magnitude_bits(x), fmt)
-        scale = 2.0**-k
-        present = (words, e, m, scale, 0.0)
+        k = scaling_exponent(codec.absmax_bits(x), fmt)
+        present = (words, torch.tensor([2.0**-k, 0.0]), e, m)
         for backend, at in backends:
-            yield name, backend, "encode", partial(at.encode, x, e, m, k, None, 0, words, sums, largest)
+            yield name, backend, "encode", partial(at.encode, x, e, m, k, None, 0, words, sums, status)
             yield name, backend, "decode", partial(at.decode, *present, out)
             yield name, backend, "decode_add", partial(at.decode_add, *present, 0.5, out)
             yield (
@@ -112,7 +114,27 @@ def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
                 "decode_add_difference",
                 partial(at.decode_add_difference, *present, *present, 0.5, out),
             )
-            yield name, backend, "update", partial(at.update, *present, gradient, -1e-4, k, None, again, sums, largest)
+            yield name, backend, "update", partial(at.update, *present, gradient, -1e-4, k, None, again, sums, status)
+
+
+def blockwise(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
+    """Give the operations of both backends in the methods with a scale by block."""
+    backends = [("reference", reference_blocks)] + ([("native", native)] if native.extension is not None else [])
+    gradient, out, status = torch.randn_like(x), torch.empty_like(x), torch.zeros(2, dtype=torch.int64)
+    for name in BLOCKWISE:
+        method = parse_method(name)
+        assert isinstance(method, Blockwise)
+        packed, again = method.zeros(x.numel(), "cpu"), method.zeros(x.numel(), "cpu")
+        how = (*codec.numbers_of(method.element), method.block)
+        for backend, at in backends:
+            yield name, backend, "encode", partial(at.block_encode, x, *how, None, 0, *packed, status)
+            yield name, backend, "decode", partial(at.block_decode, *packed, *how, out)
+            yield (
+                name,
+                backend,
+                "update",
+                partial(at.block_update, *packed, *how, gradient, -1e-4, None, *again, status),
+            )
 
 
 def peers(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:

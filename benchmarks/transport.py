@@ -263,7 +263,7 @@ def changed(before: model.SpeechModel, after: model.SpeechModel) -> float:
             if parameter.update is not None:
                 step = parameter.update.decode(torch.empty(parameter.numel()))
             else:
-                rounded = encode(old, parameter.base.format).decode(torch.empty(parameter.numel()))
+                rounded = encode(old, parameter.base.method).decode(torch.empty(parameter.numel()))
                 step = parameter.base.decode(torch.empty(parameter.numel())) - rounded
             moved += float(step.double().square().sum())
             total += float(old.double().square().sum())

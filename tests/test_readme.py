@@ -97,7 +97,7 @@ def test_calls_in_sentences_run(names: dict[str, Any], tmp_path: Path, monkeypat
         **vars(fedomc),
         "AveragedModel": AveragedModel,
         "ClientApp": ClientApp,
-        "OneByOne": fedomc.flower.OneByOne,
+        "StreamingGrid": fedomc.flower.StreamingGrid,
         "accumulate": stepping.accumulate,
         "app": ClientApp(),
         "bytes": 10**6,

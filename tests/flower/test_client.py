@@ -91,7 +91,7 @@ def test_training_after_install_changes_only_the_update_and_collect_gives_it() -
     key = "inner.0.weight"
     assert reply[key].stype == STYPE
     # 4 bits a value, 8 bytes of transformation and a header, against 6 bits down
-    assert len(reply[key].data) < 40 * 64 * 4 / 8 + 64 < len(before[key])
+    assert len(reply[key].data) <= 40 * 64 * 4 / 8 + 64 < len(before[key])
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -287,7 +287,7 @@ def test_a_reply_entropy_coded_has_the_same_values(name: str) -> None:
         else:
             assert array.data == smaller[key].data
     assert len(smaller[W].data) < len(plain[W].data)
-    assert smaller[W].data[22] == (name == "one part")  # an update is a difference already
+    assert smaller[W].data[14] == (name == "one part")  # an update is a difference already
     silent = RecordDict({**message, CONFIG: to_config(POLICIES[name].encoding())})
     assert {k: a.data for k, a in collect(model, silent).items()} == {k: a.data for k, a in plain.items()}
 
@@ -298,7 +298,7 @@ def test_a_message_entropy_coded_fills_the_same_model() -> None:
     for key, array in message["arrays"].items():
         if array.stype == STYPE:
             array = packed_array(read_packed(array, key, copy=True).packed, tuple(array.shape), entropy_coding=True)
-            assert array.data[21]
+            assert array.data[13]
         smaller[key] = array
     filled = install(Model(), RecordDict({"arrays": smaller, CONFIG: message[CONFIG]}))
     for key, value in collect(install(Model(), message)).items():

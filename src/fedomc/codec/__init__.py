@@ -31,6 +31,7 @@ __all__ = [
     "decode_add_difference",
     "decode_sum",
     "encode",
+    "numbers_of",
     "pack",
     "unpack",
     "update",
@@ -242,7 +243,7 @@ def block_decode(words: Tensor, scales: Tensor, element: BlockElement, block: in
     Returns:
         ``out``.
     """
-    _operators.block_decode(words, scales, *_numbers(element), block, out)
+    _operators.block_decode(words, scales, *numbers_of(element), block, out)
     return out
 
 
@@ -258,7 +259,7 @@ def block_encode(
 ) -> Outcome:
     """Encode values and write codes and scales; arguments as in ``encode`` and ``block_decode``."""
     status = _status(values)
-    _operators.block_encode(values, *_numbers(element), block, seed, start, words, scales, status)
+    _operators.block_encode(values, *numbers_of(element), block, seed, start, words, scales, status)
     return _outcome(status)
 
 
@@ -276,7 +277,7 @@ def block_update(
 ) -> Outcome:
     """Encode the decoded values plus ``alpha * gradient`` into ``out`` and ``out_scales``, with no dense copy."""
     status = _status(gradient)
-    _operators.block_update(words, scales, *_numbers(element), block, gradient, alpha, seed, out, out_scales, status)
+    _operators.block_update(words, scales, *numbers_of(element), block, gradient, alpha, seed, out, out_scales, status)
     return _outcome(status)
 
 
@@ -305,7 +306,7 @@ def pack(codes: Tensor, bits: int, words: Tensor) -> Tensor:
     return words
 
 
-def _numbers(element: BlockElement) -> tuple[int, int, int]:
+def numbers_of(element: BlockElement) -> tuple[int, int, int]:
     """Write an element as the operators take it; ``reference_blocks.block_element`` is the inverse."""
     if isinstance(element, IntegerElement):
         return reference_blocks.INTEGER, element.bits, 0

@@ -83,7 +83,7 @@ def encode(
 ) -> None:  # fmt: skip
     """Encode ``Q(2**exponent * V)``."""
     element = FloatElement(e, m)
-    status.copy_(torch.tensor([0, 1]))
+    status.copy_(torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
     for at, part in chunks_of(values):
         row = sums[at // CHUNK] if len(sums) else None
         _encode_chunk(part, element, exponent, seed, start + at, stretch(words, element.bits, at, part), row, status)

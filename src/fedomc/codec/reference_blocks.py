@@ -58,7 +58,7 @@ def block_encode(
 ) -> None:  # fmt: skip
     """Choose the scale of each block and encode ``Q(V / scale)``."""
     element = block_element(kind, e, m)
-    status.copy_(torch.tensor([0, 1]))
+    status.copy_(torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
     for at, part in chunks_of(values):
         _encode_chunk(flushed(part), element, block, seed, start + at, at, words, scales, status)
 
