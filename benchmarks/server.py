@@ -105,11 +105,7 @@ def run(format: str, clients: int, strategy: str) -> dict[str, float]:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     for name in ("_run_id", "_node_id", "_task_id"):
         setattr(TaskIdentity, name, 1)
-    base, _, fraction = format.partition("@")
-    base, _, update = base.partition("+")
-    policy = None
-    if base != "FP32":
-        policy = fedomc.CompressionPolicy(format=base, update_format=update or None, fraction=float(fraction or 1))
+    policy = None if format == "FP32" else fedomc.CompressionPolicy.parse(format)
     one, other = torch.zeros(BUFFER // 4), torch.ones(BUFFER // 4)
     model = build("large", VOCABULARY)
     private = strategy.startswith("DifferentialPrivacy")  # which refuses counters
@@ -118,13 +114,15 @@ def run(format: str, clients: int, strategy: str) -> dict[str, float]:
         return ((name, value) for name, value in values(model) if value.is_floating_point() or not private)
 
     def compressed(name: str, update_like: torch.Tensor) -> Array:
-        fmt = fedomc.FloatFormat.parse(update or base)
-        packed = encode(update_like, fmt, name=name)
-        return packed_array(packed, tuple(update_like.shape), frame.UPDATE if update else frame.VARIABLE)
+        assert policy is not None
+        method = policy.encoding().methods[-1]
+        packed = encode(update_like, method, name=name)
+        kind = frame.VARIABLE if policy.update_format is None else frame.UPDATE
+        return packed_array(packed, tuple(update_like.shape), kind)
 
     # What a client returns for each variable, packed and in FP32, before the level of memory is taken.
     torch.manual_seed(1)
-    scale = 0.01 if update else 1.0
+    scale = 1.0 if policy is None or policy.update_format is None else 0.01
     dense = {name: Array(value.numpy()) for name, value in drawn()}
     packed = {
         n: compressed(n, torch.from_numpy(a.numpy()) * scale)

@@ -158,9 +158,7 @@ def prepare(variant: str, checkpointing: bool, hidden: int) -> tuple[Callable[[]
     dtype = torch.bfloat16 if variant == "bf16" else torch.float32
     selection: dict[str, fedomc.Encoding] = {}
     if variant.startswith("S1"):
-        format, _, update = variant.partition("+")
-        fraction = 1.0 if update else 0.9
-        policy = fedomc.CompressionPolicy(format=format, update_format=update or None, fraction=fraction)
+        policy = fedomc.CompressionPolicy.parse(variant, fraction=1.0 if "+" in variant else 0.9)
         selection = policy.select(model)
     fedomc.materialize_(model.to(dtype), values(model), selection)
     if variant == "torchao-int8":

@@ -62,8 +62,7 @@ class Way:
     @property
     def policy(self) -> fedomc.CompressionPolicy:
         """How it compresses."""
-        base, _, update = self.format.partition("+")
-        return fedomc.CompressionPolicy(base, update_format=update or None, fraction=self.fraction, exclude=EXCLUDED)
+        return fedomc.CompressionPolicy.parse(self.format, fraction=self.fraction, exclude=EXCLUDED)
 
 
 WAYS = (

@@ -138,6 +138,7 @@ def train(model: nn.Module, *inputs: Tensor, steps: int = 1, lr: float = 0.01) -
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")  # of torch, once a process
 class TestSameAsThePlainModel:
     @pytest.mark.parametrize("exclude", [(), ("*bias*",)], ids=["all", "without biases"])
     def test_outputs_and_gradients(self, name: str, exclude: tuple[str, ...]) -> None:
