@@ -52,7 +52,7 @@ def require() -> None:
         PolicyError: it is not.
     """
     if zstandard is None:
-        raise PolicyError("the lossless stage needs zstandard: pip install 'fedomc[lossless]', or set lossless='none'")
+        raise PolicyError("entropy coding needs zstandard: pip install 'fedomc[lossless]', or set lossless='none'")
 
 
 def compress(
@@ -128,7 +128,7 @@ def decompress(
             zstd is not installed.
     """
     if zstandard is None:
-        raise PayloadError(f"{name} went through the lossless stage: pip install 'fedomc[lossless]' to read it")
+        raise PayloadError(f"{name} is entropy-coded: pip install 'fedomc[lossless]' to read it")
     if difference:
         if sent is None:
             raise PayloadError(f"{name} is a difference of codes, but there are none that it could differ from")
