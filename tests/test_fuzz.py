@@ -6,22 +6,20 @@ import sys
 BROKEN = """
 import sys
 import numpy as np
-from fedomc.serialization import model_file as checkpoint
-from fedomc.serialization import frame
-from fedomc.serialization import entropy as lossless
+from fedomc.serialization import entropy, frame, model_file
 from fedomc.flower import OMCStrategy, arrays
 from tests.fuzz import __main__
 
-unzipped = lossless._unzipped
+unzipped = entropy._unzipped
 
 def hungry(*args):
     np.zeros(2**30, np.uint8)
     return unzipped(*args)
 
-lossless._unzipped = hungry
+entropy._unzipped = hungry
 frame.FormatError = KeyError  # so that it is not caught
 arrays.view_dense = lambda array, _: array.numpy()
-checkpoint.fill_ = lambda model, values, *_, **__: [*values]
+model_file.fill_ = lambda model, values, *_, **__: [*values]
 OMCStrategy._check_metrics = lambda *_: None
 sys.exit(__main__.main())
 """
