@@ -211,7 +211,8 @@ float choose_scale(std::uint32_t largest, const Element& element, bool stochasti
   const std::uint32_t limit = element.format.max_code() << (23 - element.format.mantissa_bits);
   int exponent = static_cast<int>(largest >> 23) - element.format.top_exponent();
   if (stochastic && (largest & 0x7FFFFFu) > (limit & 0x7FFFFFu)) ++exponent;
-  exponent = nothing ? 127 : exponent < 1 ? 1 : exponent > 254 ? 254 : exponent;
+  const int most = 254 - element.format.top_exponent();  // beyond it the largest code would leave float32
+  exponent = nothing ? 127 : exponent < 1 ? 1 : exponent > most ? most : exponent;
   *scale = static_cast<std::uint8_t>(exponent);
   return nothing ? INFINITY : cast<float>(static_cast<std::uint32_t>(exponent) << 23);
 }

@@ -16,12 +16,59 @@ class Refused(Exception):
 
 
 @dataclass
+class Method:
+    """How the codes of a frame are read: ``block`` is 0 for floats, whose scale and offset are of the variable."""
+
+    name: str
+    width: int
+    block: int
+    order: str
+    exponent_bits: int = 0
+    mantissa_bits: int = 0
+
+
+@dataclass
 class Frame:
     kind: int
-    exponent_bits: int
-    mantissa_bits: int
+    method: str
     shape: tuple[int, ...]
     values: np.ndarray
+
+
+OCP = {(4, 3): "MXFP8", (5, 2): "MXFP8E5M2", (2, 3): "MXFP6", (3, 2): "MXFP6E3M2", (2, 1): "MXFP4"}
+OCP_LARGEST = {"MXFP8": 448.0, "MXFP8E5M2": 57344.0, "MXFP6": 7.5, "MXFP6E3M2": 28.0, "MXFP4": 6.0}
+OCP_TOP = {"MXFP8": 8, "MXFP8E5M2": 15, "MXFP6": 2, "MXFP6E3M2": 4, "MXFP4": 2}
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def method(tag: int, header: bytes) -> Method:
+    """Look a method up in the page's table."""
+    if tag in (2, 3, 4):
+        if len(header) != 1 or not 5 <= header[0] <= 8:
+            raise Refused
+        name, width, order = {
+            2: ("INT8", 8, "two's complement"),
+            3: ("INT4", 4, "two's complement"),
+            4: ("NF4", 4, "unsigned"),
+        }[tag]
+        block = 2 ** header[0]
+        return Method(name if block == 64 else f"{name}/{block}", width, block, order)
+    if tag not in (1, 5) or len(header) != 2:
+        raise Refused
+    e, m = header
+    if tag == 5:
+        if (e, m) not in OCP:
+            raise Refused
+        return Method(OCP[e, m], 1 + e + m, 32, "sign-magnitude", e, m)
+    if not (1 <= e <= 8 and m <= 23):
+        raise Refused
+    return Method(f"S1E{e}M{m}", 1 + e + m, 0, "sign-magnitude", e, m)
 
 
 def number(code: int, e: int, m: int) -> float:
@@ -36,6 +83,42 @@ def number(code: int, e: int, m: int) -> float:
 
 def largest(e: int, m: int) -> float:
     return (2 - 2.0**-m) * 2.0 ** ((254 if e == 8 else 2**e - 1) - (2 ** (e - 1) - 1))
+
+
+def element(code: int, how: Method) -> float:
+    """The value of a code without its scale."""
+    if how.name.startswith("INT"):
+        return code - 2**how.width if code >> (how.width - 1) else code
+    if how.name.startswith("NF4"):
+        return NF4[code]
+    value = number(code, how.exponent_bits, how.mantissa_bits)
+    if how.block and abs(value) > OCP_LARGEST[how.name]:
+        value = math.copysign(OCP_LARGEST[how.name], value)
+    return value
+
+
+def decode(codes: list[int], second: bytes, how: Method) -> np.ndarray:
+    """The values of codes; refuse scales that the page refuses."""
+    numbers = np.array([element(code, how) for code in codes], dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not how.block:
+            scale, offset = np.frombuffer(second, dtype="<f4")
+            most = np.abs(scale) * np.float32(largest(how.exponent_bits, how.mantissa_bits)) + np.abs(offset)
+            if not np.isfinite([scale, offset, most]).all():
+                raise Refused
+            values = scale * numbers
+            return values + offset if offset != 0 else values
+        if how.name in OCP.values():
+            exponents = [u - 127 for u in second]
+            if any(u > 127 or u + OCP_TOP[how.name] > 127 for u in exponents):
+                raise Refused
+            scales = np.array([2.0**u for u in exponents], dtype=np.float32)
+        else:
+            scales = np.frombuffer(second, dtype="<f4")
+        values = numbers * np.repeat(scales, how.block)[: len(codes)]
+    if not np.isfinite(scales).all() or not np.isfinite(values).all():
+        raise Refused
+    return values
 
 
 def low_xxh3(data: bytes) -> int:
@@ -73,16 +156,21 @@ def pack(codes: list[int], width: int) -> bytes:
     return result
 
 
-def order(code: int, width: int) -> int:
-    """Where a code stands among all codes by value, -0 next below 0."""
-    magnitude = code & (2 ** (width - 1) - 1)
-    return -1 - magnitude if code >> (width - 1) else magnitude
+def order(code: int, how: Method) -> int:
+    """The number of a code in the order of the values; of floats, -0 is next below 0."""
+    half = 2 ** (how.width - 1)
+    if how.order == "unsigned" or code < half:
+        return code
+    return -1 - (code - half) if how.order == "sign-magnitude" else code - 2 * half
 
 
-def code_at(place: int, width: int) -> int:
-    """The code at a place, counted modulo 2^W."""
-    place = (place + 2 ** (width - 1)) % 2**width - 2 ** (width - 1)
-    return place if place >= 0 else 2 ** (width - 1) + (-1 - place)
+def code_at(place: int, how: Method) -> int:
+    """The code of a number, counted modulo 2^W."""
+    half = 2 ** (how.width - 1)
+    place %= 2 * half
+    if how.order == "sign-magnitude" and place >= half:
+        return half + (2 * half - 1 - place)
+    return place
 
 
 def read_planes(data: bytes, n: int, width: int, coding: int) -> list[int]:
@@ -124,44 +212,55 @@ def read_planes(data: bytes, n: int, width: int, coding: int) -> list[int]:
     return symbols
 
 
+def padded(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
+
+
 def read_frame(data: bytes, sent: list[int] | None = None) -> Frame:
     """Read a frame; refuse what the page says must be refused. ``sent`` are the codes that a difference is to."""
-    if len(data) < 24 or data[:4] != b"FOMC" or data[4] != 3 or data[5] > 2:
+    if len(data) < 16 or data[:4] != b"FOMC" or data[4] != 4 or data[5] > 2:
         raise Refused
-    kind, e, m = data[5], data[6], data[7]
-    factor, offset = np.frombuffer(data, dtype="<f4", count=2, offset=8)
-    checksum = int(np.frombuffer(data, dtype="<u4", count=1, offset=16)[0])
-    d, coding, difference, zero = data[20:24]
-    if not (1 <= e <= 8 and m <= 23 and d <= 8) or len(data) < 24 + 8 * d:
+    kind, tag, h = data[5:8]
+    d, coding, difference, f = data[12:16]
+    if coding > 2 or difference > (coding > 0) or d > 8 or f > 8 or h > 16:
         raise Refused
-    if coding > 2 or difference > (coding > 0) or zero:
+    begin = 16 + 8 * (d + f) + padded(h, 8)
+    if len(data) < begin:
         raise Refused
-    shape = tuple(int(x) for x in np.frombuffer(data, dtype="<u8", count=d, offset=24))
-    n, begin, width = math.prod(shape), 24 + 8 * d, 1 + e + m
+    numbers = [int(x) for x in np.frombuffer(data, dtype="<u8", count=d + f, offset=16)]
+    shape, lengths = tuple(numbers[:d]), numbers[d:]
+    header = data[16 + 8 * (d + f) : begin]
+    if any(header[h:]):
+        raise Refused
+    how = method(tag, header[:h])
+    n = math.prod(shape)
     if math.prod(size or 1 for size in shape) > 2**48:
         raise Refused
-    plain = begin + 4 * words(n, width)
-    if (len(data) != plain if coding == 0 else len(data) >= plain) or plain > 256 * len(data):
+    scales = 8 if not how.block else math.ceil(n / how.block) * (1 if how.name in OCP.values() else 4)
+    sizes = [4 * words(n, how.width), scales]
+    if len(lengths) != 2 or lengths[1] != sizes[1] or len(data) != begin + sum(padded(x, 4) for x in lengths):
         raise Refused
-    with np.errstate(over="ignore", invalid="ignore"):
-        most = np.abs(factor) * np.float32(largest(e, m)) + np.abs(offset)
-    if not np.isfinite([factor, offset, most]).all() or checksum != low_xxh3(data[:16] + data[20:]):
+    if (lengths[0] != sizes[0] if coding == 0 else lengths[0] >= sizes[0]) or sum(sizes) > 256 * len(data):
         raise Refused
-    body = data[begin:]
-    if difference:
-        if sent is None or len(sent) != n or int.from_bytes(body[:4], "little") != low_xxh3(pack(sent, width)):
+    if int.from_bytes(data[8:12], "little") != low_xxh3(data[:8] + data[12:]):
+        raise Refused
+    fields = []
+    for length in lengths:
+        fields.append(data[begin : begin + length])
+        if any(data[begin + length : begin + padded(length, 4)]):
             raise Refused
-        body = body[4:]
-    codes = unpack(body, n, width) if coding == 0 else read_planes(body, n, width, coding)
+        begin += padded(length, 4)
+    written, second = fields
+    if difference:
+        if sent is None or len(sent) != n or int.from_bytes(written[:4], "little") != low_xxh3(pack(sent, how.width)):
+            raise Refused
+        written = written[4:]
+    codes = unpack(written, n, how.width) if coding == 0 else read_planes(written, n, how.width, coding)
     if difference:
         assert sent is not None
         steps = [-(u + 1) // 2 if u % 2 else u // 2 for u in codes]
-        codes = [code_at(order(old, width) + step, width) for old, step in zip(sent, steps, strict=True)]
-    numbers = [number(code, e, m) for code in codes]
-    values = factor * np.array(numbers, dtype=np.float32)
-    if offset != 0:
-        values = values + offset
-    return Frame(kind, e, m, shape, values.reshape(shape))
+        codes = [code_at(order(old, how) + step, how) for old, step in zip(sent, steps, strict=True)]
+    return Frame(kind, how.name, shape, decode(codes, second, how).reshape(shape))
 
 
 def tensor_digest(dtype: str, shape: list[int], data: bytes) -> str:
@@ -206,7 +305,7 @@ def read_model(data: bytes) -> dict[str, np.ndarray]:
             values = values + update.values
             formats, frames = [*formats, how["update_format"]], [base, update]
         for kind, (format, frame) in enumerate(zip(formats, frames, strict=True)):
-            found = (frame.kind, f"S1E{frame.exponent_bits}M{frame.mantissa_bits}", list(frame.shape))
+            found = (frame.kind, frame.method, list(frame.shape))
             if found != (kind, format, how["shape"]):
                 raise Refused
         if not np.isfinite(values).all():

@@ -6,28 +6,26 @@ import sys
 BROKEN = """
 import sys
 import numpy as np
-from fedomc.serialization import model_file as checkpoint
-from fedomc.serialization import frame
-from fedomc.serialization import entropy as lossless
+from fedomc.serialization import entropy, frame, model_file
 from fedomc.flower import client, replies
 from tests.fuzz import __main__
 
-unzipped = lossless._unzipped
+unzipped = entropy._unzipped
 
 def hungry(*args):
     np.zeros(2**30, np.uint8)
     return unzipped(*args)
 
-lossless._unzipped = hungry
+entropy._unzipped = hungry
 frame.FormatError = KeyError  # so that it is not caught
 client.view_dense = lambda array, _, **__: array.numpy()
 
-class Forgetful(checkpoint.ModuleState):
+class Forgetful(model_file.ModuleState):
     def fill(self, values, *_, **__):
         for _ in values:
             pass
 
-checkpoint.ModuleState = Forgetful
+model_file.ModuleState = Forgetful
 replies.check_metrics = lambda *_: None
 sys.exit(__main__.main())
 """

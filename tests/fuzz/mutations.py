@@ -3,6 +3,7 @@
 import functools
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -12,14 +13,24 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedomc.flower.arrays import STYPE
 from fedomc.flower.config import CONFIG
-from fedomc.serialization import entropy as lossless
+from fedomc.serialization import entropy
 from tests.serialization.test_frame import FIELDS, HEADER, sealed
 
 NUMBERS = (0, 1, 2, 3, 4, 7, 8, 9, 23, 24, 31, 32, 127, 128, 255)
 LARGE = (2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**48, 2**49, 2**62, 2**63, 2**64 - 1)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e-38, 1e38, 3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan"))
 WORDS = ("", "float32", "float64", "int64", "S1E2M3", "S1E3M7", "S9E9M9", "none", "nearest", "nan", "\0", "é" * 40)
-FORMATS = ("S1E1M0", "S1E2M1", "S1E2M3", "S1E3M7", "S1E5M10", "S1E8M23")
+FORMATS = (
+    "S1E1M0", "S1E2M1", "S1E2M3", "S1E3M7", "S1E5M10", "S1E8M23", "INT8", "INT4/32", "NF4", "NF4/256",
+    "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP4",
+)  # fmt: skip
+METHODS = (
+    (1, b"\2\3"), (1, b"\1\0"), (1, b"\3\7"), (1, b"\x08\x17"), (1, b"\0\3"), (2, b"\5"), (2, b"\6"), (3, b"\6"),
+    (3, b"\x08"), (4, b"\6"), (4, b"\x04"), (5, b"\4\3"), (5, b"\5\2"), (5, b"\2\3"), (5, b"\2\1"), (5, b"\3\3"),
+    (0, b""), (77, b"\1"),
+)  # fmt: skip
+"""Tags and headers of methods, of which some do not exist."""
+
 BOMBS = (2**20, 2**24, 2**30)
 """Bytes that bombs make: the largest more than the fuzzer may allocate, the others small enough to lie in a plane."""
 
@@ -54,25 +65,65 @@ def damaged(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
 # ---- frames ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Pieces:
+    """What a frame consists of, as far as it can be told; ``join`` writes what is here, whether or not it agrees."""
+
+    fixed: dict[str, Any]
+    dimensions: list[int]
+    lengths: list[int]
+    header: bytes
+    fields: list[bytes]
+
+    @classmethod
+    def of(cls, data: bytes) -> "Pieces":
+        fixed = dict(zip(FIELDS, HEADER.unpack_from(data), strict=True))
+        room = (len(data) - HEADER.size) // 8
+        ndim = min(fixed["dimensions"], room)
+        count = min(fixed["count"], room - ndim)
+        sizes = struct.unpack_from(f"<{ndim + count}Q", data, HEADER.size)
+        at = HEADER.size + 8 * (ndim + count)
+        header = data[at : at + fixed["method_header"]]
+        at += -(-len(header) // 8) * 8
+        fields = []
+        for length in sizes[ndim:]:
+            fields.append(data[at : at + length])
+            at += -(-length // 4) * 4
+        return cls(fixed, list(sizes[:ndim]), list(sizes[ndim:]), header, fields)
+
+    def join(self, rng: Random) -> bytes:
+        """Write the frame; once in a while with padding that is not zero."""
+        fill = rng.randbytes(1) if rng.random() < 0.02 else b"\0"
+        counts = {"dimensions": len(self.dimensions), "count": len(self.lengths), "method_header": len(self.header)}
+        if max(counts.values()) > 255:
+            counts = {}
+        sizes = [size % 2**64 for size in (*self.dimensions, *self.lengths)]
+        data = HEADER.pack(*(self.fixed | counts).values()) + struct.pack(f"<{len(sizes)}Q", *sizes)
+        data += self.header + fill * (-len(self.header) % 8)
+        return data + b"".join(field + fill * (-len(field) % 4) for field in self.fields)
+
+    def set_field(self, number: int, data: bytes) -> None:
+        """Replace the bytes of a field, and its length."""
+        self.fields[number], self.lengths[number] = data, len(data)
+
+
 def forged_frame(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
     """Damage a frame; mostly with a checksum that fits."""
     if len(data) < HEADER.size:
         return damaged(rng, data, others)
+    changes = (_fixed, _fixed, _dimension, _length, _method, _field, _field, _scale, _scale, _plane, _plane, damaged)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        change = rng.choice((_field, _field, _dimension, _body, _body, _plane, _plane, damaged))
-        data = change(rng, data, others)
+        data = rng.choice(changes)(rng, data, others)
         if len(data) < HEADER.size:
             return data
     return data if rng.random() < 0.1 else sealed(data)
 
 
-def _field(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
+def _fixed(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
     values = dict(zip(FIELDS, HEADER.unpack_from(data), strict=True))
     name = rng.choice([name for name in FIELDS if name != "checksum"])
     old = values[name]
-    if isinstance(old, float):
-        values[name] = struct.unpack("<f", rng.randbytes(4))[0] if rng.random() < 0.3 else rng.choice(FLOATS)
-    elif isinstance(old, int):
+    if isinstance(old, int):
         values[name] = rng.choice((*NUMBERS, rng.randrange(256), (old + rng.choice((-1, 1))) % 256))
     else:
         values[name] = rng.choice((b"FOMC", b"PK\3\4", rng.randbytes(4)))
@@ -81,12 +132,12 @@ def _field(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
 
 def _dimension(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
     """Change, add, take away or reorder dimensions."""
-    count, begin = _dimensions(data)
-    sizes = list(struct.unpack_from(f"<{count}Q", data, HEADER.size))
+    pieces = Pieces.of(data)
+    sizes, count = pieces.dimensions, len(pieces.dimensions)
     match rng.randrange(5):
         case 0 if sizes:
             sizes[rng.randrange(count)] = rng.choice((*NUMBERS, *LARGE, rng.randrange(5000)))
-        case 1 if count < 255:
+        case 1:
             sizes.insert(rng.randrange(count + 1), rng.choice((0, 1, 1, 2, *LARGE)))
         case 2 if sizes:
             del sizes[rng.randrange(count)]
@@ -95,22 +146,80 @@ def _dimension(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
             sizes[at] = (sizes[at] + rng.choice((-1, 1, 1024, 2**17))) % 2**64
         case _:
             rng.shuffle(sizes)
-    return _with_dimensions(data, len(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes) + data[begin:]
+    return pieces.join(rng)
 
 
-def _body(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    begin = _dimensions(data)[1]
-    return data[:begin] + damaged(rng, data[begin:], others)
+def _length(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Change, add, take away or reorder lengths, of fields that stay; or fields."""
+    pieces = Pieces.of(data)
+    lengths, count = pieces.lengths, len(pieces.lengths)
+    match rng.randrange(5):
+        case 0 if count:
+            lengths[rng.randrange(count)] = rng.choice((*NUMBERS, *LARGE, rng.randrange(5000)))
+        case 1:
+            lengths.insert(rng.randrange(count + 1), rng.choice((0, 0, 4, 8, *LARGE)))
+        case 2 if count:
+            del lengths[rng.randrange(count)]
+        case 3 if count > 1:
+            moved = rng.choice((-4, -1, 1, 4))
+            lengths[0], lengths[1] = lengths[0] + moved, lengths[1] - moved
+        case _:
+            rng.shuffle(lengths)
+            rng.shuffle(pieces.fields)
+    return pieces.join(rng)
+
+
+def _method(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Say that the fields are of another method, or describe the method wrongly."""
+    pieces = Pieces.of(data)
+    match rng.randrange(3):
+        case 0:
+            pieces.header = damaged(rng, pieces.header, others)[:40]
+        case _:
+            pieces.fixed["method"], pieces.header = rng.choice(METHODS)
+    return pieces.join(rng)
+
+
+def _field(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    pieces = Pieces.of(data)
+    if not pieces.fields:
+        return damaged(rng, data, others)
+    number = rng.randrange(len(pieces.fields))
+    changed = damaged(rng, pieces.fields[number], others)
+    if rng.random() < 0.5:
+        pieces.set_field(number, changed)
+    else:
+        pieces.fields[number] = changed[: len(pieces.fields[number])].ljust(len(pieces.fields[number]), b"\0")
+    return pieces.join(rng)
+
+
+def _scale(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Change a scale or offset; of the length that it has."""
+    pieces = Pieces.of(data)
+    if not pieces.fields or not pieces.fields[-1]:
+        return damaged(rng, data, others)
+    scales = bytearray(pieces.fields[-1])
+    if pieces.fixed["method"] == 5:
+        scales[rng.randrange(len(scales))] = rng.choice((*NUMBERS, *range(238, 256)))
+    elif len(scales) >= 4:
+        at = rng.randrange(len(scales) // 4) * 4
+        value = struct.pack("<f", rng.choice((*FLOATS, 2.66e36, 2.6e36, 4.25e37, 4.8e37)))
+        scales[at : at + 4] = rng.randbytes(4) if rng.random() < 0.3 else value
+    pieces.fields[-1] = bytes(scales)
+    return pieces.join(rng)
 
 
 def _plane(rng: Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Replace a plane of the lossless stage."""
-    begin = _dimensions(data)[1]
-    return data[:begin] + forged_planes(rng, data[begin:], others)
+    """Replace an entropy-coded plane."""
+    pieces = Pieces.of(data)
+    if not pieces.fields:
+        return damaged(rng, data, others)
+    pieces.set_field(0, forged_planes(rng, pieces.fields[0], others))
+    return pieces.join(rng)
 
 
 def forged_planes(rng: Random, body: bytes, others: Sequence[bytes]) -> bytes:
-    """Replace one of the pieces that the lossless stage wrote, or its length."""
+    """Replace one of the pieces that entropy coding wrote, or its length."""
     pieces, at = [], rng.choice((0, 0, 4))  # differences begin with a checksum
     begin = body[:at]
     while len(body) - at > 4:
@@ -125,7 +234,7 @@ def forged_planes(rng: Random, body: bytes, others: Sequence[bytes]) -> bytes:
     piece = pieces[chosen]
     match rng.randrange(6):
         case 0 | 1:
-            size = rng.choice((1, 7, 128, 1024, 2**14, lossless.SEGMENT, _content_size(piece)))
+            size = rng.choice((1, 7, 128, 1024, 2**14, entropy.SEGMENT, _content_size(piece)))
             pieces[chosen] = bomb(rng, size)
         case 2:
             pieces[chosen] = damaged(rng, piece, others)
@@ -178,19 +287,7 @@ def _content_size(piece: bytes) -> int:
         found = zstandard.get_frame_parameters(piece).content_size
     except zstandard.ZstdError:
         return len(piece)
-    return min(found, lossless.SEGMENT)
-
-
-def _dimensions(data: bytes) -> tuple[int, int]:
-    """Return how many dimensions there are, and where the codes begin."""
-    count = dict(zip(FIELDS, HEADER.unpack_from(data), strict=True))["dimensions"]
-    count = min(count, (len(data) - HEADER.size) // 8)
-    return count, HEADER.size + 8 * count
-
-
-def _with_dimensions(data: bytes, count: int) -> bytes:
-    values = dict(zip(FIELDS, HEADER.unpack_from(data), strict=True)) | {"dimensions": count}
-    return HEADER.pack(*values.values())
+    return min(found, entropy.SEGMENT)
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------
@@ -261,13 +358,11 @@ def forged_array(rng: Random, array: Array, others: Sequence[bytes]) -> Array:
             data = rng.choice(others)
             stype = STYPE
             if len(data) >= HEADER.size and rng.random() < 0.5:
-                count = _dimensions(data)[0]
-                shape = struct.unpack_from(f"<{count}Q", data, HEADER.size)
+                shape = tuple(Pieces.of(data).dimensions)
         case _:
             data = (forged_frame if stype == STYPE else damaged)(rng, data, others)
             if rng.random() < 0.3 and stype == STYPE and len(data) >= HEADER.size:  # let the array agree
-                count = _dimensions(data)[0]
-                shape = struct.unpack_from(f"<{count}Q", data, HEADER.size)
+                shape = tuple(Pieces.of(data).dimensions)
     return Array(dtype, shape, stype, data)
 
 

@@ -25,14 +25,12 @@ import fedomc
 from fedomc import codec
 from fedomc.errors import PayloadError
 from fedomc.flower import OMCStrategy, collect, install
-from fedomc.methods import Packed, encode
-from fedomc.serialization import entropy as lossless
-from fedomc.serialization import frame
+from fedomc.methods import Packed, encode, method_from_header, parse_method
+from fedomc.serialization import entropy, frame
 from fedomc.training.module_state import ModuleState, is_finite
 from tests.conftest import randn, same_bits
-from tests.fuzz.mutations import FORMATS, damaged, forged_content, forged_frame, forged_planes
+from tests.fuzz.mutations import FORMATS, Pieces, damaged, forged_content, forged_frame, forged_planes
 from tests.serialization.forging import signed_again
-from tests.serialization.test_frame import HEADER
 
 Target = Callable[[Random], bool]
 """Does one attempt; whether the damaged bytes were taken for good ones, as harmless damage may be."""
@@ -69,6 +67,8 @@ POLICIES = tuple(
     for how in (
         {"format": "S1E3M7"},
         {"format": "S1E2M3", "update_format": "S1E2M1"},
+        {"format": "NF4", "update_format": "INT8"},
+        {"format": "MXFP6"},
         {"format": "S1E8M23", "transform": "none"},
     )
 )
@@ -97,9 +97,8 @@ class Frames:
         for number, shape in enumerate(SHAPES):
             values = randn(*shape, seed=number)
             moved = values + randn(*shape, seed=number + 1) * 1e-3 * (values > 0)
-            for fmt in map(fedomc.FloatFormat.parse, FORMATS):
-                packed = Packed.zeros(fmt, 0, "cpu") if 0 in shape else encode(moved, fmt)
-                sent = Packed.zeros(fmt, 0, "cpu") if 0 in shape else encode(values, fmt)
+            for method in map(parse_method, FORMATS):
+                packed, sent = encode(moved, method), encode(values, method)
                 for kind in (frame.VARIABLE, frame.UPDATE):
                     self.good.append((frame.to_bytes(packed, shape, kind), shape, None))
                     self.good.append((frame.to_bytes(packed, shape, kind, lossless=True), shape, None))
@@ -118,37 +117,39 @@ class Frames:
             return False
         packed = found.packed
         assert expected in (None, found.shape) and packed.numel == math.prod(found.shape)
-        assert packed.codes.shape == (codec.words_of(packed.numel, packed.method.bits),)
+        for field, tensor in zip(packed.method.fields(packed.numel), packed.fields, strict=True):
+            assert (tensor.dtype, tensor.shape) == (field.dtype, (field.length,))
         assert torch.isfinite(packed.decode(torch.empty(packed.numel))).all()
         again = frame.from_bytes(frame.to_bytes(packed, found.shape, found.kind), shape=found.shape)
-        assert torch.equal(again.packed.codes, packed.codes) and torch.equal(again.packed.fields[1], packed.fields[1])
+        assert again.packed.method == packed.method and all(map(torch.equal, again.packed.fields, packed.fields))
         return True
 
     def read_planes(self, rng: Random) -> bool:
         """Unpack damaged planes, or good ones as something else than they are."""
         data, shape, sent = rng.choice(self.good)
-        head = HEADER.unpack_from(data)
-        way, difference, bits = head[-3], bool(head[-2]), 1 + head[3] + head[4]
-        numel = math.prod(shape)
-        if way == lossless.PLAIN:
-            way = rng.choice((lossless.BYTES, lossless.BITS))
-        body = data[HEADER.size + 8 * len(shape) :]
+        pieces = Pieces.of(data)
+        way, difference = pieces.fixed["coding"], bool(pieces.fixed["difference"])
+        method, numel = method_from_header(pieces.fixed["method"], pieces.header), math.prod(shape)
+        bits, order = method.code_bits, rng.choice((method.code_order, "unsigned", "twos-complement", "sign-magnitude"))
+        if way == entropy.PLAIN:
+            way = rng.choice((entropy.BYTES, entropy.BITS))
+        body = pieces.fields[0]
         for _ in range(rng.choice((0, 1, 1, 2))):
             body = rng.choice((damaged, forged_planes, forged_planes))(rng, body, self.others)
         match rng.randrange(12):
             case 0:
                 bits = rng.randrange(2, 33)
             case 1:
-                way = rng.choice((lossless.BYTES, lossless.BITS))
+                way = rng.choice((entropy.BYTES, entropy.BITS))
             case 2:
-                numel = rng.choice((0, 1, numel + 1, numel * 2, max(0, numel - 1), numel + lossless.SEGMENT))
+                numel = rng.choice((0, 1, numel + 1, numel * 2, max(0, numel - 1), numel + entropy.SEGMENT))
             case 3:
                 difference = not difference
         reference = None
-        if sent is not None and (sent.numel, sent.format.bits) == (numel, bits):
+        if sent is not None and (sent.numel, sent.method.code_bits) == (numel, bits):
             reference = sent.codes
         try:
-            words = lossless.decompress(memoryview(body), way, difference, numel, bits, reference, "x")
+            words = entropy.decompress(memoryview(body), way, difference, numel, bits, reference, "x", order)
         except PayloadError:
             return False
         codes = codec.unpack(words, numel, bits)

@@ -146,6 +146,13 @@ def test_a_step_of_nothing_changes_nothing(name: str, transform: str, rounding: 
 
 
 @names
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_largest_floats_stay_finite(name: str, rounding: str) -> None:
+    packed = encode(torch.full((32,), 3.4e38), parse_method(name), "", rounding)
+    assert decoded(packed).isfinite().all() and packed.method.validate(packed.fields, 32) is None
+
+
+@names
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_refused_and_changes_nothing(name: str, bad: float) -> None:
     method, values = parse_method(name), randn(NUMEL)

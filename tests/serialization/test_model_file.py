@@ -416,6 +416,7 @@ WRONG = {
     "update format": (with_field("update_format", 3), r"inner\.0\.weight: "),
     "update format left out": (with_field("update_format", None), r"inner\.0\.weight: .*draws"),
     "transform": (with_field("transform", "magic"), r"inner\.0\.weight: .*magic"),
+    "no transform": (with_field("transform", ""), r"inner\.0\.weight: .*transform"),
     "rounding": (with_field("rounding", None), r"inner\.0\.weight: .*rounding"),
     "seed": (with_field("seed", True), r"inner\.0\.weight: .*seed=True"),
     "shape": (with_field("shape", [64, -40]), r"inner\.0\.weight: .*shape"),
@@ -908,3 +909,12 @@ print(max(peak, anonymous()) - before, fedomc.parameter_bytes(model).total / 2**
     peak, held = map(float, done.stdout.split())
     assert held == pytest.approx(48, rel=0.01)
     assert held - 4 < peak < held + 12
+
+
+def test_an_update_that_processes_share_is_read_again(tmp_path: Path) -> None:
+    """Another process may have written to it, so that it is in the file, although this one never rounded it."""
+    model = fedomc.compress_(nn.Linear(40, 30), POLICIES["two parts"].select(nn.Linear(40, 30)))
+    model.share_memory()
+    save_model(model, tmp_path / "model")
+    found = load_model(nn.Linear(40, 30), tmp_path / "model")
+    assert same_bits(dense(found.weight), dense(model.weight))

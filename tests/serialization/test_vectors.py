@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,16 +17,16 @@ from torch import nn
 from fedomc import (
     CompressedTensor,
     CompressionPolicy,
-    FloatFormat,
     PayloadError,
     compress_,
     load_model,
     save_model,
 )
-from fedomc.methods import Packed, encode
+from fedomc.methods import FloatFormat, Method, Packed, encode, parse_method
 from fedomc.serialization import frame
 from tests import independent_reader
 from tests.conftest import dense, pack_by_design
+from tests.serialization.test_frame import sealed
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 FRAMES = sorted(path.stem for path in VECTORS.glob("*.frame"))
@@ -51,22 +50,31 @@ def codes_sent(expected: Any) -> Packed | None:
     """Give the codes that a vector's are a difference to."""
     if not expected.get("sent"):
         return None
-    fmt = FloatFormat(expected["exponent_bits"], expected["mantissa_bits"])
-    words = torch.from_numpy(pack_by_design(expected["sent"], fmt.bits))
-    return Packed(fmt, len(expected["sent"]), (words, torch.tensor([1.0, 0.0])))
+    method = parse_method(expected["method"])
+    packed = Packed.zeros(method, len(expected["sent"]), "cpu")
+    packed.codes.copy_(torch.from_numpy(pack_by_design(expected["sent"], method.code_bits)))
+    return packed
+
+
+def parameters(expected: Any) -> list[float]:
+    """Give what a vector has beside its codes: scale and offset, or a scale for each block."""
+    if "factor" in expected:
+        return np.float32([expected["factor"], expected["offset"]]).tolist()  # type: ignore[no-any-return]
+    return np.float32(expected["scales"]).tolist()  # type: ignore[no-any-return]
 
 
 def test_the_vectors_are_there() -> None:
-    assert len(FRAMES) == 22 and (VECTORS / "model.safetensors").exists()
+    assert len(FRAMES) == 39 and (VECTORS / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", FRAMES)
 def test_a_frame_has_the_values_that_are_written_beside_it(name: str) -> None:
     data, expected, values = vector(name)
     found = frame.from_bytes(data, sent=codes_sent(expected))
-    fmt = FloatFormat(expected["exponent_bits"], expected["mantissa_bits"])
-    assert (found.kind, found.packed.method, list(found.shape)) == (expected["kind"], fmt, expected["shape"])
-    assert found.packed.fields[1].tolist() == np.float32([expected["factor"], expected["offset"]]).tolist()
+    method = parse_method(expected["method"])
+    assert (found.kind, found.packed.method, list(found.shape)) == (expected["kind"], method, expected["shape"])
+    assert found.packed.codes.tolist() == pack_by_design(expected["codes"], method.code_bits).tolist()
+    assert found.packed.fields[1].tolist() == parameters(expected)
     assert same(decoded(found.packed).reshape(values.shape), values)
 
 
@@ -74,9 +82,7 @@ def test_a_frame_has_the_values_that_are_written_beside_it(name: str) -> None:
 def test_the_independent_reader_finds_the_same(name: str) -> None:
     data, expected, values = vector(name)
     found = independent_reader.read_frame(data, expected.get("sent"))
-    assert [found.kind, found.exponent_bits, found.mantissa_bits] == [
-        expected[key] for key in ("kind", "exponent_bits", "mantissa_bits")
-    ]
+    assert (found.kind, found.method) == (expected["kind"], str(parse_method(expected["method"])))
     assert found.shape == tuple(expected["shape"]) and same(found.values, values)
 
 
@@ -91,9 +97,9 @@ def test_a_frame_is_written_again_byte_by_byte(name: str) -> None:
         assert same(independent_reader.read_frame(again, expected["sent"]).values, values)
         return
     assert frame.to_bytes(found.packed, found.shape, found.kind) == data
-    if expected["factor"] == 1 and expected["offset"] == 0 and "unused" not in name:
+    if expected.get("factor") == 1 and expected["offset"] == 0 and "unused" not in name:
         packed = encode(torch.from_numpy(values.copy()), found.packed.method, "none")
-        packed.fields[1] = found.packed.fields[1]  # of the vectors, one has an offset of -0
+        packed.fields[1].copy_(found.packed.fields[1])  # one of the vectors has an offset of -0
         assert frame.to_bytes(packed, found.shape, found.kind) == data
 
 
@@ -120,7 +126,10 @@ def test_a_model_file_has_the_values_that_are_written_beside_it(tmp_path: Path) 
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
+BLOCKWISE = [f"{name}/{block}" for name in ("INT8", "INT4", "NF4") for block in (32, 64, 128, 256)]
+OCP = ["MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4"]
 FORMATS = st.builds(FloatFormat, st.integers(1, 8), st.integers(0, 23))
+METHODS = FORMATS | st.sampled_from([parse_method(name) for name in BLOCKWISE + OCP])
 SHAPES = st.lists(st.integers(0, 5), max_size=4) | st.lists(st.integers(0, 2300), min_size=1, max_size=1)
 TRANSFORMS = st.sampled_from(["none", "affine", "scaled", "scaled-affine"])
 
@@ -131,22 +140,22 @@ def variable(shape: list[int], seed: int, exponent: int) -> torch.Tensor:
 
 
 @given(
-    FORMATS, SHAPES, TRANSFORMS, st.sampled_from(["nearest", "stochastic"]), st.integers(0, 99), st.integers(-60, 60)
+    METHODS, SHAPES, TRANSFORMS, st.sampled_from(["nearest", "stochastic"]), st.integers(0, 99), st.integers(-60, 60)
 )
 def test_the_independent_reader_reads_whatever_is_written(
-    fmt: FloatFormat, shape: list[int], transform: str, rounding: str, seed: int, exponent: int
+    method: Method, shape: list[int], transform: str, rounding: str, seed: int, exponent: int
 ) -> None:
-    packed = encode(variable(shape, seed, exponent), fmt, transform, rounding, seed)
+    packed = encode(variable(shape, seed, exponent), method, transform, rounding, seed)
     found = independent_reader.read_frame(frame.to_bytes(packed, shape, seed % 2))
-    assert (found.kind, found.exponent_bits, found.mantissa_bits) == (seed % 2, fmt.exponent_bits, fmt.mantissa_bits)
-    assert found.shape == tuple(shape) and same(found.values.reshape(-1), decoded(packed))
+    assert (found.kind, found.method, found.shape) == (seed % 2, str(method), tuple(shape))
+    assert same(found.values.reshape(-1), decoded(packed))
 
 
-@given(FORMATS, FORMATS, SHAPES, st.integers(0, 99), st.integers(0, 2))
+@given(METHODS, METHODS, SHAPES, st.integers(0, 99), st.integers(0, 2))
 def test_the_independent_reader_reads_whatever_model_is_written(
     tmp_path_factory: pytest.TempPathFactory,
-    fmt: FloatFormat,
-    update: FloatFormat,
+    method: Method,
+    update: Method,
     shape: list[int],
     seed: int,
     steps: int,
@@ -155,8 +164,8 @@ def test_the_independent_reader_reads_whatever_model_is_written(
         {"two": variable(shape, seed, 0), "one": variable(shape, seed + 1, -9), "bias": torch.ones(3)}
     )
     encodings = {
-        "two": CompressionPolicy(fmt, update_format=update, rounding="stochastic").encoding(),
-        "one": CompressionPolicy(fmt).encoding(),
+        "two": CompressionPolicy(method, update_format=update, rounding="stochastic").encoding(),
+        "one": CompressionPolicy(method).encoding(),
     }
     compress_(model, encodings)
     with torch.no_grad():
@@ -171,21 +180,16 @@ def test_the_independent_reader_reads_whatever_model_is_written(
         assert same(read[name], dense(parameter).numpy()), name
 
 
-@given(
-    st.integers(0, 2**64 - 1),
-    st.integers(0, 9), st.integers(0, 24), st.lists(st.integers(0, 4), max_size=3),
-    st.floats(width=32), st.floats(width=32),
-)  # fmt: skip
-def test_both_readers_refuse_and_accept_the_same(
-    seed: int, e: int, m: int, shape: list[int], factor: float, offset: float
-) -> None:
-    """Any codes, the unused exponent too; any factor and offset."""
-    count, width = math.prod(shape), 1 + e + m
-    codes = [int(code) & (2**width - 1) for code in np.random.default_rng(seed).integers(0, 2**32, count)]
+def framed(tag: int, header: bytes, shape: list[int], codes: list[int], width: int, scales: bytes) -> bytes:
+    """Write a frame of any codes and scales, of methods that do not exist too."""
     words = pack_by_design(codes, width).astype("<i4").tobytes() if width <= 32 else b""
-    head = b"FOMC" + struct.pack("<BBBBff", 3, 0, e, m, factor, offset)
-    tail = struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + words
-    data = head + struct.pack("<I", xxhash.xxh3_64_intdigest(head + tail) % 2**32) + tail
+    head = b"FOMC" + struct.pack("<BBBBIBBBB", 4, 0, tag, len(header), 0, len(shape), 0, 0, 2)
+    head += struct.pack(f"<{len(shape)}Q2Q", *shape, len(words), len(scales)) + header + bytes(-len(header) % 8)
+    return sealed(head + words + scales + bytes(-len(scales) % 4))
+
+
+def both_agree(data: bytes) -> None:
+    """Check that either both readers refuse a frame, or both find the same finite values."""
     try:
         expected = independent_reader.read_frame(data).values
     except independent_reader.Refused:
@@ -194,6 +198,62 @@ def test_both_readers_refuse_and_accept_the_same(
     else:
         values = decoded(frame.from_bytes(data).packed)
         assert np.isfinite(values).all() and same(values, expected.reshape(-1))
+
+
+def any_codes(seed: int, count: int, width: int) -> list[int]:
+    return [int(code) & (2**width - 1) for code in np.random.default_rng(seed).integers(0, 2**32, count)]
+
+
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 9), st.integers(0, 24), st.lists(st.integers(0, 4), max_size=3),
+    st.floats(width=32), st.floats(width=32),
+)  # fmt: skip
+def test_both_readers_refuse_and_accept_the_same_floats(
+    seed: int, e: int, m: int, shape: list[int], scale: float, offset: float
+) -> None:
+    """Any codes, the unused exponent too; any scale and offset."""
+    codes = any_codes(seed, math.prod(shape), 1 + e + m)
+    both_agree(framed(1, bytes([e, m]), shape, codes, 1 + e + m, struct.pack("<ff", scale, offset)))
+
+
+@given(
+    st.integers(0, 2**64 - 1),
+    st.sampled_from([(2, 8), (3, 4), (4, 4), (6, 4), (0, 8)]),
+    st.integers(4, 9),
+    st.integers(0, 300),
+    st.lists(st.floats(width=32) | st.floats(2.0**118, 2.0**122, width=32), min_size=10, max_size=10),
+)
+def test_both_readers_refuse_and_accept_the_same_blocks(
+    seed: int, how: tuple[int, int], log: int, count: int, scales: list[float]
+) -> None:
+    """Any codes, -128 and -8 too; any scales, and unknown tags."""
+    tag, width = how
+    second = struct.pack("<10f", *scales)[: 4 * -(-count // 2**log)]
+    both_agree(framed(tag, bytes([log]), [count], any_codes(seed, count, width), width, second))
+
+
+@given(
+    st.integers(0, 2**64 - 1), st.integers(1, 6), st.integers(0, 4), st.integers(0, 300),
+    st.binary(min_size=10, max_size=10) | st.binary(min_size=3, max_size=3).map(lambda data: data * 4),
+    st.integers(0, 255),
+)  # fmt: skip
+def test_both_readers_refuse_and_accept_the_same_ocp_formats(
+    seed: int, e: int, m: int, count: int, scales: bytes, most: int
+) -> None:
+    """Any codes, NaN and infinity too; any scales up to ``most``."""
+    second = bytes(min(scale, most) for scale in scales[: -(-count // 32)])
+    both_agree(framed(5, bytes([e, m]), [count], any_codes(seed, count, 1 + e + m), 1 + e + m, second))
+
+
+@pytest.mark.parametrize("scale", [2.0**121, float.fromhex("0x1.fep+120"), float.fromhex("0x1.fffffep+120")])
+@pytest.mark.parametrize("code", [0x80, 0x81, 0x7F, 0])
+@pytest.mark.parametrize(("tag", "width"), [(2, 8), (3, 4)])
+def test_an_integer_beyond_those_that_are_written_may_not_become_infinite(
+    tag: int, width: int, code: int, scale: float
+) -> None:
+    code, scale = code >> (8 - width) | code & 1, scale * 2.0 ** (8 - width)
+    both_agree(framed(tag, b"\6", [3], [0, code & (2**width - 1), 1], width, struct.pack("<f", scale)))
 
 
 def test_the_independent_reader_is_independent() -> None:

@@ -1,14 +1,17 @@
-"""Wrote what lies in this folder: ``python -m tests.vectors.make``. It uses nothing of the library's codec or frames.
+"""Writes the files of this folder: ``python -m tests.vectors.make``. It uses nothing of the library's codec or frames.
 
-The numbers come from gfloat, the words from ``pack_by_design``, the bytes from ``docs/format.md``.
+Values of floats come from gfloat, those of the OCP formats from ml_dtypes, the others from integers and the table of
+``docs/format.md``; words come from ``pack_by_design``, and the bytes around them from ``docs/format.md``.
 """
 
 import json
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import gfloat
+import ml_dtypes
 import numpy as np
 import xxhash
 import zstandard
@@ -40,13 +43,75 @@ FRAMES = {
     "eight-dimensions": (2, 2, 0, (1, 2, 1, 3, 1, 1, 2, 1), 1.5, 0.0),
 }
 
-# name: exponent bits, mantissa bits, kind, values, bits of each plane, whether of differences
+
+@dataclass(frozen=True)
+class Method:
+    """What a frame says of a method, and how its codes are ordered."""
+
+    name: str
+    tag: int
+    header: bytes
+    width: int
+    order: str = "sign-magnitude"
+
+
+def float_format(e: int, m: int) -> Method:
+    """Describe S1EeMm."""
+    return Method(f"S1E{e}M{m}", 1, bytes([e, m]), 1 + e + m)
+
+
+INT8 = {block: Method(f"INT8/{block}", 2, bytes([block.bit_length() - 1]), 8, "two's complement") for block in (32, 64)}
+INT4 = {
+    block: Method(f"INT4/{block}", 3, bytes([block.bit_length() - 1]), 4, "two's complement") for block in (64, 256)
+}
+NF4 = {block: Method(f"NF4/{block}", 4, bytes([block.bit_length() - 1]), 4, "unsigned") for block in (64, 128)}
+MXFP8, MXFP8E5M2 = Method("MXFP8", 5, bytes([4, 3]), 8), Method("MXFP8E5M2", 5, bytes([5, 2]), 8)
+MXFP6, MXFP6E3M2 = Method("MXFP6", 5, bytes([2, 3]), 6), Method("MXFP6E3M2", 5, bytes([3, 2]), 6)
+MXFP4 = Method("MXFP4", 5, bytes([2, 1]), 4)
+
+# of an element: its dtype, and its largest finite code
+OCP = {
+    "MXFP8": (ml_dtypes.float8_e4m3fn, 0x7E),
+    "MXFP8E5M2": (ml_dtypes.float8_e5m2, 0x7B),
+    "MXFP6": (ml_dtypes.float6_e2m3fn, 0x1F),
+    "MXFP6E3M2": (ml_dtypes.float6_e3m2fn, 0x1F),
+    "MXFP4": (ml_dtypes.float4_e2m1fn, 0x07),
+}
+
+NORMAL_FLOATS = (
+    "-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334 "
+    "-0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224 "
+    "0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0"
+)
+
+# name: method, kind, shape, the first scales; the others are drawn
+BLOCK_FRAMES = {
+    "int8": (INT8[64], 0, (3, 50), ()),
+    "int8-every-code": (INT8[32], 0, (256,), (1.0, 0.0, -0.5, 2.0**-149, 2.0**-100, 2.0**120)),
+    "int4": (INT4[64], 1, (7, 11), ()),
+    "int4-blocks-of-256": (INT4[256], 0, (2, 1100), ()),
+    "nf4": (NF4[64], 0, (65,), (1.0,)),
+    "nf4-blocks-of-128": (NF4[128], 0, (30, 10), (-0.25, 3.4e38)),
+    "mxfp8-every-code": (MXFP8, 0, (256,), (127, 126, 120, 7, 1, 0)),
+    "mxfp8-largest-scale": (MXFP8, 2, (40,), (246, 0)),
+    "mxfp8e5m2-every-code": (MXFP8E5M2, 0, (4, 64), (127, 128, 239, 0)),
+    "mxfp6": (MXFP6, 0, (1025,), (127, 0, 252)),
+    "mxfp6e3m2": (MXFP6E3M2, 1, (5, 33), (127, 0, 250)),
+    "mxfp4": (MXFP4, 0, (9, 31), (127, 0, 252)),
+    "mxfp4-scalar": (MXFP4, 0, (), (128,)),
+    "nf4-empty": (NF4[64], 0, (3, 0), ()),
+}
+
+# name: method, kind, values, bits of each plane, whether of differences
 PLANES = {
-    "planes-of-bytes": (3, 7, 0, 1500, (8, 1, 1, 1), False),
-    "planes-of-bytes-19-bits": (4, 14, 2, 700, (8,) + (1,) * 11, False),
-    "planes-of-bits": (2, 1, 1, 2003, (1,) * 4, False),
-    "planes-of-differences": (3, 7, 0, 1500, (1,) * 11, True),
-    "planes-of-differences-32-bits": (8, 23, 0, 300, (8,) + (1,) * 24, True),
+    "planes-of-bytes": (float_format(3, 7), 0, 1500, (8, 1, 1, 1), False),
+    "planes-of-bytes-19-bits": (float_format(4, 14), 2, 700, (8,) + (1,) * 11, False),
+    "planes-of-bits": (float_format(2, 1), 1, 2003, (1,) * 4, False),
+    "planes-of-differences": (float_format(3, 7), 0, 1500, (1,) * 11, True),
+    "planes-of-differences-32-bits": (float_format(8, 23), 0, 300, (8,) + (1,) * 24, True),
+    "planes-of-differences-int8": (INT8[64], 0, 1100, (8,), True),
+    "planes-of-differences-nf4": (NF4[128], 0, 1500, (1,) * 4, True),
+    "planes-mxfp6": (MXFP6, 0, 1111, (6,), False),
 }
 
 GIVEN = {
@@ -76,15 +141,58 @@ def values_of(codes: Sequence[int], e: int, m: int, factor: float, offset: float
     return values + np.float32(offset) if offset else values
 
 
+def block_values_of(codes: Sequence[int], method: Method, scales: Sequence[float]) -> np.ndarray:
+    """Decode codes that share a scale by block; an OCP scale is given as its bits."""
+    numbers, block = np.array(codes, dtype=np.uint8), 32
+    if method.name in OCP:
+        dtype, largest = OCP[method.name]
+        sign = 1 << (method.width - 1)
+        finite = np.array([code & sign | min(code & (sign - 1), largest) for code in codes], dtype=np.uint8)
+        elements = finite.view(dtype).astype(np.float32)
+        factors = np.array(scales, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    else:
+        block, factors = 2 ** method.header[0], np.array(scales, dtype=np.float32)
+        if method.order == "unsigned":
+            elements = np.array(NORMAL_FLOATS.split(), dtype=np.float32)[numbers]
+        else:
+            half, whole = 1 << (method.width - 1), 1 << method.width
+            elements = np.array([code - whole * (code >= half) for code in codes], dtype=np.float32)
+    return elements * factors.repeat(block)[: len(codes)]
+
+
 def frame_of(
-    codes: Sequence[int], e: int, m: int, kind: int, shape: Sequence[int], factor: float, offset: float,
-    coding: int = 0, difference: int = 0, body: bytes | None = None,
-) -> bytes:  # fmt: skip
+    method: Method, kind: int, shape: Sequence[int], fields: Sequence[bytes], coding: int = 0, difference: int = 0
+) -> bytes:
     """Put a frame together."""
-    body = words_of(codes, 1 + e + m) if body is None else body
-    head = b"FOMC" + struct.pack("<BBBBff", 3, kind, e, m, factor, offset)
-    tail = struct.pack(f"<BBBB{len(shape)}Q", len(shape), coding, difference, 0, *shape) + body
+    head = b"FOMC" + struct.pack("<BBBB", 4, kind, method.tag, len(method.header))
+    tail = struct.pack("<BBBB", len(shape), coding, difference, len(fields))
+    tail += struct.pack(f"<{len(shape)}Q{len(fields)}Q", *shape, *map(len, fields)) + method.header.ljust(8, b"\0")
+    tail += b"".join(field + bytes(-len(field) % 4) for field in fields)
     return head + struct.pack("<I", checksum(head + tail)) + tail
+
+
+def float_frame(
+    codes: Sequence[int], e: int, m: int, kind: int, shape: Sequence[int], factor: float, offset: float
+) -> bytes:
+    """Put a frame of floats together."""
+    fields = words_of(codes, 1 + e + m), struct.pack("<ff", factor, offset)
+    return frame_of(float_format(e, m), kind, shape, fields)
+
+
+def scales_of(method: Method, count: int, first: Sequence[float] = ()) -> list[float]:
+    """Draw the scales of so many values."""
+    ocp = method.name in OCP
+    blocks = -(-count // (32 if ocp else 2 ** method.header[0]))
+    random = np.random.default_rng([method.tag, method.width, count])
+    drawn = (
+        random.integers(100, 140, blocks).tolist() if ocp else readable(random.lognormal(-4, 1, blocks).astype("f4"))
+    )
+    return [*first, *drawn[len(first) :]]
+
+
+def scale_bytes(method: Method, scales: Sequence[float]) -> bytes:
+    """Write scales."""
+    return np.array(scales, dtype="u1" if method.name in OCP else "<f4").tobytes()
 
 
 def checksum(data: bytes) -> int:
@@ -97,33 +205,39 @@ def words_of(codes: Sequence[int], width: int) -> bytes:
     return pack_by_design(codes, width).astype("<i4").tobytes()
 
 
-def near_zero(count: int, e: int, m: int, seed: int) -> list[int]:
+def near_zero(count: int, width: int, seed: int) -> list[int]:
     """Draw codes of which most are small, in runs, as zstd likes them; the special ones first."""
-    random = np.random.default_rng(seed)
-    magnitudes = (random.exponential(2 ** (e + m) / 64, count)).astype(int) * (np.arange(count) // 40 % 3 > 0)
-    codes = [int(x) | int(sign) << (e + m) for x, sign in zip(magnitudes, random.integers(0, 2, count), strict=True)]
-    return [0, 1 << (e + m), (1 << (e + m)) + 1, *codes[3:]]
+    random, sign = np.random.default_rng(seed), 1 << (width - 1)
+    magnitudes = (random.exponential(sign / 64, count)).astype(int) * (np.arange(count) // 40 % 3 > 0)
+    codes = [int(x) | int(y) * sign for x, y in zip(magnitudes, random.integers(0, 2, count), strict=True)]
+    return [0, sign, sign + 1, *codes[3:]]
 
 
-def moved(codes: Sequence[int], e: int, m: int) -> list[int]:
+def moved(codes: Sequence[int], method: Method) -> list[int]:
     """Move some codes to those of neighbouring values, through zero and -0 too."""
-    ordered = [*((1 << (e + m)) | x for x in range(3, -1, -1)), *range(4)]
+    sign = 1 << (method.width - 1)
+    ordered = sorted([*range(4), *range(sign, sign + 4)], key=lambda code: order(code, method))
     result = [ordered[ordered.index(code) + 1] if code in ordered[:-1] else code for code in codes]
-    return [code + (i % 7 == 3 and code % 64 < 60) for i, code in enumerate(result)]
+    return [code + (i % 7 == 3 and code % 64 < 60) * (method.width > 4) for i, code in enumerate(result)]
 
 
-def order(code: int, e: int, m: int) -> int:
-    """Number codes by their values, -0 below 0."""
-    return -1 - (code - (1 << (e + m))) if code >> (e + m) else code
+def order(code: int, method: Method) -> int:
+    """Number codes by their values; of floats, -0 is next below 0."""
+    half = 1 << (method.width - 1)
+    if code < half or method.order == "unsigned":
+        return code
+    return half - 1 - code if method.order == "sign-magnitude" else code - 2 * half
 
 
-def body_of(codes: Sequence[int], sent: Sequence[int], e: int, m: int, planes: Sequence[int]) -> bytes:
+def planes_of(codes: Sequence[int], sent: Sequence[int], method: Method, planes: Sequence[int]) -> bytes:
     """Write planes; ``sent`` is empty, or the codes that others differ from."""
-    width, body = 1 + e + m, b""
+    width, written = method.width, b""
     symbols = list(codes)
     if sent:
-        body = struct.pack("<I", checksum(words_of(sent, width)))
-        steps = [order(code, e, m) - order(old, e, m) for code, old in zip(codes, sent, strict=True)]
+        written = struct.pack("<I", checksum(words_of(sent, width)))
+        half, whole = 1 << (width - 1), 1 << width
+        steps = [order(code, method) - order(old, method) for code, old in zip(codes, sent, strict=True)]
+        steps = [(step + half) % whole - half for step in steps]
         symbols = [2 * step if step >= 0 else -2 * step - 1 for step in steps]
     low = width
     for bits in planes:
@@ -134,8 +248,8 @@ def body_of(codes: Sequence[int], sent: Sequence[int], e: int, m: int, planes: S
         raw = bytes(plane)
         zipped = zstandard.ZstdCompressor(level=1).compress(raw)
         stored = zipped if len(zipped) < len(raw) else raw
-        body += struct.pack("<I", len(stored)) + stored
-    return body
+        written += struct.pack("<I", len(stored)) + stored
+    return written
 
 
 def readable(values: np.ndarray) -> list[float]:
@@ -149,28 +263,48 @@ def make_frames() -> None:
     """Write the frames, each with a description of what is in it."""
     for name, (e, m, kind, shape, factor, offset) in FRAMES.items():
         codes = codes_of(name, e, m, int(np.prod(shape)))
-        (FOLDER / f"{name}.frame").write_bytes(frame_of(codes, e, m, kind, shape, factor, offset))
+        (FOLDER / f"{name}.frame").write_bytes(float_frame(codes, e, m, kind, shape, factor, offset))
         values = values_of(codes, e, m, factor, offset)
         described = {
-            "kind": kind, "exponent_bits": e, "mantissa_bits": m, "shape": shape,
+            "kind": kind, "method": f"S1E{e}M{m}", "shape": shape,
             "factor": readable(np.array([factor], np.float32))[0], "offset": offset,
             "codes": codes, "values": readable(values),
         }  # fmt: skip
         write_json(name, described)
 
 
+def make_block_frames() -> None:
+    """Write the frames of methods that have a scale by block."""
+    for name, (method, kind, shape, first) in BLOCK_FRAMES.items():
+        count = int(np.prod(shape))
+        drawn = np.random.default_rng([method.tag, count]).integers(0, 2**method.width, count).tolist()
+        codes = [*range(2**method.width), *drawn[2**method.width :]][:count] if count > 1 else drawn
+        scales = scales_of(method, count, first)
+        fields = words_of(codes, method.width), scale_bytes(method, scales)
+        (FOLDER / f"{name}.frame").write_bytes(frame_of(method, kind, shape, fields))
+        values = readable(block_values_of(codes, method, scales))
+        described = {"kind": kind, "method": method.name, "shape": shape, "scales": scales, "codes": codes}
+        write_json(name, {**described, "values": values})
+
+
 def make_planes() -> None:
     """Write frames of planes, each with a description, and with the codes that were sent if they are differences."""
-    for number, (name, (e, m, kind, count, planes, difference)) in enumerate(PLANES.items()):
-        sent = near_zero(count, e, m, number) if difference else []
-        codes = moved(sent, e, m) if difference else near_zero(count, e, m, number)
-        body = body_of(codes, sent, e, m, planes)
-        coding = 2 if planes[0] == 1 else 1
-        data = frame_of(codes, e, m, kind, (count,), 0.5, 0.25, coding, int(difference), body)
+    for number, (name, (method, kind, count, planes, difference)) in enumerate(PLANES.items()):
+        sent = near_zero(count, method.width, number) if difference else []
+        codes = moved(sent, method) if difference else near_zero(count, method.width, number)
+        written, coding = planes_of(codes, sent, method, planes), 2 if planes[0] == 1 else 1
+        if method.tag == 1:
+            rest, values = struct.pack("<ff", 0.5, 0.25), values_of(codes, *method.header, 0.5, 0.25)
+            parameters: dict[str, object] = {"factor": 0.5, "offset": 0.25}
+        else:
+            scales = scales_of(method, count)
+            rest, values = scale_bytes(method, scales), block_values_of(codes, method, scales)
+            parameters = {"scales": scales}
+        data = frame_of(method, kind, (count,), (written, rest), coding, int(difference))
         (FOLDER / f"{name}.frame").write_bytes(data)
         described = {
-            "kind": kind, "exponent_bits": e, "mantissa_bits": m, "shape": (count,), "factor": 0.5, "offset": 0.25,
-            "coding": coding, "sent": sent, "codes": codes, "values": readable(values_of(codes, e, m, 0.5, 0.25)),
+            "kind": kind, "method": method.name, "shape": (count,), **parameters,
+            "coding": coding, "sent": sent, "codes": codes, "values": readable(values),
         }  # fmt: skip
         write_json(name, described)
 
@@ -180,16 +314,16 @@ def make_model() -> None:
     how = {"transform": "scaled-affine", "seed": 7}
     one, two = {**how, "rounding": "nearest"}, {**how, "rounding": "stochastic", "update_format": "S1E2M1"}
     parts = {
-        "embedding.weight": ((3, 7, 0, (10, 6), 0.11, 0.01), {**one, "format": "S1E3M7", "rewrites": [2]}),
-        "hidden.weight": ((2, 3, 0, (40, 30), 0.02, 0.0), {**two, "format": "S1E2M3", "rewrites": [1, 3]}),
+        "embedding.weight": ((3, 7, 0, (10, 6), 0.11, 0.01), {**one, "format": "S1E3M7", "draws": [2]}),
+        "hidden.weight": ((2, 3, 0, (40, 30), 0.02, 0.0), {**two, "format": "S1E2M3", "draws": [1, 3]}),
         "hidden.weight.update": ((2, 1, 1, (40, 30), 2.0**-11, -1e-5), None),
-        "fresh.weight": ((2, 3, 0, (5, 5), 0.4, 0.0), {**two, "format": "S1E2M3", "rewrites": [1, 0]}),
+        "fresh.weight": ((2, 3, 0, (5, 5), 0.4, 0.0), {**two, "format": "S1E2M3", "draws": [1, 0]}),
     }
     values, stored, variables = {}, {}, {}
     for name, ((e, m, kind, shape, factor, offset), fields) in parts.items():
         codes = codes_of(name, e, m, int(np.prod(shape)))
         values[name] = values_of(codes, e, m, factor, offset).reshape(shape)
-        data = frame_of(codes, e, m, kind, shape, factor, offset)
+        data = float_frame(codes, e, m, kind, shape, factor, offset)
         stored[name] = ("U8", [len(data)], data, 4)
         if fields is not None:
             variables[name] = {**fields, "shape": shape}
@@ -235,5 +369,6 @@ def write_json(name: str, content: object) -> None:
 
 if __name__ == "__main__":
     make_frames()
+    make_block_frames()
     make_planes()
     make_model()

@@ -134,7 +134,7 @@ def _scales(largest: Tensor, nothing: Tensor, element: BlockElement, stochastic:
             limit = torch.tensor(element.max_value, dtype=torch.float32, device=largest.device).view(torch.int32)
             significand = (largest.view(torch.int32) & 0x7FFFFF) | (limit & (0xFF << 23))
             exponent += significand > limit
-        return torch.where(nothing, 127, exponent).clamp_(1, 254).to(torch.uint8)
+        return torch.where(nothing, 127, exponent).clamp_(1, 254 - element.top_exponent).to(torch.uint8)
     scale = largest / element.max_value
     if isinstance(element, IntegerElement):
         scale = (scale.view(torch.int32) & _MANTISSA_KEPT).view(torch.float32)

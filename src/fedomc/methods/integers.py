@@ -9,8 +9,19 @@ from fedomc.methods.blockwise import WithBlocks
 _INT8, _INT4 = IntegerElement(8), IntegerElement(4)
 
 
+class Integers(WithBlocks):
+    """Integers in two's complement, of which the smallest is never written."""
+
+    code_order: ClassVar[str] = "twos-complement"
+
+    @property
+    def largest_magnitude(self) -> float:
+        """The magnitude of the smallest integer."""
+        return 2.0 ** (self.code_bits - 1)
+
+
 @dataclass(frozen=True)
-class Int8(WithBlocks):
+class Int8(Integers):
     """Integers from -127 to 127 times the scale of their block: 8.5 bits a value in blocks of 64.
 
     Example:
@@ -20,7 +31,6 @@ class Int8(WithBlocks):
 
     tag: ClassVar[int] = 2
     name: ClassVar[str] = "INT8"
-    code_order: ClassVar[str] = "twos-complement"
 
     block: int = 64
 
@@ -31,12 +41,11 @@ class Int8(WithBlocks):
 
 
 @dataclass(frozen=True)
-class Int4(WithBlocks):
+class Int4(Integers):
     """Integers from -7 to 7 times the scale of their block: 4.5 bits a value in blocks of 64."""
 
     tag: ClassVar[int] = 3
     name: ClassVar[str] = "INT4"
-    code_order: ClassVar[str] = "twos-complement"
 
     block: int = 64
 

@@ -97,7 +97,7 @@ class Microscaling(Blockwise):
         return codes, scales.fill_(127)
 
     def validate(self, fields: Fields, numel: int) -> str | None:
-        """Check that every scale is a number with which every code is a finite float32."""
+        """Check that every scale is a number, and one with which every code decodes to a finite value."""
         scales = fields[1]
         if not len(scales):
             return None

@@ -130,7 +130,7 @@ def decompress(
             zstd is not installed.
     """
     if zstandard is None:
-        raise PayloadError(f"{name} went through the lossless stage: pip install 'fedomc[lossless]' to read it")
+        raise PayloadError(f"{name} is entropy-coded: pip install 'fedomc[lossless]' to read it")
     if difference:
         if sent is None:
             raise PayloadError(f"{name} is a difference of codes, but there are none that it could differ from")

@@ -13,13 +13,14 @@
     15      1     f, the number of fields, at most 8
     16      8*d   dimensions
             8*f   bytes of each field as it lies here
-            h     the method's header, filled up with zeros to a multiple of 8
-            ...   the fields, each filled up with zeros to a multiple of 4: 32-bit words of codes, as ``codec.layout``
-                  says, or planes, see ``entropy``; then what the codes' values depend on, such as scales
+            h     the method's header, padded with zeros to a multiple of 8
+            ...   the fields, each padded with zeros to a multiple of 4: 32-bit words of codes as ``codec.layout``
+                  says, or planes, see ``entropy``; then what gives the codes their values, such as scales
 
-The codes themselves are what is in memory: a base may be used where the message lies.
+Codes lie in a frame as they do in memory, so that a received base can be used where it lies.
 """
 
+import functools
 import math
 import struct
 import sys
@@ -45,10 +46,13 @@ MAX_FIELDS = 8
 MAX_METHOD_HEADER = 16
 
 MAX_EXPANSION = 256
-"""Who does not know the shape expects at most as many bytes of codes for each byte of a frame."""
+"""How many bytes of fields a byte of a frame may become, if the reader does not know which shape to expect."""
 
 _HEADER = struct.Struct("<4sBBBBIBBBB")
-_CHECKSUM = slice(8, 12)
+_LEAD = struct.Struct("<4sBBBB")  # what stands before the checksum
+_CHECKSUM = struct.Struct("<I")
+_SIZES = tuple(struct.Struct(f"<{count}Q") for count in range(MAX_DIMENSIONS + MAX_FIELDS + 1))
+_COUNTS = struct.Struct("<BBBB")
 _MAX_NUMEL = 2**48
 
 
@@ -88,33 +92,42 @@ def to_bytes(
 
     Raises:
         PayloadError: more than 8 dimensions.
+        FormatError: a method with more than 8 fields or 16 bytes of header.
         PolicyError: entropy coding is wanted, but zstd is not installed.
     """
     if len(shape) > MAX_DIMENSIONS:
         raise PayloadError(f"{name} has {len(shape)} dimensions and cannot become a frame: {MAX_DIMENSIONS} at most")
-    method, fields = packed.method, [field.detach().cpu().contiguous() for field in packed.fields]
-    coding, difference, first = entropy.PLAIN, False, _raw(fields[0])
+    method, numel = packed.method, packed.numel
+    header, (fields, lengths) = method.header(), _fields(method, numel)
+    if len(header) > MAX_METHOD_HEADER or len(fields) > MAX_FIELDS:
+        raise FormatError(
+            f"{method} has a header of {len(header)} bytes and {len(fields)} fields, which no frame can hold: "
+            f"{MAX_METHOD_HEADER} and {MAX_FIELDS} at most"
+        )
+    tensors = [tensor.cpu().contiguous() for tensor in packed.fields]
+    bodies: list[bytes | memoryview] = [_raw(tensor) for tensor in tensors]
+    coding, difference = entropy.PLAIN, False
     if lossless:
-        reference = _reference(sent, method, packed.numel)
-        smaller = entropy.compress(fields[0], packed.numel, method.code_bits, reference, method.code_order)
-        coding, difference, first = smaller or (coding, difference, first)
-    bodies = [first, *map(_raw, fields[1:])]
-    lengths = [len(body) for body in bodies]
-    header = method.header()
-    described = struct.pack(f"<{len(shape)}Q{len(bodies)}Q", *shape, *lengths) + _filled(header, 8)
-    padded = [part for body in bodies for part in (body, bytes(-len(body) % 4))]
-
-    def fixed(checksum: int) -> bytes:
-        counts = (len(shape), coding, difference, len(bodies))
-        return _HEADER.pack(MAGIC, VERSION, kind, method.tag, len(header), checksum, *counts)
-
-    return b"".join((fixed(_checksum(fixed(0), described, *padded)), described, *padded))
+        reference = _reference(sent, method, numel)
+        smaller = entropy.compress(tensors[0], numel, method.code_bits, reference, method.code_order)
+        if smaller is not None:
+            coding, difference, bodies[0] = smaller
+            lengths = (len(bodies[0]), *lengths[1:])
+    sizes = (*shape, *lengths)
+    counts = _COUNTS.pack(len(shape), coding, difference, len(lengths))
+    parts: list[bytes | memoryview] = [counts + _SIZES[len(sizes)].pack(*sizes) + header + bytes(-len(header) % 8)]
+    for body, length in zip(bodies, lengths, strict=True):
+        parts.append(body)
+        if length % 4:
+            parts.append(bytes(-length % 4))
+    lead = _LEAD.pack(MAGIC, VERSION, kind, method.tag, len(header))
+    return b"".join((lead, _CHECKSUM.pack(_checksum(lead, *parts)), *parts))
 
 
 def size_of(packed: Packed, shape: Sequence[int]) -> int:
     """Count the bytes of a variable's frame without entropy coding, which never makes it larger."""
-    fields = packed.method.fields(packed.numel)
-    return _begin(len(shape), len(fields), len(packed.method.header())) + sum(_filled_size(f.nbytes, 4) for f in fields)
+    lengths = _fields(packed.method, packed.numel)[1]
+    return _begin(len(shape), len(lengths), len(packed.method.header())) + sum(_padded(length, 4) for length in lengths)
 
 
 def from_bytes(
@@ -160,27 +173,32 @@ def from_bytes(
     begin = _begin(ndim, count, header_size)
     if len(view) < begin:
         raise PayloadError(f"{name}: cut off within its header of {begin} bytes")
-    numbers = struct.unpack_from(f"<{ndim}Q{count}Q", view, _HEADER.size)
-    dimensions, lengths = numbers[:ndim], numbers[ndim:]
+    sizes = _SIZES[ndim + count].unpack_from(view, _HEADER.size)
+    dimensions, lengths = sizes[:ndim], sizes[ndim:]
     method = _method(view, tag, _HEADER.size + 8 * (ndim + count), header_size, begin, name)
     numel = math.prod(dimensions)
     if (numel or math.prod(size or 1 for size in dimensions)) > _MAX_NUMEL:
         raise PayloadError(f"{name}: shape {dimensions} is too large")
     if shape is not None and dimensions != tuple(shape):
         raise PayloadError(f"{name}: the frame has shape {dimensions}, {tuple(shape)} expected")
-    fields = method.fields(numel)
-    expected = tuple(field.nbytes for field in fields)
+    fields, expected = _fields(method, numel)
     coded = coding != entropy.PLAIN
-    if len(lengths) != len(expected) or lengths[coded:] != expected[coded:] or (coded and lengths[0] >= expected[0]):
+    fits = lengths == expected
+    if coded:
+        fits = len(lengths) == len(expected) and lengths[0] < expected[0] and lengths[1:] == expected[1:]
+    if not fits:
         raise PayloadError(
             f"{name}: fields of {lengths} bytes{' in planes' * coded}, "
             f"but {method} codes of shape {dimensions} make {expected}"
         )
-    if len(view) != begin + sum(_filled_size(length, 4) for length in lengths):
+    end = begin
+    for length in lengths:
+        end += _padded(length, 4)
+    if len(view) != end:
         raise PayloadError(f"{name}: {len(view)} bytes do not hold fields of {lengths} bytes after {begin}")
     if shape is None and sum(expected) > MAX_EXPANSION * len(view):
         raise PayloadError(f"{name}: {len(view)} bytes would become {sum(expected)}: say which shape is expected")
-    if checksum != _checksum(view[: _HEADER.size], view[_HEADER.size :]):
+    if checksum != _checksum(view[: _LEAD.size], view[_LEAD.size + _CHECKSUM.size :]):
         raise PayloadError(f"{name}: checksum does not match: the bytes were damaged on the way")
     tensors: list[Tensor] = []
     for field, length in zip(fields, lengths, strict=True):
@@ -192,30 +210,38 @@ def from_bytes(
             tensors.append(codes)
         else:
             tensors.append(_tensor(data, field, begin, copy))
-        begin += _filled_size(length, 4)
-    wrong = method.validate(tuple(tensors), numel)
+        if length % 4:
+            if any(view[begin + length : begin + _padded(length, 4)]):
+                raise PayloadError(f"{name}: the padding of its {field.name} is not zero")
+            length = _padded(length, 4)
+        begin += length
+    packed_fields = tuple(tensors)
+    wrong = method.validate(packed_fields, numel)
     if wrong is not None:
         raise PayloadError(f"{name}: {wrong}")
-    return Frame(Packed(method, numel, tuple(tensors)), dimensions, kind)
+    return Frame(Packed(method, numel, packed_fields), dimensions, kind)
+
+
+@functools.lru_cache(maxsize=4096)  # a model has few sizes, and a round many frames
+def _fields(method: Method, numel: int) -> tuple[tuple[Field, ...], tuple[int, ...]]:
+    """Return the fields of a variable, and the bytes of each."""
+    fields = method.fields(numel)
+    return fields, tuple(field.nbytes for field in fields)
 
 
 def _begin(dimensions: int, fields: int, method_header: int) -> int:
     """Return where the fields begin."""
-    return _HEADER.size + 8 * (dimensions + fields) + _filled_size(method_header, 8)
+    return _HEADER.size + 8 * (dimensions + fields) + _padded(method_header, 8)
 
 
-def _filled_size(size: int, multiple: int) -> int:
+def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def _filled(data: bytes, multiple: int) -> bytes:
-    return data + bytes(-len(data) % multiple)
 
 
 def _method(view: memoryview, tag: int, begin: int, size: int, end: int, name: str) -> Method:
     try:
         if any(view[begin + size : end]):
-            raise PayloadError(f"{name}: what fills up the method's header is not zero")
+            raise PayloadError(f"{name}: the padding of the method's header is not zero")
         return method_from_header(tag, bytes(view[begin : begin + size]))
     except FormatError as error:
         raise PayloadError(f"{name}: {error}") from None
@@ -252,6 +278,9 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
             raise PayloadError(f"transform={fields['transform']!r} or rounding={fields['rounding']!r} is missing")
         if type(seed) is not int:
             raise PayloadError(f"seed={seed!r} is not a whole number")
+        for key in ("transform", "rounding"):  # left empty, an encoding would choose them
+            if not fields[key] or not isinstance(fields[key], str):
+                raise PayloadError(f"{key}={fields[key]!r} is not a name")
         return Encoding(
             parse_method(fields["format"]),
             None if update is None else parse_method(update),
@@ -268,24 +297,26 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
 def _tensor(data: bytes | bytearray | memoryview, field: Field, begin: int, copy: bool) -> Tensor:
     if not field.length:
         return torch.empty(0, dtype=field.dtype, device="cpu")
+    array = np.frombuffer(data, _numpy_dtype(field.dtype), field.length, begin)
+    if sys.byteorder == "big":
+        return torch.from_numpy(array.byteswap())
     # The memory of a message is read-only, and so is a base by construction: torch does not mind if it comes so.
-    raw = from_dlpack(np.frombuffer(data, np.uint8, field.nbytes, begin))
-    if sys.byteorder == "big":
-        raw = raw.view(-1, field.dtype.itemsize).flip(1).reshape(-1)
-    values = raw.view(field.dtype) if raw.data_ptr() % field.dtype.itemsize == 0 else raw.clone().view(field.dtype)
-    return values.clone() if copy else values
+    values: Tensor = from_dlpack(array)
+    return values.clone() if copy or values.data_ptr() % field.dtype.itemsize else values
 
 
-def _raw(field: Tensor) -> Any:
-    raw = field.view(torch.uint8)
-    if sys.byteorder == "big":
-        raw = raw.view(-1, field.dtype.itemsize).flip(1).reshape(-1)
-    return raw.numpy().data
+def _raw(tensor: Tensor) -> memoryview:
+    array = tensor.numpy()
+    return (array.byteswap() if sys.byteorder == "big" else array).data
 
 
-def _checksum(header: Any, *parts: Any) -> int:
-    found = xxhash.xxh3_64(header[: _CHECKSUM.start])
-    found.update(header[_CHECKSUM.stop :])
+@functools.cache
+def _numpy_dtype(dtype: torch.dtype) -> "np.dtype[Any]":
+    return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
+
+
+def _checksum(lead: bytes | memoryview, *parts: bytes | memoryview) -> int:
+    found = xxhash.xxh3_64(lead)
     for part in parts:
         found.update(part)
     return found.intdigest() & 0xFFFFFFFF

@@ -171,7 +171,10 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 def _describe(tensor: CompressedTensor) -> dict[str, Any]:
     fields = frame.encoding_fields(tensor.encoding)
-    return {**fields, "shape": list(tensor.shape), "draws": [part.draws for part in tensor.parts]}
+    draws = [part.draws for part in tensor.parts]
+    if tensor.update is not None and not tensor.update.is_zero:
+        draws[1] = max(1, draws[1])  # 0 says that there is no frame, but another process may have written to it
+    return {**fields, "shape": list(tensor.shape), "draws": draws}
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
