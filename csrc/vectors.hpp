@@ -47,7 +47,7 @@ inline void store(void* to, const V& v) {
 }
 
 inline U splat(std::uint32_t x) { return U{} + x; }
-inline F splat(float x) { return F{} + x; }
+inline F splat(float x) { return x - F{}; }  // a sum would make 0 of -0
 // All that is compared is below 2**31, and there are instructions for signed comparison everywhere.
 inline I below(U a, U b) { return cast<I>(a) < cast<I>(b); }
 
