@@ -26,7 +26,8 @@ from fedomc._torch import TorchDispatchMode, current_node, schema_of, sparse_par
 from fedomc.codec import CHUNK
 from fedomc.codec.workspace import PANEL_BYTES
 from fedomc.methods import Encoding
-from fedomc.tensor.compressed import FUNCTIONS, CompressedTensor, is_compressed
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.handlers import FUNCTIONS
 from fedomc.tensor.ops.convolution import CONVOLUTIONS
 
 _USED = ("decoded", "panel", "chunk", "added", "written")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fedomc.tensor.compressed import BACKWARD, CompressedTensor, is_compressed
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.handlers import BACKWARD
 
 
 def _grad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ from fedomc._torch import (
 from fedomc.codec.workspace import PANEL_BYTES, workspace
 from fedomc.methods import Encoding, Method, Packed, encode, parse_method, registered
 from fedomc.methods.packed import State
+from fedomc.tensor.handlers import BACKWARD, FALLBACK, FUNCTIONS, METHODS, OPERATORS, Handler
 
 _PARTS = ("base", "update")
 
@@ -355,30 +356,10 @@ class CompressedTensor(Tensor):
             return FALLBACK["operator"](func, args, kwargs) if result is NotImplemented else result
 
 
-Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-
-
 @uncompiled("a weight is decoded for a moment")
 def _handled(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with no_overrides():
         return handler(func, args, kwargs)
-
-
-FUNCTIONS: dict[Any, Handler] = {}
-"""Functions of ``torch`` that are run by a handler, above autograd; but not under the transforms of ``torch.func`` and
-in forward mode, which differentiate the operators that torch makes of them."""
-
-METHODS: dict[Any, Handler] = {}
-"""Methods of tensors that are run by a handler wherever they are called."""
-
-BACKWARD: dict[Any, Handler] = {}
-"""Functions that run a backward pass."""
-
-OPERATORS: dict[Any, Handler] = {}
-"""Operators that are run by a handler, below autograd; it returns NotImplemented for arguments that it leaves."""
-
-FALLBACK: dict[str, Handler] = {}
-"""What runs every other ``operator``, and every function that is given an ``out``."""
 
 
 def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> CompressedTensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fedomc._torch import schema_of, tree_leaves, tree_map
 from fedomc.tensor import views
-from fedomc.tensor.compressed import FALLBACK, METHODS, CompressedTensor, is_compressed
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.handlers import FALLBACK, METHODS
 from fedomc.tensor.schema import returns_view, run, written
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fedomc import codec
 from fedomc.methods import Packed
-from fedomc.tensor.compressed import OPERATORS, CompressedTensor, is_compressed
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.handlers import OPERATORS
 
 _aten = torch.ops.aten
 

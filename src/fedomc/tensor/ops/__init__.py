@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedomc.tensor.compressed import FUNCTIONS
+from fedomc.tensor.handlers import FUNCTIONS
 from fedomc.tensor.ops import convolution, embedding, linear
 from fedomc.tensor.ops.decoded import einsum, with_autocast, with_decoded_weights
 
