@@ -1,4 +1,6 @@
 import math
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -240,3 +242,58 @@ def test_encoding_checks_and_prints() -> None:
         Encoding(fmt, transform="log")
     with pytest.raises(PolicyError, match="rounding='up'"):
         Encoding(fmt, rounding="up")
+
+
+def alternating() -> tuple[Packed, list[Tensor], list[Tensor]]:
+    """Make a variable, two sets of values on different scales, and what each decodes to."""
+    values = [randn(20_000), randn(20_000, seed=1, scale=100.0)]
+    known = [decoded(encode(each, FloatFormat(3, 7), "scaled")) for each in values]
+    return encode(values[0], FloatFormat(3, 7), "scaled"), values, known
+
+
+def test_a_reader_beside_a_writer_sees_one_state_or_the_other() -> None:
+    packed, values, known = alternating()
+    wrong, reads, done = [], [0], threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            found = decoded(packed)
+            reads[0] += 1
+            if not any(torch.equal(found, each) for each in known):
+                wrong.append(found)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for number in range(400):
+            new = values[number % 2]
+            packed.rewrite(lambda start, stop, new=new: new[start:stop], "scaled")
+    finally:
+        done.set()
+        reader.join()
+    assert reads[0] > 20 and not wrong
+
+
+def test_an_interrupt_leaves_all_of_a_change_or_nothing() -> None:
+    packed, values, known = alternating()
+    interrupted = 0
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(300):
+            new = values[number % 2]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + number % 15))
+                packed.rewrite(lambda start, stop, new=new: new[start:stop], "scaled")
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            found = decoded(packed)
+            assert any(torch.equal(found, each) for each in known)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 10
