@@ -72,3 +72,15 @@ def test_what_was_sent_dense_is_no_frame_and_what_is_wrong_is_named() -> None:
         reply_frame(randn(*SHAPE), sent(frame.DENSE, "S1E5M10"), config, "w")
     with pytest.raises(fedomc.NonFiniteError, match=r"^w "):
         reply_frame(torch.full(SHAPE, torch.nan), sent(frame.VARIABLE, "S1E2M3"), config, "w")
+
+
+@pytest.mark.parametrize("name", ["S1E2M0", "S1E2M1", "S1E3M7", "NF4", "MXFP4"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_client_that_changed_nothing_sends_back_what_came(name: str, rounding: str) -> None:
+    encoding = Encoding.parse(name)
+    sent = frame.Frame(encode(randn(50, 60) * 0.05, encoding.format), (50, 60), frame.VARIABLE)
+    value = sent.packed.decode(torch.empty(3000)).view(50, 60)
+    config = UplinkConfig(Encoding(encoding.format, rounding=rounding))
+    data = reply_frame(value, sent, config, "w")
+    assert data == frame.to_bytes(sent.packed, (50, 60), frame.VARIABLE)
+    assert reply_frame(value + 0.01, sent, config, "w") != data

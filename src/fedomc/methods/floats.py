@@ -33,17 +33,7 @@ _NAME = re.compile(r"S1E([0-9])M(0|[1-9][0-9]?)")
 
 @dataclass(frozen=True)
 class FloatFormat(FloatElement, Method):
-    """A low-precision float: one sign bit, then exponent bits, then mantissa bits; a variable has one scale and offset.
-
-    The element format of the OCP Microscaling specification, generalised: bias ``2**(e-1) - 1``, subnormals, both
-    zeros, and every code is finite. For ``e = 8`` the top exponent is unused, so that every code is a finite float32.
-
-    Attributes:
-        exponent_bits: 1 to 8.
-        mantissa_bits: 0 to 23.
-
-    Raises:
-        FormatError: a size out of range.
+    """The method S1EyMz: the floats of ``codec.elements.FloatElement``, and one scale and one offset for a variable.
 
     Example:
         >>> FloatFormat.parse("S1E3M7").bits
