@@ -108,32 +108,6 @@ class Blockwise(Method):
         return float(fields[1].abs().max() * self.largest_magnitude) if numel else 0.0
 
 
-def parse_block(text: str, name: str, default: int) -> int | None:
-    """Read the block of a name such as ``INT8`` or ``INT8/128``; None if the text has another name.
-
-    Raises:
-        FormatError: it has the name, but not the size of a block.
-    """
-    match = re.fullmatch(re.escape(name) + r"(?:/(\d{1,6}))?", text)
-    if match is None:
-        return None
-    block = int(match[1] or default)
-    if block not in BLOCKS:
-        raise FormatError(f"{text}: blocks have {', '.join(map(str, BLOCKS))} values, as in {name}/{default}")
-    return block
-
-
-def read_block(data: bytes) -> int:
-    """Read the header of a blockwise method.
-
-    Raises:
-        FormatError: it is not the size of a block.
-    """
-    if len(data) != 1 or not 5 <= data[0] <= 8:
-        raise FormatError(f"{data.hex() or 'nothing'} is not the size of a block")
-    return int(2 ** data[0])
-
-
 class WithBlocks(Blockwise):
     """A blockwise method that has no parameter but its block; ``NAME/block`` is its name."""
 
@@ -147,8 +121,8 @@ class WithBlocks(Blockwise):
         Raises:
             FormatError: there is no such block.
         """
-        block = parse_block(text, cls.name, cls.default_block)
-        return None if block is None else cls(block)
+        match = re.fullmatch(re.escape(cls.name) + r"(?:/(\d{1,6}))?", text)
+        return None if match is None else cls(int(match[1] or cls.default_block))
 
     @classmethod
     def from_header(cls, data: bytes) -> Self:
@@ -157,7 +131,9 @@ class WithBlocks(Blockwise):
         Raises:
             FormatError: there is no such block.
         """
-        return cls(read_block(data))
+        if len(data) != 1 or not 5 <= data[0] <= 8:
+            raise FormatError(f"{data.hex() or 'nothing'} is not the size of a block")
+        return cls(2 ** data[0])
 
     def __str__(self) -> str:
         return self.name if self.block == self.default_block else f"{self.name}/{self.block}"
