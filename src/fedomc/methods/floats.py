@@ -175,7 +175,7 @@ class FloatFormat(FloatElement, Method):
                 return self._present_exponent(present)
             return scaling_exponent(_scaled_bits(codec.absmax_bits(gradient), alpha), self)
 
-        return self._encode_scaled(encoded, expected, out, len(gradient), writing)
+        return self._encode_scaled(encoded, expected, out, gradient.numel(), writing)
 
     def decode_sum(self, fields: Fields, update: Method, update_fields: Fields, out: Tensor) -> Tensor:
         """Decode a base and add an update, in one pass if that is a float too."""
@@ -235,8 +235,8 @@ class FloatFormat(FloatElement, Method):
         return found
 
     def _present_exponent(self, present: Fields) -> int:
-        scale = abs(float(present[1][0]))
-        return 0 if scale == 0 else _bounded(-round(math.log2(scale)), self)
+        scale: float = present[1].tolist()[0]
+        return 0 if scale == 0 else _bounded(-round(math.log2(abs(scale))), self)
 
 
 def scaling_exponent(magnitude_bits: int, element: FloatElement) -> int:
@@ -269,7 +269,7 @@ def fit(sums: Tensor, numel: int) -> tuple[float, float]:
     Returns:
         s and b, rounded to float32. (1, 0) where that is as good; (1, mean error) where R hardly varies.
     """
-    d, dd, dr, rr, r = (_total(column) for column in sums.T.tolist())
+    d, dd, dr, rr, r = sums.tolist()[0] if sums.numel() == codec.SUMS else map(_total, sums.T.tolist())
     if dd == 0 or not math.isfinite(d + dd + dr + rr + r):
         return 1.0, 0.0
     spread = numel * rr - r * r

@@ -75,7 +75,7 @@ class Packed:
     @property
     def is_zero(self) -> bool:
         """Whether all values are known to be zero; never of memory that another process may write."""
-        return self.state.is_zero and not self.codes.is_shared()  # type: ignore[no-untyped-call]
+        return self.state.is_zero and not self.codes.untyped_storage().is_shared()
 
     @property
     def nbytes(self) -> int:
@@ -197,7 +197,7 @@ class Packed:
 
     def _replace(self, state: State) -> None:
         """Take a new state; see the note on one assignment."""
-        if self.codes.is_shared():  # type: ignore[no-untyped-call]
+        if self.codes.untyped_storage().is_shared():
             for mine, new in zip(self.fields, state.fields, strict=True):
                 mine.copy_(new)
             state = state._replace(fields=self.fields)
@@ -205,16 +205,15 @@ class Packed:
 
     def _room(self) -> Fields:
         """Make room for new fields; what a failure leaves in it must not destroy the present ones."""
-        device = self.codes.device
         return tuple(
-            workspace.empty(field.length, device, exact=True).view(torch.int32)
+            workspace.empty(field.numel(), field.device, exact=True).view(torch.int32)
             if field.dtype is torch.int32
-            else torch.empty(field.length, dtype=field.dtype, device=device)
-            for field in self.method.fields(self.numel)
+            else torch.empty_like(field)
+            for field in self.state.fields
         )
 
     def _stretch(self, start: int, out: Tensor) -> Fields:
-        fields, count = self.state.fields, len(out)
+        fields, count = self.state.fields, out.numel()
         if start == 0 and count == self.numel:
             return fields
         return self.method.stretch(fields, self.numel, start, count)

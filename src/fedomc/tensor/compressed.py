@@ -335,10 +335,8 @@ class CompressedTensor(Tensor):
             return _handled(FALLBACK["out"], func, args, kwargs)
         if func in BACKWARD:
             return BACKWARD[func](func, args, kwargs or {})
-        handler = METHODS.get(func)
-        if handler is None and not transforms_are_active():
-            handler = FUNCTIONS.get(func)
-        if handler is not None:
+        handler = METHODS.get(func) or FUNCTIONS.get(func)
+        if handler is not None and (func in METHODS or not transforms_are_active()):
             return _handled(handler, func, args, kwargs or {})
         with no_overrides():
             return func(*args, **(kwargs or {}))
