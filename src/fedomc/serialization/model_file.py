@@ -329,6 +329,8 @@ def _read_fields(name: str, fields: Any) -> _Description:
     shape, draws = fields.get("shape"), fields.get("draws")
     if not _counts(shape) or not _counts(draws) or len(draws) != 1 + (encoding.update_format is not None):
         raise PayloadError(f"{name}: the metadata give shape {shape!r} and draws {draws!r}")
+    if frame.is_too_large(shape):
+        raise PayloadError(f"{name}: shape {tuple(shape)} is too large")
     return _Description(encoding, tuple(shape), draws)
 
 
