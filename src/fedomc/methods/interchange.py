@@ -14,7 +14,7 @@ from fedomc.codec import CHUNK
 from fedomc.errors import PayloadError
 
 SCALE_SUFFIX = "_scale"
-"""Ends the name of the scales: ``weight_scale`` beside ``weight``, as in compressed-tensors, ModelOpt and vLLM."""
+"""Ends the name of the scales: ``weight_scale`` beside ``weight``, as compressed-tensors and vLLM call them."""
 
 
 class InterchangeTensor(NamedTuple):
