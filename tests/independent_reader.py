@@ -276,6 +276,30 @@ def text_digest(texts: dict[str, str]) -> str:
     return xxhash.xxh3_64_hexdigest(covered)
 
 
+INTERCHANGE = {"MXFP8": "F8_E4M3", "MXFP8E5M2": "F8_E5M2", "MXFP6": "F6_E2M3", "MXFP6E3M2": "F6_E3M2", "MXFP4": "F4"}
+
+
+def read_elements(how: dict, elements: tuple[dict, bytes], scales: tuple[dict, bytes]) -> np.ndarray:
+    """Read a variable that was written for other programs: its elements and their scales, with their entries."""
+    pairs = {name: pair for pair, name in OCP.items()}
+    if how["format"] not in pairs or how["draws"][1:] not in ([], [0]):
+        raise Refused
+    e, m = pairs[how["format"]]
+    width, shape, n = 1 + e + m, how["shape"], math.prod(how["shape"])
+    blocks, last = math.ceil(n / 32), shape[-1] if shape else 1
+    expected = [
+        (INTERCHANGE[how["format"]], shape if last * width % 8 == 0 else [32 * blocks]),
+        ("F8_E8M0", [*shape[:-1], last // 32] if last % 32 == 0 else [blocks]),
+    ]
+    if [(entry["dtype"], entry["shape"]) for entry, _ in (elements, scales)] != expected:
+        raise Refused
+    strings = np.unpackbits(np.frombuffer(elements[1], dtype=np.uint8), bitorder="little").reshape(-1, width)
+    codes = [int(code) for code in strings @ (1 << np.arange(width))]
+    if any(codes[n:]) or any(abs(number(code, e, m)) > OCP_LARGEST[how["format"]] for code in codes):
+        raise Refused
+    return decode(codes[:n], scales[1], Method(how["format"], width, 32, "sign-magnitude", e, m)).reshape(shape)
+
+
 def read_model(data: bytes) -> dict[str, np.ndarray]:
     """Read a model file: every variable under each of its names."""
     length = int.from_bytes(data[:8], "little")
@@ -289,19 +313,21 @@ def read_model(data: bytes) -> dict[str, np.ndarray]:
         raise Refused from None
     if described["version"] != 2 or digests.keys() != header.keys():
         raise Refused
-    raw = {}
+    stored = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        stored = data[8 + length + begin : 8 + length + end]
-        if digests[name] != tensor_digest(entry["dtype"], entry["shape"], stored):
+        stored[name] = entry, data[8 + length + begin : 8 + length + end]
+        if digests[name] != tensor_digest(entry["dtype"], entry["shape"], stored[name][1]):
             raise Refused
-        raw[name] = np.frombuffer(stored, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
     result = {}
     for name, how in described["variables"].items():
-        base = read_frame(raw.pop(name).tobytes())
+        if described.get("interchange", False):
+            result[name] = read_elements(how, stored.pop(name), stored.pop(name + "_scale"))
+            continue
+        base = read_frame(stored.pop(name)[1])
         formats, frames, values = [how["format"]], [base], base.values
         if how["draws"][1:] not in ([], [0]):
-            update = read_frame(raw.pop(name + ".update").tobytes())
+            update = read_frame(stored.pop(name + ".update")[1])
             values = values + update.values
             formats, frames = [*formats, how["update_format"]], [base, update]
         for kind, (format, frame) in enumerate(zip(formats, frames, strict=True)):
@@ -311,5 +337,6 @@ def read_model(data: bytes) -> dict[str, np.ndarray]:
         if not np.isfinite(values).all():
             raise Refused
         result[name] = values
-    result |= raw
+    for name, (entry, raw) in stored.items():
+        result[name] = np.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return result | {further: result[name] for further, name in described["tied"].items()}

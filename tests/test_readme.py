@@ -28,10 +28,11 @@ ROUNDS = 3
 
 
 @pytest.fixture
-def names(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Execute the blocks of Python one after the other; give the names that they define."""
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Execute the blocks of Python one after the other, in an empty folder; give the names that they define."""
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {"__name__": "readme"}
     for block in blocks:
         exec(block, names)  # noqa: S102
@@ -42,6 +43,12 @@ def test_the_first_example_prints_what_it_says(names: dict[str, Any], capsys: py
     printed = re.search(r"([0-9.]+)% of FP32", capsys.readouterr().out)
     assert printed is not None
     assert 31.2 < float(printed[1]) < 33  # ten bits of 32, and the biases
+
+
+def test_a_file_is_read_without_fedomc_as_it_says(names: dict[str, Any]) -> None:
+    assert names["tensors"].keys() == {"weight", "weight_scale", "bias"}
+    assert names["tensors"]["weight"].dtype is torch.float8_e4m3fn and names["tensors"]["weight_scale"].shape == (64, 8)
+    assert torch.equal(names["weight"], names["layer"].weight.dequantize())
 
 
 def test_the_federated_example_runs_to_its_end(

@@ -172,6 +172,9 @@ class File:
                 model.linear.weight.data.add_(randn(48, 40, seed=1, scale=1e-3))
             fedomc.save_model(model, self.path)
             self.good.append(self.path.read_bytes())
+        for format in ("MXFP8", "MXFP6", "MXFP4"):
+            fedomc.save_model(fedomc.compress_(build(0), format), self.path, interchange=True)
+            self.good.append(self.path.read_bytes())
 
     def load(self, rng: Random) -> bool:
         """Load a damaged file."""

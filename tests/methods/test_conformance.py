@@ -293,6 +293,20 @@ def test_model_files(name: str, tmp_path: Path) -> None:
 
 
 @names
+@pytest.mark.parametrize("shape", [(6, 64), (30, 41), (3, 5)], ids=str)
+def test_a_file_for_other_programs_is_exact_or_refused(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    model, path = nn.ParameterList([CompressedTensor.from_dense(randn(*shape), name)]), tmp_path / "model.safetensors"
+    if parse_method(name).interchange is None:
+        with pytest.raises(PayloadError, match=f"no dtype.*{name}: 0"):
+            fedomc.save_model(model, path, interchange=True)
+        assert not path.exists()
+        return
+    fedomc.save_model(model, path, interchange=True)
+    other = fedomc.load_model(nn.ParameterList([torch.zeros(shape)]), path)
+    assert all(map(torch.equal, other[0].base.fields, model[0].base.fields))
+
+
+@names
 def test_an_encoding_says_how_it_is_read_again(name: str) -> None:
     encoding = Encoding.parse(f"S1E3M7+{name}", seed=3)
     assert str(encoding) == f"S1E3M7+{name}" and Encoding.parse(str(encoding), seed=3) == encoding

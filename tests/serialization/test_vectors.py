@@ -126,6 +126,20 @@ def test_a_model_file_has_the_values_that_are_written_beside_it(tmp_path: Path) 
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
+def test_a_file_for_other_programs_has_the_values_that_are_written_beside_it(tmp_path: Path) -> None:
+    path = VECTORS / "interchange.safetensors"
+    expected = json.loads((VECTORS / "interchange.json").read_text())
+    model = nn.ParameterDict({name: torch.zeros(how["shape"], device="meta") for name, how in expected.items()})
+    load_model(model, path)
+    read = independent_reader.read_model(path.read_bytes())
+    assert expected.keys() == read.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        values = np.array(expected[name]["values"], dtype=np.float32).reshape(expected[name]["shape"])
+        assert same(dense(value).numpy(), values) and same(read[name], values), name
+    save_model(model, tmp_path / "again", {"note": "a test vector"}, interchange=True)
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
 BLOCKWISE = [f"{name}/{block}" for name in ("INT8", "INT4", "NF4") for block in (32, 64, 128, 256)]
 OCP = ["MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4"]
 FORMATS = st.builds(FloatFormat, st.integers(1, 8), st.integers(0, 23))

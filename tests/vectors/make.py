@@ -114,6 +114,20 @@ PLANES = {
     "planes-mxfp6": (MXFP6, 0, 1111, (6,), False),
 }
 
+# name: method, shape
+INTERCHANGE = {
+    "eight": (MXFP8, (6, 64)),
+    "wide": (MXFP8E5M2, (5, 40)),
+    "six": (MXFP6, (3, 36)),
+    "six_ragged": (MXFP6E3M2, (3, 7)),
+    "four": (MXFP4, (2, 3, 96)),
+    "four_ragged": (MXFP4, (9, 31)),
+    "four_scalar": (MXFP4, ()),
+}
+
+# the dtypes of the elements of the OCP formats in safetensors
+DTYPES = {"MXFP8": "F8_E4M3", "MXFP8E5M2": "F8_E5M2", "MXFP6": "F6_E2M3", "MXFP6E3M2": "F6_E3M2", "MXFP4": "F4"}
+
 GIVEN = {
     "scalar": [0b10110011],
     "e2m3-every-code": list(range(64)),
@@ -335,21 +349,50 @@ def make_model() -> None:
     for name, dtype in (("hidden.bias", "F32"), ("count", "I64"), ("narrow", "F16")):
         stored[name] = (dtype, list(values[name].shape), values[name].tobytes(), values[name].itemsize)
     content = {"version": 2, "variables": variables, "tied": {"output.weight": "embedding.weight"}}
-    digests = {name: tensor_digest(dtype, shape, raw) for name, (dtype, shape, raw, _) in stored.items()}
+    write_model("model", stored, content, values)
+
+
+def make_interchange() -> None:
+    """Write a model file for other programs: rows that end with a block, between blocks, and within a byte."""
+    values, stored, variables = {}, {}, {}
+    for name, (method, shape) in INTERCHANGE.items():
+        count, (_, largest) = int(np.prod(shape)), OCP[method.name]
+        signs, codes = (
+            np.random.default_rng([method.width, count]).integers(0, [[2], [largest + 1]], (2, count)).tolist()
+        )
+        codes = [sign << (method.width - 1) | code for sign, code in zip(signs, codes, strict=True)]
+        scales, last = scales_of(method, count), shape[-1] if shape else 1
+        values[name] = block_values_of(codes, method, scales).reshape(shape)
+        elements = list(shape) if last * method.width % 8 == 0 else [32 * len(scales)]
+        string = sum(code << i * method.width for i, code in enumerate(codes))
+        data = string.to_bytes(int(np.prod(elements)) * method.width // 8, "little")
+        stored[name] = (DTYPES[method.name], elements, data, 1)
+        of_scales = [*shape[:-1], last // 32] if last % 32 == 0 else [len(scales)]
+        stored[name + "_scale"] = ("F8_E8M0", of_scales, bytes(scales), 1)
+        how = {"format": method.name, "transform": "none", "rounding": "nearest", "seed": 7}
+        variables[name] = {**how, "draws": [1], "shape": shape}
+    values["bias"] = np.linspace(-1, 1, 5, dtype="<f4")
+    stored["bias"] = ("F32", [5], values["bias"].tobytes(), 4)
+    content = {"version": 2, "variables": variables, "tied": {}, "interchange": True}
+    write_model("interchange", stored, content, values)
+
+
+def write_model(name: str, stored: dict, content: dict, values: dict[str, np.ndarray]) -> None:
+    """Write a model file of dtype, shape, bytes and alignment of each tensor, and a description of its values."""
+    digests = {key: tensor_digest(dtype, shape, raw) for key, (dtype, shape, raw, _) in stored.items()}
     texts = {"fedomc": compact(content), "fedomc.digests": compact(digests), "note": "a test vector"}
     header = {"__metadata__": {**texts, "fedomc.digest": text_digest(texts)}}
     data = b""
-    for name, (dtype, shape, raw, _) in sorted(stored.items(), key=lambda item: (-item[1][3], item[0])):
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+    for key, (dtype, shape, raw, _) in sorted(stored.items(), key=lambda item: (-item[1][3], item[0])):
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     text = compact(header).encode()
     text += b" " * (-len(text) % 8)
-    (FOLDER / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    (FOLDER / f"{name}.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
     described = {
-        name: {"dtype": value.dtype.name, "shape": value.shape, "values": whole(value)}
-        for name, value in values.items()
+        key: {"dtype": value.dtype.name, "shape": value.shape, "values": whole(value)} for key, value in values.items()
     }
-    write_json("model", described)
+    write_json(name, described)
 
 
 def whole(values: np.ndarray) -> list[float] | list[int]:
@@ -372,3 +415,4 @@ if __name__ == "__main__":
     make_block_frames()
     make_planes()
     make_model()
+    make_interchange()

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedomc import codec
 from fedomc.codec import CHUNK, INFINITY_BITS, Outcome
 from fedomc.codec.workspace import workspace
+from fedomc.methods.interchange import Interchange
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -172,6 +173,11 @@ class Method(ABC):
         Returns:
             What is wrong with them; None if every value decodes to a finite float32.
         """
+        return None
+
+    @property
+    def interchange(self) -> Interchange | None:
+        """How a variable is written for other programs; None if they have no dtype for its codes."""
         return None
 
     # ---- values and fields -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedomc.codec.elements import OCPElement
 from fedomc.errors import FormatError
 from fedomc.methods.blockwise import Blockwise
+from fedomc.methods.interchange import Interchange
 from fedomc.methods.method import Fields
 
 BLOCK = 32
@@ -26,6 +27,15 @@ ELEMENTS = {
     "MXFP4": OCPElement(2, 1),
 }
 """The element of each format by name; of the two formats of 8 and 6 bits the more precise one has the short name."""
+
+_DTYPES = {
+    "MXFP8": "F8_E4M3",
+    "MXFP8E5M2": "F8_E5M2",
+    "MXFP6": "F6_E2M3",
+    "MXFP6E3M2": "F6_E3M2",
+    "MXFP4": "F4",
+}
+"""The dtype of the elements of each format, as safetensors names it."""
 
 _NAMES = {(element.exponent_bits, element.mantissa_bits): name for name, element in ELEMENTS.items()}
 _NAN_SCALE = 255
@@ -107,6 +117,11 @@ class Microscaling(Blockwise):
         if largest - 127 + self.element.top_exponent > 127:
             return f"a scale of 2**{largest - 127} takes values beyond the range of float32"
         return None
+
+    @property
+    def interchange(self) -> Interchange:
+        """Elements of an OCP dtype, and scales in E8M0."""
+        return Interchange(_DTYPES[str(self)], "F8_E8M0", self.code_bits, self.block, self.element.max_code)
 
     def bound(self, fields: Fields, numel: int) -> float:
         """Return a magnitude that no value exceeds."""

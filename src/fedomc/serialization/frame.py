@@ -177,7 +177,7 @@ def from_bytes(
     dimensions, lengths = sizes[:ndim], sizes[ndim:]
     method = _method(view, tag, _HEADER.size + 8 * (ndim + count), header_size, begin, name)
     numel = math.prod(dimensions)
-    if (numel or math.prod(size or 1 for size in dimensions)) > _MAX_NUMEL:
+    if is_too_large(dimensions):
         raise PayloadError(f"{name}: shape {dimensions} is too large")
     if shape is not None and dimensions != tuple(shape):
         raise PayloadError(f"{name}: the frame has shape {dimensions}, {tuple(shape)} expected")
@@ -220,6 +220,11 @@ def from_bytes(
     if wrong is not None:
         raise PayloadError(f"{name}: {wrong}")
     return Frame(Packed(method, numel, packed_fields), dimensions, kind)
+
+
+def is_too_large(shape: Sequence[int]) -> bool:
+    """Return whether a shape is beyond 2**48 values, or would be if its dimensions of zero were one."""
+    return math.prod(size or 1 for size in shape) > _MAX_NUMEL
 
 
 @functools.lru_cache(maxsize=4096)  # a model has few sizes, and a round many frames

@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from fedomc.errors import NonFiniteError, PayloadError
 from fedomc.methods import Encoding, Method, Packed
 from fedomc.serialization import frame
+from fedomc.serialization.interchange import (
+    check_exchangeable,
+    interchange_keys,
+    interchange_pieces,
+    read_interchange,
+)
 from fedomc.serialization.tensor_file import (
     OURS,
     Piece,
@@ -36,7 +42,13 @@ _UPDATE = ".update"
 """Ends the key of an update's frame. No variable has such a name, as no module can stand in a parameter's place."""
 
 
-def save_model(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    interchange: bool = False,
+) -> None:
     """Write a model's parameters and persistent buffers to a file; compressed parameters stay packed.
 
     The same model always gives the same bytes. The file is replaced as a whole and keeps its permissions; if saving
@@ -46,11 +58,16 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping
         model: plain or compressed.
         path: of the file.
         metadata: texts to store in the file. ``safetensors.safe_open(path, "pt").metadata()`` returns them.
+        interchange: whether compressed variables are written as tensors that programs without fedomc read: ``name`` in
+            a dtype of safetensors (``F8_E4M3``, ``F8_E5M2``, ``F6_E2M3``, ``F6_E3M2`` or ``F4``) and ``name_scale`` in
+            ``F8_E8M0``, with a scale for each 32 elements. All compressed variables must be in MX formats, and in one
+            part; ``load_model`` gives them the same codes and scales again.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
         PayloadError: a variable lies on the meta device, or has a dtype or layout that a file cannot hold; or the
-            metadata are not strings, or use a name that begins with ``fedomc``.
+            metadata are not strings, or use a name that begins with ``fedomc``; or, for interchange, a variable has
+            another method or an update, or the name of the scales of another one. Nothing was written.
         OSError: the file cannot be written.
     """
     state = ModuleState.of(model)
@@ -60,9 +77,12 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping
             raise PayloadError(f"metadata {name!r}: {text!r} cannot be stored: name and value must be strings")
         if name.startswith(OURS):
             raise PayloadError(f"metadata {name!r} cannot be stored: names that begin with {OURS!r} are reserved")
+    if interchange:
+        check_exchangeable(state.tensors, state.tensors.keys() | state.aliases.keys())
     described = {name: _describe(tensor) for name, tensor in state.tensors.items() if is_compressed(tensor)}
-    texts[KEY] = to_json({"version": VERSION, "variables": described, "tied": state.aliases})
-    write_tensor_file(path, texts, (piece for item in state.tensors.items() for piece in _pieces(*item)))
+    content = {"version": VERSION, "variables": described, "tied": state.aliases}
+    texts[KEY] = to_json({**content, "interchange": True} if interchange else content)
+    write_tensor_file(path, texts, (piece for item in state.tensors.items() for piece in _pieces(*item, interchange)))
 
 
 def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -138,11 +158,14 @@ def _copied(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def _pieces(name: str, tensor: Tensor) -> Iterator[Piece]:
+def _pieces(name: str, tensor: Tensor, interchange: bool) -> Iterator[Piece]:
     if tensor.is_meta:
         raise PayloadError(f"{name} lies on the meta device and has no values: materialize_ the model first")
     if not is_compressed(tensor):
         yield dense_piece(name, tensor, lambda: _dense(name, tensor))
+        return
+    if interchange:
+        yield from interchange_pieces(name, tensor)
         return
     yield _framed(name, name, tensor, tensor.base, frame.VARIABLE)
     if tensor.update is not None and not tensor.update.is_zero:
@@ -194,6 +217,28 @@ class _Description:
         return self.draws[-1] > 0 and self.encoding.update_format is not None
 
 
+@dataclass(frozen=True)
+class _Content:
+    """What a file's metadata say.
+
+    Attributes:
+        variables: the compressed variables by name.
+        tied: of each further name of a tied variable the first.
+        interchange: whether the variables are written for other programs, and not as frames.
+    """
+
+    variables: dict[str, _Description]
+    tied: dict[str, str]
+    interchange: bool = False
+
+    def keys_of(self, name: str) -> list[str]:
+        """List the names of a compressed variable's tensors."""
+        variable = self.variables[name]
+        if self.interchange:
+            return interchange_keys(name, variable.encoding.format, variable.shape)
+        return [name, name + _UPDATE] if variable.has_update else [name]
+
+
 class _ModelFile:
     """An open safetensors file, with or without compressed variables."""
 
@@ -201,23 +246,27 @@ class _ModelFile:
         self._file = file
         text = file.texts.get(KEY)
         self.described = text is not None
-        self._variables, self._tied = ({}, {}) if text is None else _read_descriptions(text, file.path)
-        self._updates = {name + _UPDATE for name, variable in self._variables.items() if variable.has_update}
-        missing = (self._variables.keys() | self._updates) - file.keys
+        self._content = _Content({}, {}) if text is None else _read_content(text, file.path)
+        keys = {key for name in self._content.variables for key in self._content.keys_of(name)}
+        self._companions = keys - self._content.variables.keys()
+        missing = keys - file.keys
         if missing:
             raise PayloadError(f"{file.path}: {some(sorted(missing))} missing, which its metadata describe")
 
     def fill(self, model: nn.Module, selection: Mapping[str, Encoding] | None = None, *, widen: bool = False) -> None:
         """Replace a model's state, one variable after the other."""
-        state, names = ModuleState.of(model), sorted(self._file.keys - self._updates)
-        state.check_names(names, self._tied)
-        state.fill(((name, self._read(name)) for name in names), selection, tied=self._tied, widen=widen)
+        state, names, tied = ModuleState.of(model), sorted(self._file.keys - self._companions), self._content.tied
+        state.check_names(names, tied)
+        state.fill(((name, self._read(name)) for name in names), selection, tied=tied, widen=widen)
 
     def _read(self, name: str) -> Tensor:
-        variable = self._variables.get(name)
+        variable = self._content.variables.get(name)
         if variable is None:
             return self._file.tensor(name)
-        base = self._packed(name, name, variable, frame.VARIABLE, variable.encoding.format)
+        if self._content.interchange:
+            base = read_interchange(self._file, name, variable.encoding.format, variable.shape)
+        else:
+            base = self._packed(name, name, variable, frame.VARIABLE, variable.encoding.format)
         base.state = base.state._replace(draws=variable.draws[0])
         if not variable.has_update:
             return CompressedTensor.from_packed(base, variable.encoding, variable.shape, name)
@@ -245,8 +294,7 @@ def _open(path: str | os.PathLike[str]) -> Iterator[_ModelFile]:
         yield _ModelFile(file)
 
 
-def _read_descriptions(text: str, path: str | os.PathLike[str]) -> tuple[dict[str, _Description], dict[str, str]]:
-    """Read the descriptions of the compressed variables, and of each further name of a tied variable the first."""
+def _read_content(text: str, path: str | os.PathLike[str]) -> _Content:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -257,12 +305,18 @@ def _read_descriptions(text: str, path: str | os.PathLike[str]) -> tuple[dict[st
             f"{path}: model file version {content.get('version')!r}, but this fedomc reads {VERSION}: "
             "use the fedomc that wrote it"
         )
-    variables, tied = content.get("variables"), content.get("tied")
+    variables, tied, interchange = content.get("variables"), content.get("tied"), content.get("interchange", False)
     if not isinstance(variables, dict) or not isinstance(tied, dict):
         raise PayloadError(f"{path}: the {KEY!r} metadata have no variables or no tied names")
     if not all(isinstance(name, str) for name in tied.values()):
         raise PayloadError(f"{path}: a tied name is not a string")
-    return {name: _read_fields(name, fields) for name, fields in variables.items()}, tied
+    if not isinstance(interchange, bool):
+        raise PayloadError(f"{path}: interchange={interchange!r} is neither true nor false")
+    described = {name: _read_fields(name, fields) for name, fields in variables.items()}
+    updated = [name for name, variable in described.items() if variable.has_update]
+    if interchange and updated:
+        raise PayloadError(f"{path}: {some(updated)} with an update, which no interchange file has")
+    return _Content(described, tied, interchange)
 
 
 def _read_fields(name: str, fields: Any) -> _Description:
@@ -275,6 +329,8 @@ def _read_fields(name: str, fields: Any) -> _Description:
     shape, draws = fields.get("shape"), fields.get("draws")
     if not _counts(shape) or not _counts(draws) or len(draws) != 1 + (encoding.update_format is not None):
         raise PayloadError(f"{name}: the metadata give shape {shape!r} and draws {draws!r}")
+    if frame.is_too_large(shape):
+        raise PayloadError(f"{name}: shape {tuple(shape)} is too large")
     return _Description(encoding, tuple(shape), draws)
 
 

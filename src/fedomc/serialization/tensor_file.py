@@ -1,13 +1,15 @@
 """Tensors and texts as a safetensors file in which a digest covers every byte that is read back."""
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -180,8 +182,8 @@ class TensorFile:
         texts: its metadata, without the digests.
     """
 
-    def __init__(self, file: Any, path: str | os.PathLike[str]) -> None:
-        self._file, self.path = file, path
+    def __init__(self, file: Any, raw: BinaryIO, path: str | os.PathLike[str]) -> None:
+        self._file, self._raw, self.path = file, raw, path
         self.keys = frozenset(file.keys())
         self.texts: dict[str, str] = dict(file.metadata() or {})
         digest = self.texts.pop(TEXT_DIGEST, None)
@@ -204,8 +206,8 @@ class TensorFile:
             file = safe_open(path, "pt")
         except SafetensorError as error:
             raise PayloadError(f"{path} is damaged, or no safetensors file: {error}") from None
-        with file:
-            yield cls(file, path)
+        with file, open(path, "rb") as raw:
+            yield cls(file, raw, path)
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor, mapped from the file into memory, after its bytes were checked.
@@ -222,6 +224,34 @@ class TensorFile:
         if self._digests is not None and self._digests[key] != _tensor_digest(dtype, shape, raw_bytes(tensor)):
             raise PayloadError(f"{key} in {self.path} is damaged: its bytes do not match their digest")
         return tensor
+
+    def stored(self, key: str) -> tuple[str, tuple[int, ...], Tensor]:
+        """Return a tensor as it is stored, which need not be of a dtype that torch has, after its bytes were checked.
+
+        Returns:
+            The dtype as safetensors names it, the shape, and the bytes: uint8, flat, in memory of their own.
+
+        Raises:
+            PayloadError: it cannot be read, or does not match its digest.
+        """
+        try:
+            begin, entries = self._entries
+            dtype, shape = entries[key]["dtype"], entries[key]["shape"]
+            first, last = entries[key]["data_offsets"]
+            self._raw.seek(begin + first)
+            data = torch.from_numpy(np.fromfile(self._raw, np.uint8, last - first))
+        except Exception as error:  # of a file that changed since its header was checked
+            raise PayloadError(f"{key} cannot be read from {self.path}: {error!r}") from None
+        if self._digests is not None and self._digests[key] != _tensor_digest(dtype, shape, raw_bytes(data)):
+            raise PayloadError(f"{key} in {self.path} is damaged: its bytes do not match their digest")
+        return dtype, tuple(shape), data
+
+    @functools.cached_property
+    def _entries(self) -> tuple[int, dict[str, Any]]:
+        """Where the tensors' bytes begin, and the header's entry for each tensor."""
+        self._raw.seek(0)
+        length = int.from_bytes(self._raw.read(8), "little")
+        return 8 + length, json.loads(self._raw.read(length))
 
     def _read_digests(self) -> dict[str, str]:
         try:
