@@ -99,7 +99,7 @@ struct Stochastic {
     U integer = significand + (cast<U>(normal - 1) << 23);
     integer >>= min(max(shift, splat(30u)) - 30u, splat(31u));
     const U dropped = min(shift, splat(30u));
-    const U noise = random(i) & 0x3FFFFFFFu;
+    const U noise = random(i) >> 2;
     U code = (integer + (noise >> (30u - dropped))) >> dropped;
     code = min(code, splat(limit)) | (bits >> 31) << sign_bit;
     return {code, represent.signed_value<Wide>(code << represent.align)};

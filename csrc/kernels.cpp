@@ -115,7 +115,7 @@ template <class Round, class Fill>
 void encode_blocks(std::size_t n, Format format, const Rounding& rounding, std::uint32_t* words, Found& found,
                    Fill fill) {
   Lanes lanes{};
-  const float scale = power_of_two(rounding.exponent + format.bias() - format.working_bias());
+  const float scale = power_of_two(rounding.exponent);
   U largest{};
   for_each_block(n, [&](std::size_t block, std::size_t at, std::size_t count) {
     alignas(64) Values room;
@@ -159,14 +159,15 @@ void encode(const float* values, std::size_t n, Format format, const Rounding& r
               });
 }
 
-void update(const Packed& packed, const float* gradient, float alpha, std::size_t n, const Rounding& rounding,
+// In units of the present scale, so that what the gradient does not move stays exactly where it is.
+void update(const Packed& packed, const float* gradient, float ratio, std::size_t n, const Rounding& rounding,
             std::uint32_t* words, Found& found) {
-  const Represent represent(packed);
+  const Represent represent(packed.format, packed.format.working_bias(), 1.0f, 0.0f);
   found.changed = false;
   encode_with(n, packed.format, rounding, words, found,
               [&](std::size_t block, std::size_t at, std::size_t count, Values& room) -> const float* {
                 decode_block(packed, represent, block, count, room.data());
-                found.changed |= add_gradient(room, gradient + at, alpha, count);
+                found.changed |= add_gradient(room, gradient + at, ratio, count);
                 return room.data();
               });
 }

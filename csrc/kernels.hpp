@@ -15,8 +15,8 @@ struct Kernels {
   void (*add_difference)(const float* values, const float* subtrahend, float weight, float* out, std::size_t n);
   void (*encode)(const float* values, std::size_t n, Format format, const Rounding& rounding, std::uint32_t* words,
                  Found& found);
-  // Encodes decoded + alpha * gradient.
-  void (*update)(const Packed& packed, const float* gradient, float alpha, std::size_t n, const Rounding& rounding,
+  // Encodes codes + ratio * gradient, all in the units in which values are rounded.
+  void (*update)(const Packed& packed, const float* gradient, float ratio, std::size_t n, const Rounding& rounding,
                  std::uint32_t* words, Found& found);
   std::uint32_t (*largest)(const float* values, std::size_t n);
   void (*block_decode)(const BlockPacked& packed, const Element& element, float* out, std::size_t n, bool streaming);

@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -122,9 +123,7 @@ std::uint32_t* unsigned_words(std::int32_t* words) { return reinterpret_cast<std
 std::size_t at_word(std::size_t value, Format format) { return words_of(value, format.bits()); }
 
 void check_exponent(int exponent, Format format) {
-  const int most = 120 - format.bias() - static_cast<int>(format.mantissa_bits);
-  require(exponent >= std::min(format.top_exponent() - 127, 0) && exponent <= std::max(most, 0),
-          "exponent out of range");
+  require(exponent >= format.least_exponent() && exponent <= format.most_exponent(), "exponent out of range");
   require(format.exponent_bits < 8 || exponent == 0, "eight exponent bits take no scaling");
 }
 
@@ -256,29 +255,55 @@ void encode(const InValues& values, unsigned e, unsigned m, int exponent, bool s
   check_exponent(exponent, format);
   check_sums(sums, n);
   check_apart(values, words);
-  find_in_chunks(n, threads, subnormals_of(format), sums_or_null(sums), {exponent, stochastic, seed, start}, status,
+  find_in_chunks(n, threads, subnormals_of(format), sums_or_null(sums),
+                 {exponent + format.bias() - format.working_bias(), stochastic, seed, start}, status,
                  [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
                    current()->encode(values.data() + at, count, format, rounding,
                                      unsigned_words(words.data()) + at_word(at, format), found);
                  });
 }
 
+// What a pass over values found that cannot be written: the caller goes another way, or raises.
+void report_infinite(const OutStatus& status) {
+  status.data()[0] = 0x7F800000;
+  status.data()[1] = 1;
+}
+
 void update(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, const InValues& gradient,
-            float alpha, int exponent, bool stochastic, std::uint64_t seed, const OutWords& out, const OutSums& sums,
-            const OutStatus& status, unsigned threads) {
+            float alpha, bool rescale, bool stochastic, std::uint64_t seed, const OutWords& out,
+            const OutValues& out_scale_offset, const OutStatus& status, unsigned threads) {
   const std::size_t n = gradient.size();
   const Part part(words, scale_offset, e, m, n);
   const Format format = part.format;
   check_words(out.size(), n, format);
-  check_exponent(exponent, format);
-  check_sums(sums, n);
+  require(out_scale_offset.size() == 2 && status.size() == 2, "scale_offset and status must have two values");
   check_apart(words, out);
   check_apart(gradient, out);
-  find_in_chunks(n, threads, subnormals_of(format), sums_or_null(sums), {exponent, stochastic, seed, 0}, status,
-                 [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
-                   current()->update(part.from(at), gradient.data() + at, alpha, count, rounding,
-                                     unsigned_words(out.data()) + at_word(at, format), found);
-                 });
+  check_apart(scale_offset, out_scale_offset);
+  const int working = format.bias() - format.working_bias();
+  const float ratio = static_cast<float>(std::ldexp(static_cast<double>(alpha) / part.scale, working));
+  if (!std::isnormal(part.scale) || !std::isfinite(ratio)) return report_infinite(status);
+  const int present = -std::ilogb(part.scale);
+  int shift = 0;
+  for (bool again = true; again;) {
+    find_in_chunks(n, threads, subnormals_of(format), nullptr, {shift, stochastic, seed, 0}, status,
+                   [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
+                     current()->update(part.from(at), gradient.data() + at, ratio, count, rounding,
+                                       unsigned_words(out.data()) + at_word(at, format), found);
+                   });
+    const auto largest = static_cast<std::uint32_t>(status.data()[0]);
+    if (largest >= 0x7F800000) return;
+    const int wanted = present + format.fitting_exponent(largest, stochastic) + working;
+    const int bounded = std::clamp(wanted, format.least_exponent(), format.most_exponent());
+    const int fitting = rescale && format.exponent_bits < 8 && largest ? bounded - present : 0;
+    again = fitting != shift;
+    shift = fitting;
+    if (std::abs(shift) > 120) return report_infinite(status);
+  }
+  const float scale = std::ldexp(part.scale, -shift);
+  if (!std::isfinite(std::abs(scale) * format.max_value() + std::abs(part.offset))) return report_infinite(status);
+  out_scale_offset.data()[0] = scale;
+  out_scale_offset.data()[1] = part.offset;
 }
 
 // ---- blockwise methods --------------------------------------------------------------------------------------------
@@ -405,7 +430,7 @@ NB_MODULE(_native, module) {
   module.def("encode", &fedomc::encode, values, "e"_a, "m"_a, "exponent"_a, "stochastic"_a, "seed"_a, "start"_a, words,
              "sums"_a.noconvert(), status, "threads"_a);
   module.def("update", &fedomc::update, words, scale_offset, "e"_a, "m"_a, "gradient"_a.noconvert(), "alpha"_a,
-             "exponent"_a, "stochastic"_a, "seed"_a, out, "sums"_a.noconvert(), status, "threads"_a);
+             "rescale"_a, "stochastic"_a, "seed"_a, out, "out_scale_offset"_a.noconvert(), status, "threads"_a);
   module.def("block_decode", &fedomc::block_decode, words, scales, "kind"_a, "e"_a, "m"_a, "block"_a, out, "threads"_a);
   module.def("block_encode", &fedomc::block_encode, values, "kind"_a, "e"_a, "m"_a, "block"_a, "stochastic"_a, "seed"_a,
              "start"_a, words, scales, status, "threads"_a);

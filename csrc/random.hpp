@@ -1,6 +1,9 @@
-// The counter-based generator of codec/random.py: bit i depends on the seed and i alone.
+// The counter-based generator of codec/random.py: the bits of a value depend on the seed and its index alone.
 #pragma once
 
+#include <array>
+
+#include "layout.hpp"
 #include "vectors.hpp"
 
 namespace fedomc::FEDOMC_LEVEL {
@@ -16,21 +19,31 @@ inline V mix(V x) {
   return x ^ (x >> 16);
 }
 
-// 32 random bits for each value of a stretch that begins at a counter.
+// 32 random bits for each value of a block; the upper ones are the best. A word of the block's lane and one of the row
+// are each hashed in full, so that a value costs two multiplications.
 struct RandomBits {
-  std::uint32_t low, high, counter;
-  U lanes;
+  alignas(64) std::array<std::uint32_t, kLanes> lanes, rows;
 
-  RandomBits(std::uint64_t seed, std::uint64_t at)
-      : low(mix(static_cast<std::uint32_t>(seed))),
-        high(mix(static_cast<std::uint32_t>(seed >> 32) ^ 0x9E3779B9u ^ static_cast<std::uint32_t>(at >> 32))),
-        counter(static_cast<std::uint32_t>(at)) {
-    for (std::size_t lane = 0; lane < kWidth; ++lane) lanes[lane] = static_cast<std::uint32_t>(lane);
+  // `at` is the counter of the block's first value.
+  RandomBits(std::uint64_t seed, std::uint64_t at) {
+    const std::uint32_t low = mix(static_cast<std::uint32_t>(seed));
+    const std::uint32_t high = mix(static_cast<std::uint32_t>(seed >> 32) ^ 0x9E3779B9u);
+    const std::uint32_t first = static_cast<std::uint32_t>(at);
+    const std::uint32_t period = mix(static_cast<std::uint32_t>(at >> 32) + high);
+    U index;
+    for (std::size_t lane = 0; lane < kWidth; ++lane) index[lane] = static_cast<std::uint32_t>(lane);
+    for (std::size_t i = 0; i < kLanes; i += kWidth, index += static_cast<std::uint32_t>(kWidth)) {
+      store(lanes.data() + i, mix(mix((index + first) ^ low) + period));
+      store(rows.data() + i, mix(mix((index + static_cast<std::uint32_t>(kLanes)) ^ high) + low));
+    }
   }
 
   // For the vector of values from i on.
   inline U operator()(std::size_t i) const {
-    return mix(mix((lanes + (counter + static_cast<std::uint32_t>(i))) ^ low) + high);
+    U x = load<U>(lanes.data() + i % kLanes) ^ splat(rows[i / kLanes]);
+    x *= 0x9E3779B1u;
+    x ^= x >> 15;
+    return x * 0x85EBCA77u;
   }
 };
 

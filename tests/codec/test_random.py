@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from fedomc.codec.random import random_bits
 
 CPU = torch.device("cpu")
-KNOWN = [[-1438753951, -1859075753, 1917312890, 843944311], [1305631133, 1198894572, -1840048625, -1933461080]]
+KNOWN = [[-377933951, 1733808308, -1223765465, 511481762], [-1217954665, -1580089264, 1113808300, -2065219597]]
 
 
 def murmur(x: int) -> int:
@@ -16,26 +16,32 @@ def murmur(x: int) -> int:
     return x
 
 
-def oracle(seed: int, counter: int) -> int:
-    low, high = murmur(seed % 2**32), murmur(seed >> 32 ^ 0x9E3779B9 ^ counter >> 32)
-    word = murmur((murmur(counter % 2**32 ^ low) + high) % 2**32)
+def oracle(seed: int, index: int) -> int:
+    block, row, lane = index // 1024, index % 1024 // 32, index % 32
+    low, high = murmur(seed % 2**32), murmur(seed >> 32 ^ 0x9E3779B9)
+    first, period = 1024 * block % 2**32, murmur(((1024 * block >> 32) + high) % 2**32)
+    lane_word = murmur((murmur((first + lane) % 2**32 ^ low) + period) % 2**32)
+    row_word = murmur((murmur(32 + row ^ high) + low) % 2**32)
+    word = (lane_word ^ row_word) * 0x9E3779B1 % 2**32
+    word = (word ^ word >> 15) * 0x85EBCA77 % 2**32
     return word - 2**32 if word >> 31 else word
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**40))
-def test_same_as_with_unlimited_integers(seed: int, start: int) -> None:
-    start = start // 2**32 * 2**32 + min(start % 2**32, 2**32 - 5)
-    assert random_bits(seed, start, 5, CPU).tolist() == [oracle(seed, start + i) for i in range(5)]
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**30), st.integers(0, 1500))
+def test_same_as_with_unlimited_integers(seed: int, block: int, index: int) -> None:
+    bits = random_bits(seed, 1024 * block, index + 1, CPU)
+    assert bits[index] == oracle(seed, 1024 * block + index)
 
 
 def test_known_values() -> None:
     assert random_bits(0, 0, 4, CPU).tolist() == KNOWN[0]
-    assert random_bits(2**63 + 12345, 2**31 - 2, 4, CPU).tolist() == KNOWN[1]
+    assert random_bits(2**63 + 12345, 2**32 - 1024, 4, CPU).tolist() == KNOWN[1]
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 3000), st.integers(1, 500))
-def test_a_stretch_is_part_of_the_whole(seed: int, start: int, count: int) -> None:
-    assert torch.equal(random_bits(seed, start, count, CPU), random_bits(seed, 0, 3500, CPU)[start : start + count])
+@given(st.integers(0, 2**64 - 1), st.integers(0, 5), st.integers(1, 1500))
+def test_a_stretch_is_part_of_the_whole(seed: int, block: int, count: int) -> None:
+    start = 1024 * block
+    assert torch.equal(random_bits(seed, start, count, CPU), random_bits(seed, 0, 7000, CPU)[start : start + count])
 
 
 @pytest.mark.parametrize("other", [(1, 0), (2**32, 0), (0, 2**32), (0, 7 * 2**32)])
@@ -46,11 +52,24 @@ def test_seed_and_counter_words_all_count(other: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63])
-def test_every_bit_is_fair_and_unrelated_to_the_next_draw(seed: int) -> None:
-    n = 100_000
+def test_the_bits_that_are_used_are_fair_and_unrelated_to_those_of_neighbours(seed: int) -> None:
+    n = 2**20
     words = random_bits(seed, 0, n, CPU)
-    bits = ((words[:, None] >> torch.arange(32)) & 1).double()  # [n, 32]
+    bits = ((words[:, None] >> torch.arange(2, 32)) & 1).float()  # [n, 30]
     sigma = 0.5 / n**0.5
     assert (bits.mean(0) - 0.5).abs().max() < 5 * sigma
-    for lag in (1, 32, 1024):
-        assert ((bits[lag:] == bits[:-lag]).double().mean(0) - 0.5).abs().max() < 5 * sigma * 1.01
+    for lag in (1, 8, 32, 64, 512, 1024, 2048):  # lanes, rows and blocks
+        assert ((bits[lag:] == bits[:-lag]).float().mean(0) - 0.5).abs().max() < 5 * sigma * 1.01
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+def test_sums_over_lanes_rows_and_blocks_vary_as_those_of_independent_draws(seed: int) -> None:
+    blocks = 2048
+    uniform = (random_bits(seed, 0, blocks * 1024, CPU).view(blocks, 32, 32).double() / 2**32) * 12**0.5
+    for over in (1, 2, (1, 2)):
+        sums = uniform.sum(over)
+        expected = 1024 if over == (1, 2) else 32
+        assert abs(sums.square().mean() / expected - 1) < 5 * (2 / sums.numel()) ** 0.5
+    # Lanes and rows are hashed apart and joined: the corners of a rectangle must not tell on each other.
+    corners = uniform[:, :-1, :-1] * uniform[:, 1:, :-1] * uniform[:, :-1, 1:] * uniform[:, 1:, 1:]
+    assert abs(corners.mean()) < 5 / corners.numel() ** 0.5

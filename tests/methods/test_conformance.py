@@ -52,7 +52,7 @@ def signs() -> Iterator[None]:
 
 def transform_of(method: Method, rounding: str = "nearest") -> str:
     """Choose the transformation without a fit, which does not reproduce its own values."""
-    return "scaled" if isinstance(method, FloatFormat) else method.default_transform(rounding)
+    return "scaled" if isinstance(method, FloatFormat) else method.default_transform()
 
 
 def decoded(packed: Packed) -> Tensor:

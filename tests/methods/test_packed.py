@@ -41,17 +41,22 @@ def squared_error(values: Tensor, approximation: Tensor | np.ndarray) -> float:
     return math.fsum(difference * difference)
 
 
-@given(finite, st.sampled_from(FORMATS))
-def test_scaling_puts_the_largest_magnitude_into_the_top_binade(value: float, name: str) -> None:
+@given(finite, st.sampled_from(FORMATS), st.booleans())
+def test_scaling_puts_the_largest_magnitude_below_the_largest_code(value: float, name: str, stochastic: bool) -> None:
     fmt = FloatFormat.parse(name)
-    k = exponent_of(torch.tensor([value, -value / 2, 0.0]), name)
-    bound = max(0, 120 - fmt.bias - fmt.mantissa_bits)
+    bits = codec.absmax_bits(torch.tensor([value, -value / 2, 0.0]))
+    k = scaling_exponent(bits, fmt, stochastic=stochastic)
+    least, most = min(0, fmt.top_exponent - 127), max(0, 120 - fmt.bias - fmt.mantissa_bits)
+    scaled = abs(value) * 2.0**k
+    half = 2.0 ** (fmt.top_exponent - fmt.mantissa_bits - 1)  # half a step of the top binade
+    reach = fmt.max_value + (0 if stochastic else half)
     if value == 0 or fmt.exponent_bits == 8:
         assert k == 0
-    elif k < bound:
-        assert 2.0**fmt.top_exponent <= abs(value) * 2.0**k < 2.0 ** (fmt.top_exponent + 1)
+    elif least < k < most:
+        assert scaled <= reach
+        assert 2 * scaled > fmt.max_value  # a binade more would be too much
     else:
-        assert k == bound and abs(value) * 2.0**k < 2.0 ** (fmt.top_exponent + 1)
+        assert k in (least, most)
     assert fmt.step * 2.0**-k >= 2.0**-126 or fmt.exponent_bits == 8  # nothing decodes to a subnormal float32
 
 

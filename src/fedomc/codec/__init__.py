@@ -13,6 +13,7 @@ from torch import Tensor
 from fedomc.codec import native, reference, reference_blocks
 from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat
 from fedomc.codec.layout import BLOCK, CHUNK, SUMS, words_of
+from fedomc.codec.scaling import bounded_exponent, fitting_exponent
 
 __all__ = [
     "BLOCK",
@@ -26,11 +27,13 @@ __all__ = [
     "block_decode",
     "block_encode",
     "block_update",
+    "bounded_exponent",
     "decode",
     "decode_add",
     "decode_add_difference",
     "decode_sum",
     "encode",
+    "fitting_exponent",
     "numbers_of",
     "pack",
     "unpack",
@@ -54,8 +57,8 @@ _SCHEMAS = {
     "add_difference": "(Tensor values, Tensor subtrahend, float weight, Tensor(a!) out) -> ()",
     "encode": "(Tensor values, int e, int m, int exponent, int? seed, int start, Tensor(a!) words, Tensor(b!) sums, "
     "Tensor(c!) status) -> ()",
-    "update": "(Tensor words, Tensor scale_offset, int e, int m, Tensor gradient, float alpha, int exponent, "
-    "int? seed, Tensor(a!) out, Tensor(b!) sums, Tensor(c!) status) -> ()",
+    "update": "(Tensor words, Tensor scale_offset, int e, int m, Tensor gradient, float alpha, bool rescale, "
+    "int? seed, Tensor(a!) out, Tensor(b!) out_scale_offset, Tensor(c!) status) -> ()",
     "block_decode": "(Tensor words, Tensor scales, int kind, int e, int m, int block, Tensor(a!) out) -> ()",
     "block_encode": "(Tensor values, int kind, int e, int m, int block, int? seed, int start, Tensor(a!) words, "
     "Tensor(b!) scales, Tensor(c!) status) -> ()",
@@ -200,13 +203,16 @@ def update(
     element: FloatElement,
     gradient: Tensor,
     alpha: float,
-    exponent: int,
     out: Tensor,
+    out_scale_offset: Tensor,
     *,
+    rescale: bool = True,
     seed: int | None = None,
-    sums: bool = True,
-) -> tuple[Tensor, Outcome]:
+) -> Outcome:
     """Encode the decoded values plus ``alpha * gradient`` into ``out``, with no dense copy of them.
+
+    The values are rounded in units of the present scale, on top of the present offset, so that what the gradient does
+    not move keeps its code exactly. The scale changes by powers of two alone, where the largest value asks for it.
 
     Args:
         words: int32 ``[words_of(n, bits)]``.
@@ -214,20 +220,21 @@ def update(
         element: the number format, of the result too.
         gradient: float32 ``[n]``, contiguous.
         alpha: its factor.
-        exponent: the k of the scaling of the result.
-        out: int32 like ``words``, written; not ``words`` itself, which a wrong exponent would destroy.
+        out: int32 like ``words``, written; not ``words`` itself, which a second pass on another scale reads again.
+        out_scale_offset: float32 ``[2]``, written; not ``scale_offset`` itself.
+        rescale: whether the scale may change; otherwise values beyond the largest code saturate.
         seed: of stochastic rounding; None rounds to nearest.
-        sums: whether the sums are wanted.
 
     Returns:
-        As ``encode`` does.
+        What was found; the largest magnitude is in units of the codes. It is infinite, too, where the scale does not
+        allow an update, such as zero: the values are to be encoded afresh then.
     """
-    table, status = _sums_table(gradient, sums), _status(gradient)
+    status = _status(gradient)
     _operators.update(
-        words, scale_offset, element.exponent_bits, element.mantissa_bits, gradient, alpha, exponent, seed, out, table,
-        status,
+        words, scale_offset, element.exponent_bits, element.mantissa_bits, gradient, alpha, rescale, seed, out,
+        out_scale_offset, status,
     )  # fmt: skip
-    return table, _outcome(status)
+    return _outcome(status)
 
 
 def block_decode(words: Tensor, scales: Tensor, element: BlockElement, block: int, out: Tensor) -> Tensor:

@@ -105,13 +105,13 @@ def encode(
 
 
 def update(
-    words: Tensor, scale_offset: Tensor, e: int, m: int, gradient: Tensor, alpha: float, exponent: int,
-    seed: int | None, out: Tensor, sums: Tensor, status: Tensor,
+    words: Tensor, scale_offset: Tensor, e: int, m: int, gradient: Tensor, alpha: float, rescale: bool,
+    seed: int | None, out: Tensor, out_scale_offset: Tensor, status: Tensor,
 ) -> None:  # fmt: skip
     """See ``reference.update``."""
     _extension().update(
-        to_dlpack(words), to_dlpack(scale_offset), e, m, to_dlpack(gradient), alpha, exponent, seed is not None,
-        seed or 0, to_dlpack(out), to_dlpack(sums), to_dlpack(status), torch.get_num_threads(),
+        to_dlpack(words), to_dlpack(scale_offset), e, m, to_dlpack(gradient), alpha, rescale, seed is not None,
+        seed or 0, to_dlpack(out), to_dlpack(out_scale_offset), to_dlpack(status), torch.get_num_threads(),
     )  # fmt: skip
 
 

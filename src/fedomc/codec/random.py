@@ -1,7 +1,25 @@
-"""A counter-based generator: bit i depends on the seed and i alone, not on threads, chunks or the backend."""
+"""A counter-based generator: the bits of a value depend on the seed and its index alone.
+
+[Note: the stream]
+Values are numbered as the bit layout has them: value i lies in block ``t = i // 1024``, row ``r = i % 1024 // 32`` and
+lane ``l = i % 32``. With ``mix``, the finaliser of MurmurHash3 on 32 bits, and all sums modulo 2**32::
+
+    low    = mix(seed mod 2**32)
+    high   = mix((seed >> 32) ^ 0x9E3779B9)
+    first  = 1024 * t
+    lane   = mix(mix(((first mod 2**32) + l) ^ low) + mix((first >> 32) + high))
+    row    = mix(mix((32 + r) ^ high) + low)
+    x      = (lane ^ row) * 0x9E3779B1
+    bits   = (x ^ (x >> 15)) * 0x85EBCA77
+
+Lanes and rows are hashed in full once for a block, and a value costs two multiplications. The bits are used from the
+top: the 30 highest by the rounding of floats, the 24 highest by that of integers and NF4.
+"""
 
 import torch
 from torch import Tensor
+
+from fedomc.codec.layout import BLOCK, LANES
 
 _MASK = 0xFFFFFFFF
 
@@ -31,21 +49,26 @@ def _mix_(x: Tensor) -> Tensor:
 
 
 def random_bits(seed: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Draw 32 random bits for each of the counters ``start .. start + count - 1``.
+    """Draw 32 random bits for each of the values ``start .. start + count - 1``.
 
     Args:
         seed: 64 bits.
-        start: the first counter; a chunk must not cross a multiple of 2**32.
-        count: how many.
+        start: the index of the first value, a multiple of the block.
+        count: how many; a multiple of 2**32 must not lie between the first block and the last.
         device: where the result lies.
 
     Returns:
-        int32 ``[count]``.
+        int32 ``[count]``; the upper bits are the best.
     """
-    low, high = _mix_int(seed & _MASK), _mix_int((seed >> 32 & _MASK) ^ 0x9E3779B9 ^ (start >> 32))
-    first = _signed(start)
-    bits = torch.arange(first, first + count, dtype=torch.int64, device=device).to(torch.int32)
-    bits ^= _signed(low)
-    _mix_(bits)
-    bits += _signed(high)
-    return _mix_(bits)
+    low, high = _mix_int(seed & _MASK), _mix_int((seed >> 32 & _MASK) ^ 0x9E3779B9)
+    blocks = -(-count // BLOCK)
+    first = torch.arange(start & _MASK, (start & _MASK) + blocks * BLOCK, BLOCK, dtype=torch.int64, device=device)
+    index = torch.arange(LANES, dtype=torch.int64, device=device)
+    lanes = (first[:, None] + index).to(torch.int32)  # [blocks, LANES]
+    lanes = _mix_(_mix_(lanes.bitwise_xor_(_signed(low))).add_(_signed(_mix_int((start >> 32) + high & _MASK))))
+    rows = (index + LANES).to(torch.int32)  # [ROWS]
+    rows = _mix_(_mix_(rows.bitwise_xor_(_signed(high))).add_(_signed(low)))
+    bits = (lanes[:, None, :] ^ rows[:, None]).view(-1)[:count]
+    bits *= _signed(0x9E3779B1)
+    bits ^= (bits >> 15) & 0x1FFFF
+    return bits.mul_(_signed(0x85EBCA77))

@@ -12,7 +12,9 @@ the format, in the values as they are and in the format's units. It counts as ze
 flush-to-zero modes.
 """
 
+import ctypes
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +23,9 @@ from torch import Tensor
 from fedomc.codec.elements import FloatElement
 from fedomc.codec.layout import BLOCK, CHUNK, LANES, ROWS, SUMS, words_of
 from fedomc.codec.random import random_bits
+from fedomc.codec.scaling import bounded_exponent, fitting_exponent
+
+_INFINITY_BITS = 0x7F800000
 
 # The functions from here to the next line of dashes are the codec's operators on any device; see codec/__init__.py.
 
@@ -90,22 +95,49 @@ def encode(
 
 
 def update(
-    words: Tensor, scale_offset: Tensor, e: int, m: int, gradient: Tensor, alpha: float, exponent: int,
-    seed: int | None, out: Tensor, sums: Tensor, status: Tensor,
+    words: Tensor, scale_offset: Tensor, e: int, m: int, gradient: Tensor, alpha: float, rescale: bool,
+    seed: int | None, out: Tensor, out_scale_offset: Tensor, status: Tensor,
 ) -> None:  # fmt: skip
-    """Encode the decoded values plus ``alpha`` times the gradient."""
+    """Encode the codes plus ``alpha / scale`` times the gradient, in the units of the present scale."""
     element = FloatElement(e, m)
-    status.zero_()
-    for at, part in chunks_of(gradient):
-        former = _decoded(stretch(words, element.bits, at, part), element, scale_offset, part.numel())
-        if element.exponent_bits < 8:
-            former = flushed(former)
-            values = flushed(former.add(flushed(part), alpha=alpha))
-        else:
-            values = former.add(part, alpha=alpha)
-        status[1] |= (values != former).any()
-        row = sums[at // CHUNK] if len(sums) else None
-        _encode_chunk(values, element, exponent, seed, at, stretch(out, element.bits, at, part), row, status)
+    bias = _working_bias(element)
+    working = element.bias - bias
+    scale, offset = scale_offset.tolist()
+    ratio = _float32(math.ldexp(_float32(alpha) / scale, working)) if _is_normal(scale) else math.inf
+    shift = 0 if math.isfinite(ratio) else None
+    while shift is not None:
+        status.zero_()
+        for at, part in chunks_of(gradient):
+            codes = unpack(stretch(words, element.bits, at, part), -(-part.numel() // BLOCK), element.bits)
+            former = values_of(codes.view(-1)[: part.numel()], element)
+            if element.exponent_bits < 8:
+                former = flushed(former * 2.0**working)
+                values = flushed(former.add(flushed(part), alpha=ratio))
+            else:
+                values = former.add(part, alpha=ratio)
+            status[1] |= (values != former).any()
+            torch.maximum(status[0], magnitudes(values).max(), out=status[0])
+            if element.exponent_bits < 8:
+                values = flushed(values * 2.0**shift)
+            rounded = _pad(round_to(values, element, bias, seed, at), -(-part.numel() // BLOCK) * BLOCK)
+            pack(rounded, element.bits, stretch(out, element.bits, at, part))
+        largest = int(status[0])
+        if largest >= _INFINITY_BITS:
+            return
+        fitting = 0
+        if rescale and e < 8 and largest:
+            present = 1 - math.frexp(scale)[1]
+            wanted = present + fitting_exponent(largest, element, stochastic=seed is not None) + working
+            fitting = bounded_exponent(wanted, element) - present
+        if fitting == shift:
+            break
+        shift = fitting if abs(fitting) <= 120 else None
+    if shift is not None:
+        scale = math.ldexp(scale, -shift)
+        if math.isfinite(_float32(_float32(abs(scale) * element.max_value) + abs(offset))):
+            out_scale_offset.copy_(torch.tensor([scale, offset], dtype=torch.float32, device="cpu"))
+            return
+    status.copy_(torch.tensor([_INFINITY_BITS, 1], dtype=torch.int64, device="cpu"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -151,6 +183,14 @@ def _encode_chunk(
         sums.copy_(found / found.new_tensor([1, scale, scale, scale, 1]) / scale)
 
 
+def _float32(value: float) -> float:
+    return ctypes.c_float(value).value
+
+
+def _is_normal(value: float) -> bool:
+    return math.isfinite(value) and abs(value) >= 2.0**-126
+
+
 def _working_bias(element: FloatElement) -> int:
     """The bias of the units in which values are rounded and summed: a block's sum of squares must stay finite."""
     return element.bias + 4 if element.exponent_bits == 7 else element.bias
@@ -193,7 +233,7 @@ def round_to(values: Tensor, element: FloatElement, bias: int, seed: int | None,
         # 30 random bits: what lies lower changes a probability by less than 2**-30.
         integer >>= (shift - 30).clamp_(min=0)
         shift.clamp_(max=30)
-        noise = random_bits(seed, start, values.numel(), values.device).bitwise_and_(0x3FFFFFFF)
+        noise = random_bits(seed, start, values.numel(), values.device).bitwise_right_shift_(2).bitwise_and_(0x3FFFFFFF)
         integer += noise >> (30 - shift)
     integer >>= shift
     integer.clamp_(max=element.max_code)

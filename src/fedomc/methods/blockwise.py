@@ -81,9 +81,7 @@ class Blockwise(Method):
                 break
         return Outcome(largest, True)
 
-    def update(
-        self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing, was_zero: bool
-    ) -> Outcome:
+    def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
         """Add ``alpha`` times a gradient in one pass, with no dense copy of the values."""
         return codec.block_update(
             present[0], present[1], self.element, self.block, gradient, alpha, out[0], out[1], seed=writing.seed

@@ -45,7 +45,7 @@ class Encoding:
             raise PolicyError(f"rounding={self.rounding!r} is unknown: use one of {', '.join(ROUNDINGS)}")
         known = list(dict.fromkeys(name for method in self.methods for name in method.transforms))
         if not self.transform:
-            own = (method.default_transform(self.rounding) for method in self.methods if len(method.transforms) > 1)
+            own = (method.default_transform() for method in self.methods if len(method.transforms) > 1)
             object.__setattr__(self, "transform", next(own, known[0]))
         if self.transform not in known:
             raise PolicyError(f"transform={self.transform!r} is unknown to {self}: use one of {', '.join(known)}")

@@ -12,7 +12,6 @@ import ctypes
 import functools
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -116,9 +115,9 @@ class FloatFormat(FloatElement, Method):
         """Tell whether every code decodes to a finite value, rounding in float32 as decoding does."""
         return math.isfinite(_float32(_float32(abs(scale) * self.max_value) + abs(offset)))
 
-    def default_transform(self, rounding: str) -> str:
-        """Choose scaling and fit, and scaling alone with stochastic rounding, which the fit would bias."""
-        return "scaled" if rounding == "stochastic" else "scaled-affine"
+    def default_transform(self) -> str:
+        """Choose scaling alone; see the note on the fit."""
+        return "scaled"
 
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
         """Decode a stretch of values into float32 ``out``."""
@@ -148,34 +147,45 @@ class FloatFormat(FloatElement, Method):
         def expected() -> int:
             if present is not None:
                 return self._present_exponent(present)
-            return scaling_exponent(source.absmax_bits(), self)
+            return fitting(source.absmax_bits())
 
-        return self._encode_scaled(encoded, expected, fields, source.numel, writing)
+        def fitting(absmax_bits: int) -> int:
+            return scaling_exponent(absmax_bits, self, stochastic=writing.seed is not None)
 
-    def update(
-        self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing, was_zero: bool
-    ) -> Outcome:
-        """Add ``alpha`` times a gradient in one pass, with no dense copy of the values."""
+        scaled = writing.transform in _SCALED
+        exponent = expected() if scaled else 0
+        while True:
+            sums, found = encoded(exponent)
+            if found.absmax_bits >= INFINITY_BITS:
+                return found
+            wanted = fitting(found.absmax_bits) if scaled else 0
+            if wanted == exponent:
+                break
+            exponent = wanted
+        s, b = fit(sums, source.numel) if writing.transform in _FITTED else (1.0, 0.0)
+        scale = s * 2.0**-exponent
+        if not self.stays_finite(scale, b):
+            scale, b = 2.0**-exponent, 0.0
+        fields[1].copy_(torch.tensor([scale, b], dtype=torch.float32, device="cpu"))
+        return found
 
-        def encoded(exponent: int) -> tuple[Tensor, Outcome]:
-            return codec.update(
-                present[0],
-                present[1],
-                self,
-                gradient,
-                alpha,
-                exponent,
-                out[0],
-                seed=writing.seed,
-                sums=writing.transform in _FITTED,
-            )
-
-        def expected() -> int:
-            if not was_zero:
-                return self._present_exponent(present)
-            return scaling_exponent(_scaled_bits(codec.absmax_bits(gradient), alpha), self)
-
-        return self._encode_scaled(encoded, expected, out, gradient.numel(), writing)
+    def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
+        """Add ``alpha`` times a gradient in one pass, with no dense copy of the values; the fit stays as it is."""
+        found = codec.update(
+            present[0],
+            present[1],
+            self,
+            gradient,
+            alpha,
+            out[0],
+            out[1],
+            rescale=writing.transform in _SCALED,
+            seed=writing.seed,
+        )
+        if found.absmax_bits < INFINITY_BITS:
+            return found
+        # Not finite, or a scale that is not made for it, which only foreign bytes bring.
+        return super().update(present, gradient, alpha, out, writing)
 
     def decode_sum(self, fields: Fields, update: Method, update_fields: Fields, out: Tensor) -> Tensor:
         """Decode a base and add an update, in one pass if that is a float too."""
@@ -208,53 +218,17 @@ class FloatFormat(FloatElement, Method):
         scale, offset = scaling.tolist()
         return (fields[0], scaling) if 2.0**-120 < abs(scale) and self.stays_finite(scale, offset) else None
 
-    def _encode_scaled(
-        self,
-        encoded: Callable[[int], tuple[Tensor, Outcome]],
-        expected: Callable[[], int],
-        out: Fields,
-        numel: int,
-        writing: Writing,
-    ) -> Outcome:
-        """Encode with the power of two that fits, trying the expected one first; then write scale and offset."""
-        scaled = writing.transform in _SCALED
-        exponent = expected() if scaled else 0
-        while True:
-            sums, found = encoded(exponent)
-            if found.absmax_bits >= INFINITY_BITS:
-                return found
-            fitting = scaling_exponent(found.absmax_bits, self) if scaled else 0
-            if fitting == exponent:
-                break
-            exponent = fitting
-        s, b = fit(sums, numel) if writing.transform in _FITTED else (1.0, 0.0)
-        scale = s * 2.0**-exponent
-        if not self.stays_finite(scale, b):
-            scale, b = 2.0**-exponent, 0.0
-        out[1].copy_(torch.tensor([scale, b], dtype=torch.float32, device="cpu"))
-        return found
-
     def _present_exponent(self, present: Fields) -> int:
         scale: float = present[1].tolist()[0]
-        return 0 if scale == 0 else _bounded(-round(math.log2(abs(scale))), self)
+        return 0 if scale == 0 else codec.bounded_exponent(-round(math.log2(abs(scale))), self)
 
 
-def scaling_exponent(magnitude_bits: int, element: FloatElement) -> int:
-    """Choose k so that the largest magnitude, given as float32 bits, comes into the format's top binade.
+def scaling_exponent(magnitude_bits: int, element: FloatElement, *, stochastic: bool = False) -> int:
+    """Choose k for the largest magnitude, given as float32 bits; see the note on room in ``codec.scaling``.
 
     It is bounded so that every decoded value is zero or a normal float32; for e = 8, where nothing is gained, it is 0.
     """
-    if magnitude_bits == 0:
-        return 0
-    field = magnitude_bits >> 23
-    binade = field - 127 if field else magnitude_bits.bit_length() - 150
-    return _bounded(element.top_exponent - binade, element)
-
-
-def _bounded(exponent: int, element: FloatElement) -> int:
-    least = min(0, element.top_exponent - 127)
-    most = max(0, 120 - element.bias - element.mantissa_bits)
-    return max(least, min(exponent, most))
+    return codec.bounded_exponent(codec.fitting_exponent(magnitude_bits, element, stochastic=stochastic), element)
 
 
 def fit(sums: Tensor, numel: int) -> tuple[float, float]:
@@ -285,12 +259,6 @@ def fit(sums: Tensor, numel: int) -> tuple[float, float]:
     # in the direction of D.
     cost = 2.0**-22 * math.sqrt(dd * rr) + 2.0**-46 * rr
     return (s, b) if gained > doubt + cost else (1.0, 0.0)
-
-
-def _scaled_bits(magnitude_bits: int, factor: float) -> int:
-    """Return the float32 bits of a magnitude, given as its bits, times a factor."""
-    magnitude = ctypes.c_float.from_buffer(ctypes.c_uint32(magnitude_bits)).value
-    return ctypes.c_uint32.from_buffer(ctypes.c_float(abs(magnitude * factor))).value
 
 
 def _total(values: list[float]) -> float:

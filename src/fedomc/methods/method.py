@@ -190,7 +190,7 @@ class Method(ABC):
     def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:
         """Encode a stretch of finite float32 values into its fields; ``start`` is the counter of random rounding."""
 
-    def default_transform(self, rounding: str) -> str:
+    def default_transform(self) -> str:
         """Name the transformation that is used where none is asked for."""
         return self.transforms[0]
 
@@ -214,9 +214,7 @@ class Method(ABC):
             self.encode_stretch(values, self.stretch(fields, source.numel, start, len(values)), start, writing)
         return Outcome(largest, True)
 
-    def update(
-        self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing, was_zero: bool
-    ) -> Outcome:
+    def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
         """Encode a variable's present values plus ``alpha`` times a gradient.
 
         Args:
@@ -225,23 +223,22 @@ class Method(ABC):
             alpha: its factor.
             out: fields, written; other tensors than the present ones.
             writing: how.
-            was_zero: whether the present values are all zero, so that they do not suggest the size of the new ones.
 
         Returns:
             What was found, and whether any value changed: if none did, the present fields are to be kept.
         """
-        numel, largest, changed = len(gradient), 0, False
-        for start in range(0, numel, CHUNK):
-            part = gradient[start : start + CHUNK]
-            former = workspace.empty(len(part), part.device)
-            self.decode(self.stretch(present, numel, start, len(part)), former)
-            values = former.add(part, alpha=alpha)
+        numel, changed = gradient.numel(), False
+
+        def updated(start: int, stop: int) -> Tensor:
+            nonlocal changed
+            former = workspace.empty(stop - start, gradient.device)
+            self.decode(self.stretch(present, numel, start, stop - start), former)
+            values = former.add(gradient[start:stop], alpha=alpha)
             changed = changed or not torch.equal(values, former)
-            largest = max(largest, codec.absmax_bits(values))
-            if largest >= INFINITY_BITS:
-                break
-            self.encode_stretch(values, self.stretch(out, numel, start, len(part)), start, writing)
-        return Outcome(largest, changed)
+            return values
+
+        found = self.encode(Source(numel, updated), out, writing, present)
+        return Outcome(found.absmax_bits, changed)
 
     def decode_sum(self, fields: Fields, update: "Method", update_fields: Fields, out: Tensor) -> Tensor:
         """Decode a stretch and add an update, of whatever method, into ``out``."""

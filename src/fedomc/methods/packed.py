@@ -160,7 +160,7 @@ class Packed:
         """
         state, out = self.state, self._room()
         writing = self._writing(transform, rounding, seed, name)
-        found = self.method.update(state.fields, gradient, alpha, out, writing, not state.draws)
+        found = self.method.update(state.fields, gradient, alpha, out, writing)
         if found.changed or found.absmax_bits >= INFINITY_BITS:
             self._finish(out, found, name, accepts)
 
@@ -174,7 +174,7 @@ class Packed:
 
     def _writing(self, transform: str, rounding: str, seed: int, name: str) -> Writing:
         if transform not in self.method.transforms:
-            transform = self.method.default_transform(rounding)
+            transform = self.method.default_transform()
         draw = draw_seed(seed, name, self.state.draws) if rounding == "stochastic" else None
         return Writing(transform, draw)
 
