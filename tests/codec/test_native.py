@@ -118,23 +118,45 @@ def test_add_difference() -> None:
         both(add)
 
 
+UPDATES = {  # scale, offset and alpha
+    "ordinary": (0.05, 0.0, -0.1),
+    "fitted": (-0.0517, 0.003, -0.1),
+    "grows": (2.0**-20, 0.0, 3.0),
+    "first step": (1.0, 0.0, 1e-12),
+    "nothing": (0.05, 0.1, 0.0),
+    "far": (2.0**-100, 0.0, 1e10),
+    "too far": (2.0**-100, 0.0, 1e38),
+    "no scale": (0.0, 0.5, 1.0),
+    "subnormal scale": (2.0**-130, 0.0, 1.0),
+    "largest": (1e38, 0.0, 1e30),
+}
+
+
+@pytest.mark.parametrize("case", UPDATES)
 @pytest.mark.parametrize("seed", [None, 5])
 @pytest.mark.parametrize("name", FORMATS)
-def test_update(name: str, seed: int | None) -> None:
+def test_update(name: str, seed: int | None, case: str) -> None:
     fmt = FloatFormat.parse(name)
     e, m = fmt.exponent_bits, fmt.mantissa_bits
-    for n in (1, 31, 33, 1024, 5000, codec.CHUNK + 1025):
+    scale, offset, alpha = UPDATES[case]
+    for n in (1, 31, 1024, codec.CHUNK + 1025):
         words, gradient = random_words(n, fmt), randn(n, seed=4)
+        if case == "first step":
+            words.zero_()
 
         def update(
-            backend: object, n: int = n, words: Tensor = words, gradient: Tensor = gradient
+            backend: object, rescale: bool, n: int = n, words: Tensor = words, gradient: Tensor = gradient
         ) -> tuple[Tensor, ...]:
-            out, sums, status = words_for(n, fmt), sums_for(n), torch.zeros(2, dtype=torch.int64)
-            exponent = 0 if e == 8 else 3
-            backend.update(words, scaling(0.05, 0.0), e, m, gradient, -0.1, exponent, seed, out, sums, status)
-            return out, sums.nan_to_num(7.0), status
+            out, status = words_for(n, fmt).zero_(), torch.zeros(2, dtype=torch.int64)
+            changed = torch.full((2,), -7.0)
+            present = scaling(scale, offset)
+            backend.update(words, present, e, m, gradient, alpha, rescale, seed, out, changed, status)
+            if status[0] >= codec.INFINITY_BITS:  # what was written means nothing then
+                return (status.clamp(max=codec.INFINITY_BITS),)
+            return out, changed, status
 
-        both(update)
+        for rescale in (True, False):
+            both(lambda backend, rescale=rescale: update(backend, rescale))
 
 
 def test_absmax_sees_what_is_not_finite() -> None:
@@ -161,7 +183,7 @@ def test_threads_and_flushing_do_not_count(seed: int | None) -> None:
             sums, out, status = sums_for(n), torch.empty(n), torch.zeros(2, dtype=torch.int64)
             native.encode(values, 3, 7, 0, seed, 0, words, sums, status)
             native.decode(words, scaling(0.5, 0.1), 3, 7, out)
-            native.update(words, scaling(0.5, 0.1), 3, 7, gradient, 0.1, 2, seed, again, sums, status)
+            native.update(words, scaling(0.5, 0.1), 3, 7, gradient, 0.1, True, seed, again, scaling(0.0, 0.0), status)
             with flushed_denormals():
                 flushed = words_for(n, fmt)
                 native.encode(values, 3, 7, 0, seed, 0, flushed, sums.clone(), status.clone())
@@ -202,10 +224,10 @@ def bad_calls() -> dict[str, Callable[[], object]]:
         "shape of sums": lambda: x.encode(values, 3, 7, 0, False, 0, 0, words, torch.zeros(2, 5).double(), status, 1),
         "columns of sums": lambda: x.encode(values, 3, 7, 0, False, 0, 0, words, torch.zeros(1, 4).double(), status, 1),
         "update onto itself": lambda: x.update(
-            words, scaling(1.0, 0.0), 3, 7, values, 0.1, 0, False, 0, words, sums, status, 1
+            words, scaling(1.0, 0.0), 3, 7, values, 0.1, True, False, 0, words, scaling(0.0, 0.0), status, 1
         ),
         "gradient too long": lambda: x.update(
-            words, scaling(1.0, 0.0), 3, 7, torch.zeros(1025), 0.1, 0, False, 0, out, sums, status, 1
+            words, scaling(1.0, 0.0), 3, 7, torch.zeros(1025), 0.1, True, False, 0, out, scaling(0.0, 0.0), status, 1
         ),
         "words of the update": lambda: x.decode_sum(
             words, scaling(1.0, 0.0), 3, 7, words, scaling(1.0, 0.0), 2, 1, values, 1
