@@ -23,6 +23,7 @@ from fedomc._torch import (
     has_hooks,
     no_overrides,
     transforms_are_active,
+    tree_leaves,
     uncompiled,
     use_count,
     wrapper_tensor,
@@ -330,7 +331,11 @@ class CompressedTensor(Tensor):
     ) -> Any:
         """Run the functions that a handler is for; leave the others to the dispatcher."""
         if torch.compiler.is_exporting():
-            raise RuntimeError("a compressed model cannot be exported: decompress_ it (or a deep copy of it) first")
+            variables = (x.variable for x in tree_leaves((args, kwargs)) if is_compressed(x))
+            raise RuntimeError(
+                f"{next(variables, 'a parameter')} is compressed and cannot be exported: decompress_ the model (or a "
+                "deep copy of it) first"
+            )
         if kwargs and kwargs.get("out") is not None:
             return _handled(FALLBACK["out"], func, args, kwargs)
         if func in BACKWARD:
