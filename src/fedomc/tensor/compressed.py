@@ -226,8 +226,9 @@ class CompressedTensor(Tensor):
         return self._decode_into(self.empty(start, stop), start)
 
     def _decode_into(self, values: Tensor, start: int) -> Tensor:
-        if torch.compiler.is_compiling():
-            self.base.codes[:1].tolist()  # the compiler, which has no values, breaks its graph here
+        codes = self.base.codes
+        if type(codes) is not Tensor:
+            codes[:1].tolist()  # the compiler, which has codes without values, breaks its graph here
         if self.update is None or self.update.is_zero:
             return self.base.decode(values, start)
         return self.base.decode_with(self.update, values, start)
