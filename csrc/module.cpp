@@ -13,12 +13,9 @@
 #include <string_view>
 #include <vector>
 
+#include "arithmetic.hpp"
 #include "kernels.hpp"
 #include "threads.hpp"
-
-#if defined(FEDOMC_X86)
-#include <immintrin.h>
-#endif
 
 namespace nb = nanobind;
 
@@ -64,38 +61,6 @@ const Kernels*& current() {
   static const Kernels* kernels = initial();
   return kernels;
 }
-
-// How subnormal numbers are treated, whatever torch.set_flush_denormal says: a result does not depend on the thread.
-enum class Subnormals { kKept, kZero };
-
-class Arithmetic {
- public:
-#if defined(FEDOMC_X86)
-  explicit Arithmetic(Subnormals subnormals) : before_(_mm_getcsr()) {
-    const unsigned to_nearest = before_ & ~(kZero | 0x6000u);
-    _mm_setcsr(subnormals == Subnormals::kZero ? to_nearest | kZero : to_nearest);
-  }
-  ~Arithmetic() { _mm_setcsr(before_); }
-
- private:
-  static constexpr unsigned kZero = 0x8040u;
-  unsigned before_;
-#elif defined(__aarch64__)
-  explicit Arithmetic(Subnormals subnormals) {
-    asm volatile("mrs %0, fpcr" : "=r"(before_));
-    const std::uint64_t to_nearest = before_ & ~(kZero | std::uint64_t{3} << 22);
-    set(subnormals == Subnormals::kZero ? to_nearest | kZero : to_nearest);
-  }
-  ~Arithmetic() { set(before_); }
-
- private:
-  static constexpr std::uint64_t kZero = std::uint64_t{1} << 24;
-  static void set(std::uint64_t fpcr) { asm volatile("msr fpcr, %0" : : "r"(fpcr)); }
-  std::uint64_t before_;
-#else
-#error "set how subnormal numbers are treated on this processor"
-#endif
-};
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);

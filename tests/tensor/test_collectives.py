@@ -55,9 +55,7 @@ def _collectives(rank: int, folder: Path) -> None:
     for name, collective in WRITING.items():
         for make in (torch.clone, lambda x: lossless(x, name="layer.weight")):
             p = make(randn(4, 6, seed=rank))
-            with torch.no_grad():
-                collective(p, lambda *shape, make=make: make(randn(*shape, seed=rank + 2)))
-            found.setdefault(name, []).append(dense(p))
+            found.setdefault(name, []).append(_outcome(collective, p, make, rank))
     found["coarse"] = _broadcast(torch.zeros(4, 6) if rank else randn(4, 6))
     dist.barrier()  # after an error the processes do not agree any more on how many collectives there were
     for name, (collective, _) in REFUSED.items():
@@ -70,6 +68,18 @@ def _collectives(rank: int, folder: Path) -> None:
         assert same_bits(p.dequantize(), randn(4, 6))
     torch.save(found, folder / str(rank))
     dist.destroy_process_group()
+
+
+def _outcome(collective: Collective, p: Tensor, make: Callable[[Tensor], Tensor], rank: int) -> Tensor | str:
+    """Return what a collective made of a tensor, or the error if this version of gloo does not have it."""
+    try:
+        with torch.no_grad():
+            collective(p, lambda *shape: make(randn(*shape, seed=rank + 2)))
+    except RuntimeError as error:
+        if "does not support" not in str(error):
+            raise
+        return str(error)
+    return dense(p)
 
 
 def _broadcast(values: Tensor) -> Tensor:
@@ -92,7 +102,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
 def test_a_collective_writes_to_a_compressed_tensor(name: str, ranks: list[dict[str, list[Tensor]]]) -> None:
     for rank in ranks:
         plain, packed = rank[name]
-        assert same_bits(packed, plain)
+        assert packed == plain if isinstance(plain, str) else same_bits(packed, plain)
+    if isinstance(plain, str):
+        assert name == "all_to_all" and torch.__version__ < "2.13", plain
+        return
     assert any(not same_bits(rank[name][0], randn(4, 6, seed=at)) for at, rank in enumerate(ranks))
 
 

@@ -50,8 +50,10 @@ def test_training_gives_the_same_bits(how: dict[str, str]) -> None:
 def test_graph_breaks_are_those_of_the_decoded_weights() -> None:
     found = torch._dynamo.explain(made())(IDS)
     reasons = [str(reason.reason) for reason in found.break_reasons]
-    assert sum("a weight is decoded" in reason for reason in reasons) == COMPRESSED
-    # Where the function is one of C++, it is tried without values before it is left alone.
+    decodes = sum("a weight is decoded" in reason for reason in reasons)
+    # Older versions try every function without values, and name only the break that this gives.
+    assert decodes == COMPRESSED or (torch.__version__ < "2.13" and reasons and not decodes)
+    # Where the function is one of C++, newer ones try it too before they leave it alone.
     assert found.graph_break_count <= COMPRESSED + 3
     assert all("a weight is decoded" in reason or "_local_scalar_dense" in reason for reason in reasons)
 

@@ -23,6 +23,9 @@ A client that knows nothing of compression fails with Flower's error "Unsupporte
 the only part of it that can say what to do.
 """
 
+STRETCH = 8 * codec.CHUNK
+"""How many values of a variable are worked on at a time, for one sum or several: they stay in the processor's cache."""
+
 Values = np.ndarray[Any, Any]
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)

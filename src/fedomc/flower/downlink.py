@@ -7,16 +7,12 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from fedomc.codec import CHUNK
 from fedomc.errors import PolicyError
-from fedomc.flower.arrays import Values, flat_tensor, packed_array, records_of, view_dense
+from fedomc.flower.arrays import STRETCH, Values, flat_tensor, packed_array, records_of, view_dense
 from fedomc.flower.config import CONFIG, to_config
 from fedomc.methods import Encoding, Method, Packed, encode
 from fedomc.serialization import frame
 from fedomc.training.policy import CompressionPolicy
-
-_STRETCH = 8 * CHUNK
-"""Values whose compression error is measured at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +160,9 @@ def float32_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
 def _error(packed: Packed, values: Tensor) -> tuple[float, float]:
     """Return the sum of squares of the compression error, and that of the values."""
     error, size = 0.0, 0.0
-    scratch = torch.empty(min(_STRETCH, values.numel()), dtype=torch.float32, device="cpu")
-    for start in range(0, values.numel(), _STRETCH):
-        part = values[start : start + _STRETCH]
+    scratch = torch.empty(min(STRETCH, values.numel()), dtype=torch.float32, device="cpu")
+    for start in range(0, values.numel(), STRETCH):
+        part = values[start : start + STRETCH]
         difference = packed.decode(scratch[: part.numel()], start).sub_(part)
         error += float(torch.dot(difference, difference))
         size += float(torch.dot(part, part))

@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.codec import CHUNK
-from fedomc.flower.arrays import Values, flat_tensor
+from fedomc.flower.arrays import STRETCH, Values, flat_tensor
 from fedomc.methods import Packed
-
-STRETCH = 8 * CHUNK
-"""Values of several replies that are added at a time: their sum stays in the processor's cache meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ class ReplyVariable:
             values.add_difference_to(total, sent, weight, start)
         elif isinstance(values, Packed) or isinstance(sent, Packed):
             total.add_(self.change_from(values, torch.empty_like(total), start), alpha=weight)
-        elif total.dtype == torch.float32 and total.numel() >= CHUNK:
+        elif total.dtype == torch.float32 and total.numel() >= codec.CHUNK:
             codec.add_difference(flat_tensor(values)[start:stop], flat_tensor(sent)[start:stop], weight, total)
         else:  # small variables, of which a model has hundreds: calling the codec takes longer than adding in numpy
             added = total.numpy()

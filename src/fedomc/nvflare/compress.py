@@ -19,6 +19,7 @@ from fedomc.errors import PolicyError
 from fedomc.methods import Encoding, encode
 from fedomc.nvflare.messages import (
     ALGORITHM,
+    RECEIVED,
     SENT,
     ModelFilter,
     dtype_of,
@@ -28,7 +29,7 @@ from fedomc.nvflare.messages import (
     replaced,
     round_of,
 )
-from fedomc.serialization import frame
+from fedomc.serialization import frame, uplink
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.training.module_state import some
 from fedomc.training.policy import CompressionPolicy
@@ -39,9 +40,10 @@ class CompressFilter(ModelFilter):
 
     The variables that stay FP32 are drawn from the policy's seed, the round and the client's name, alike on both sides.
     Weights are encoded in the policy's format, differences of weights in its ``update_format`` if it has one. A policy
-    with an ``update_format`` needs clients that send differences. Variables that are not float32 stay as they are. A
-    client sends the codes of a ``CompressedTensor`` unchanged: among weights it must have one part, among differences
-    two, of which only the update is sent.
+    with an ``update_format`` needs clients that send differences. Variables that are not float32 stay as they are. What
+    a client sends is encoded by ``serialization.uplink``, as on every transport: the codes of a ``CompressedTensor``
+    are sent unchanged (among weights it must have one part, among differences two, of which only the update is sent),
+    and so is a variable whose values the client did not change.
 
     Attributes:
         policy: how to compress.
@@ -74,14 +76,15 @@ class CompressFilter(ModelFilter):
         round = round_of(shareable)
         shapes = {name: tuple(value.shape) for name, value in dxo.data.items() if _is_float32(value)}
         selection = self.policy.select(shapes, round=round, client=client)
+        received = {} if to_client else fl_ctx.get_prop(RECEIVED, {})
         data, count = dict(dxo.data), 0
         for name, value in dxo.data.items():
             if is_compressed(value):
-                data[name] = _own_codes(name, value, kind)
+                data[name] = _codes_frame(name, value, kind)
             elif name in selection and to_client:
                 data[name] = self._shared_frame(name, value, kind, round)
             elif name in selection:
-                data[name] = _to_frame(name, value, kind, selection[name])
+                data[name] = _reply_frame(name, value, kind, selection[name], received.get(name))
             else:
                 continue
             count += 1
@@ -110,7 +113,7 @@ class CompressFilter(ModelFilter):
                 self._round, self._frames = round, {}
             source, source_kind, data = self._frames.get(name, (lambda: None, kind, b""))
             if source() is not value or source_kind != kind:
-                data = _to_frame(name, value, kind, self.policy.encoding(self.policy.format_of(name), round=round))
+                data = _message_frame(name, value, kind, self.policy.encoding(self.policy.format_of(name), round=round))
                 self._frames[name] = (weakref.ref(value), kind, data)
             return data
 
@@ -135,18 +138,33 @@ def _nbytes(value: Any) -> int:
     return len(value) if isinstance(value, bytes) else int(getattr(value, "nbytes", 0))
 
 
-def _to_frame(name: str, value: Any, kind: int, how: Encoding) -> bytes:
-    if isinstance(value, np.ndarray):
-        value = np.ascontiguousarray(value).reshape(value.shape)
-        value = torch.from_numpy(value if value.flags.writeable else value.copy())
-    format, rounding = how.format, how.base_rounding
+def _as_tensor(value: np.ndarray[Any, Any] | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    contiguous = np.ascontiguousarray(value).reshape(value.shape)
+    return torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
+
+
+def _message_frame(name: str, value: Any, kind: int, how: Encoding) -> bytes:
+    """Encode what the server sends of a variable."""
+    tensor, format, rounding = _as_tensor(value), how.format, how.base_rounding
     if kind == frame.UPDATE:
         format, rounding = how.update_format or how.format, how.rounding
-    packed = encode(value.cpu(), format, how.transform, rounding, how.seed, name)
-    return frame.to_bytes(packed, tuple(value.shape), kind, name)
+    packed = encode(tensor.cpu(), format, how.transform, rounding, how.seed, name)
+    return frame.to_bytes(packed, tuple(tensor.shape), kind, name)
 
 
-def _own_codes(name: str, value: CompressedTensor, kind: int) -> bytes:
+def _reply_frame(name: str, value: Any, kind: int, how: Encoding, received: frame.Frame | None) -> bytes:
+    """Encode what a client sends of a dense variable, which is weights or differences by the kind of its message."""
+    tensor, config = _as_tensor(value), uplink.UplinkConfig(how)
+    if kind == frame.UPDATE:
+        return uplink.change_frame(tensor, how.update_format or how.format, config, name)
+    data = uplink.reply_frame(tensor, received, config, name)
+    return uplink.value_frame(tensor, how.format, config, name) if data is None else data
+
+
+def _codes_frame(name: str, value: CompressedTensor, kind: int) -> bytes:
+    """Write the codes of a compressed variable, if they are of the kind of its message."""
     if kind == frame.VARIABLE and value.update is not None:
         raise PolicyError(
             f"{name} is in two parts, of which the update travels, but the model is sent as weights: send it as "
@@ -157,4 +175,6 @@ def _own_codes(name: str, value: CompressedTensor, kind: int) -> bytes:
             f"{name} is in one part and has no update to send among differences: send weights (ParamsType.FULL), "
             "or use a policy with update_format"
         )
-    return frame.to_bytes(value.parts[-1], tuple(value.shape), kind, name)
+    data = uplink.reply_frame(value, None, None, name)
+    assert data is not None
+    return data

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.methods import Encoding
-from fedomc.nvflare.messages import ALGORITHM, SENT, ModelFilter, Sent, dtype_of, kind_of, library_of, name_of, replaced
+from fedomc.nvflare.messages import (
+    ALGORITHM,
+    RECEIVED,
+    SENT,
+    ModelFilter,
+    Sent,
+    dtype_of,
+    kind_of,
+    library_of,
+    name_of,
+    replaced,
+)
 from fedomc.serialization import frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.training.module_state import is_finite
@@ -50,11 +61,17 @@ class DecompressFilter(ModelFilter):
         if kind_of(dxo) is None and (sent is None or dxo.data_kind == DataKind.METRICS):
             return None
         try:
-            return self._decoded(dxo, sent, self.compressed and to_client and dxo.data_kind == DataKind.WEIGHTS)
+            keep = self.compressed and to_client and dxo.data_kind == DataKind.WEIGHTS
+            decoded, frames = self._decoded(dxo, sent, keep)
         except PayloadError as error:
             raise PayloadError(f"{name_of(fl_ctx.get_peer_context())} sent {error}") from error
+        if to_client:
+            received = {**fl_ctx.get_prop(RECEIVED, {}), **dict.fromkeys(dxo.data), **frames}
+            fl_ctx.set_prop(RECEIVED, received, private=True, sticky=True)
+        return decoded
 
-    def _decoded(self, dxo: DXO, sent: Sent | None, keep: bool) -> DXO:
+    def _decoded(self, dxo: DXO, sent: Sent | None, keep: bool) -> tuple[DXO, dict[str, frame.Frame]]:
+        """Return the decoded model, and the frames of the variables that a client may send back as they came."""
         if (kind := kind_of(dxo)) is None:  # NVFlare would take it for weights
             raise PayloadError(f"{dxo.data_kind!r}, where weights, differences or metrics are expected")
         library, encoding = _read_meta(dxo.meta)
@@ -63,6 +80,7 @@ class DecompressFilter(ModelFilter):
                 "compressed=True needs a job that exchanges tensors: server_expected_format=ExchangeFormat.PYTORCH"
             )
         data: dict[str, Any] = {}
+        frames: dict[str, frame.Frame] = {}
         for name, value in dxo.data.items():
             if not isinstance(name, str) or (sent is not None and name not in sent):
                 raise PayloadError(f"{name!r}, which is not a variable of the model that was sent")
@@ -85,7 +103,9 @@ class DecompressFilter(ModelFilter):
                     parsed.shape
                 )
                 data[name] = values.numpy() if (wanted or library) == "numpy" else values
-        return replaced(dxo, data, {})
+                if kind == frame.VARIABLE and encoding.update_format is None:
+                    frames[name] = parsed
+        return replaced(dxo, data, {}), frames
 
 
 def _read_meta(meta: Mapping[str, Any] | None) -> tuple[str, Encoding | None]:

@@ -26,6 +26,10 @@ ALGORITHM = "fedomc"
 SENT = "fedomc.sent"
 """The property of the server's context that keeps what was sent, to check what comes back."""
 
+RECEIVED = "fedomc.received"
+"""The property of a client's context that keeps the frames of whole variables that were decoded to dense values, by
+name; ``None`` for a variable that came in another way. What the client did not change goes back as it came."""
+
 Sent = Mapping[str, tuple[tuple[int, ...], str, str]]
 """Shape, dtype and library of each variable's array."""
 

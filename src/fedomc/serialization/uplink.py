@@ -1,4 +1,8 @@
-"""What a client sends back of a variable: the one place that decides it, whatever carries the bytes."""
+"""What a client sends back of a variable: the one place that decides it, whatever carries the bytes.
+
+``reply_frame`` decides by what the client was sent. ``value_frame`` and ``change_frame`` are what it decides between,
+for a transport on which a client says itself whether it sends values or changes.
+"""
 
 from dataclasses import dataclass
 
@@ -71,20 +75,60 @@ def reply_frame(value: Tensor, sent: frame.Frame | None, config: UplinkConfig | 
         return frame.to_bytes(value.base, shape, frame.VARIABLE, name, lossless=coded, sent=codes)
     if sent is None or config is None:
         return None
-    how, flat = config.encoding, value.detach().cpu().reshape(-1)
-    if sent.kind == frame.VARIABLE and how.update_format is None:
-        # What the client did not change goes back as it came: encoding again may move values.
-        packed = sent.packed if _holds(sent.packed, flat) else encode_reply(flat, sent.packed.method, how, name)
-        return frame.to_bytes(packed, shape, frame.VARIABLE, name, lossless=coded, sent=sent.packed)
-    format = how.update_format if sent.kind == frame.VARIABLE else config.unquantized_format
+    if sent.kind == frame.VARIABLE and config.encoding.update_format is None:
+        return value_frame(value, sent.packed.method, config, name, sent.packed)
+    format = config.encoding.update_format if sent.kind == frame.VARIABLE else config.unquantized_format
     if format is None:
         raise PayloadError(f"{name} came as a frame of kind {sent.kind}, but the sender names no format for it")
-    change = sent.packed.add_to(flat.to(torch.float32, copy=True), -1.0)
-    return frame.to_bytes(encode_reply(change, format, how, name), shape, frame.UPDATE, name, lossless=coded)
+    change = sent.packed.add_to(_flat(value).to(torch.float32, copy=True), -1.0)
+    return change_frame(change.view(shape), format, config, name)
 
 
-def encode_reply(values: Tensor, format: Method, encoding: Encoding, name: str) -> Packed:
-    """Encode values or differences that go back: as the encoding says, in a format that may be another than its own."""
+def value_frame(value: Tensor, format: Method, config: UplinkConfig, name: str, sent: Packed | None = None) -> bytes:
+    """Encode the values of a dense variable, as a frame of the kind ``VARIABLE``.
+
+    Args:
+        value: float32, of any shape, on any device.
+        format: the format to encode it in.
+        config: what the server asked for.
+        name: the variable's name, for the random draws and for errors.
+        sent: what the client received of the variable, if it came compressed. A variable that still has these values
+            goes back as it came, since encoding it again may move values.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+        PolicyError: entropy coding is asked for, but zstandard is not installed.
+    """
+    flat = _flat(value)
+    unchanged = sent is not None and sent.method == format and _holds(sent, flat)
+    packed = sent if sent is not None and unchanged else _encode(flat, format, config.encoding, name)
+    shape, coded = tuple(value.shape), config.entropy_coding
+    return frame.to_bytes(packed, shape, frame.VARIABLE, name, lossless=coded, sent=sent)
+
+
+def change_frame(change: Tensor, format: Method, config: UplinkConfig, name: str) -> bytes:
+    """Encode what a client changed of a variable, as a frame of the kind ``UPDATE``.
+
+    Args:
+        change: the difference to what was sent, float32, of any shape, on any device.
+        format: the format to encode it in.
+        config: what the server asked for.
+        name: the variable's name, for the random draws and for errors.
+
+    Raises:
+        NonFiniteError: a difference is NaN or infinite.
+        PolicyError: entropy coding is asked for, but zstandard is not installed.
+    """
+    packed = _encode(_flat(change), format, config.encoding, name)
+    return frame.to_bytes(packed, tuple(change.shape), frame.UPDATE, name, lossless=config.entropy_coding)
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.detach().cpu().reshape(-1)
+
+
+def _encode(values: Tensor, format: Method, encoding: Encoding, name: str) -> Packed:
+    """Encode as the encoding says, in a format that may be another than its own."""
     return encode(values, format, encoding.transform, encoding.rounding, encoding.seed, name)
 
 

@@ -23,6 +23,7 @@ from fedomc._torch import (
     has_hooks,
     no_overrides,
     transforms_are_active,
+    tree_leaves,
     uncompiled,
     use_count,
     wrapper_tensor,
@@ -225,8 +226,9 @@ class CompressedTensor(Tensor):
         return self._decode_into(self.empty(start, stop), start)
 
     def _decode_into(self, values: Tensor, start: int) -> Tensor:
-        if torch.compiler.is_compiling():
-            self.base.codes[:1].tolist()  # the compiler, which has no values, breaks its graph here
+        codes = self.base.codes
+        if type(codes) is not Tensor:
+            codes[:1].tolist()  # the compiler, which has codes without values, breaks its graph here
         if self.update is None or self.update.is_zero:
             return self.base.decode(values, start)
         return self.base.decode_with(self.update, values, start)
@@ -330,7 +332,11 @@ class CompressedTensor(Tensor):
     ) -> Any:
         """Run the functions that a handler is for; leave the others to the dispatcher."""
         if torch.compiler.is_exporting():
-            raise RuntimeError("a compressed model cannot be exported: decompress_ it (or a deep copy of it) first")
+            variables = (x.variable for x in tree_leaves((args, kwargs)) if is_compressed(x))
+            raise RuntimeError(
+                f"{next(variables, 'a parameter')} is compressed and cannot be exported: decompress_ the model (or a "
+                "deep copy of it) first"
+            )
         if kwargs and kwargs.get("out") is not None:
             return _handled(FALLBACK["out"], func, args, kwargs)
         if func in BACKWARD:
