@@ -306,7 +306,7 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
         "block_decode": (packed8, scales, 0, 8, 0, 64, out),
         "block_encode": (randn(n), 0, 8, 0, 64, None, 0, packed8, scales, status),
         "block_update": (packed8, scales, 0, 8, 0, 64, randn(n), 0.1, 3, packed8.clone(), scales.clone(), status),
-        "update": (words, scaling(0.5, 0.1), 3, 7, randn(n), 0.1, 0, 3, again, sums, status),
+        "update": (words, scaling(0.5, 0.1), 3, 7, randn(n), 0.1, True, 3, again, scaling(0.0, 0.0), status),
     }
 
 

@@ -276,7 +276,7 @@ def test_it_runs_under_torch_compile(seed: int | None) -> None:
         again, status, out = words.clone(), torch.zeros(2, dtype=torch.int64), torch.empty(n)
         at(reference.encode)(x, 3, 7, 3, seed, 0, words, sums, status)
         at(reference.update)(
-            words, scaling(0.5, 0.1), 3, 7, gradient, -0.1, 3, seed, again, sums.clone(), status.clone()
+            words, scaling(0.5, 0.1), 3, 7, gradient, -0.1, True, seed, again, scaling(0.0, 0.0), status.clone()
         )
         at(reference.decode_sum)(words, scaling(0.5, 0.1), 3, 7, again, scaling(0.5, 0.1), 3, 7, out)
         at(reference.decode_add)(words, scaling(0.5, 0.1), 3, 7, 0.25, out)
