@@ -59,7 +59,7 @@ class Variant:
             transform=settings.transform or None,
             weight_matrices_only=settings.weight_matrices_only,
             fraction=self.fraction,
-            rounding=settings.rounding or None,
+            rounding=settings.rounding or "stochastic",
             seed=settings.seed,
             # Biases of the attention that have two dimensions.
             exclude=("*.bias_u", "*.bias_v") if settings.weight_matrices_only else (),

@@ -129,12 +129,11 @@ class Broadcast:
 
     def _piece(self, name: str, how: Encoding, kind: int) -> _Piece:
         """Encode a variable, once for all clients that are sent it in this format."""
-        seed = how.seed if how.base_rounding == "stochastic" else 0
-        key = (name, kind, how.format, how.transform, how.base_rounding, seed)
+        key = (name, kind, how.format, how.transform)
         piece = self._pieces.get(key) or self._former_pieces.get(key)
         if piece is None:
             values = flat_tensor(self.dense(name))
-            packed = encode(values, how.format, how.transform, how.base_rounding, seed, name)
+            packed = encode(values, how.format, how.transform, name=name)
             array = packed_array(packed, self._shapes[name], kind, entropy_coding=self._code_down)
             piece = _Piece(array, packed, _error(packed, values))
         self._pieces[key] = piece

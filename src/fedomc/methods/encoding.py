@@ -15,9 +15,10 @@ class Encoding:
         format: the method of the variable, or of its base.
         update_format: the method of the update part; None holds the variable in one part.
         transform: the transformation before rounding, of the methods that have any: ``none``, ``affine``, ``scaled``
-            or ``scaled-affine`` for floats. Empty, it is the one that suits the rounding.
-        rounding: ``nearest`` or ``stochastic``: of the variable, or of its update part; a base is rounded to nearest.
-            Empty, it is ``nearest`` in one part and ``stochastic`` in two, which ``docs/results`` explains.
+            or ``scaled-affine`` for floats. Empty, it is ``scaled`` for floats.
+        rounding: ``stochastic`` or ``nearest``: how each change of the variable is rounded. Rounding to nearest loses
+            the steps that are smaller than half the distance between neighbouring codes. A variable that is encoded
+            as a whole, such as what a server sends, is always rounded to nearest.
         seed: of stochastic rounding.
 
     Raises:
@@ -32,15 +33,13 @@ class Encoding:
     format: Method
     update_format: Method | None = None
     transform: str = ""
-    rounding: str = ""
+    rounding: str = "stochastic"
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_method(self.format))
         if self.update_format is not None:
             object.__setattr__(self, "update_format", parse_method(self.update_format))
-        if not self.rounding:
-            object.__setattr__(self, "rounding", "nearest" if self.update_format is None else "stochastic")
         if self.rounding not in ROUNDINGS:
             raise PolicyError(f"rounding={self.rounding!r} is unknown: use one of {', '.join(ROUNDINGS)}")
         known = list(dict.fromkeys(name for method in self.methods for name in method.transforms))
@@ -70,11 +69,6 @@ class Encoding:
     def methods(self) -> tuple[Method, ...]:
         """The method of each part: the base's, and the update's if there is one."""
         return (self.format,) if self.update_format is None else (self.format, self.update_format)
-
-    @property
-    def base_rounding(self) -> str:
-        """How a variable is rounded when it is encoded as a whole: a base always to nearest."""
-        return self.rounding if self.update_format is None else "nearest"
 
     def nbytes(self, numel: int) -> int:
         """Count the bytes that a variable of so many values holds."""

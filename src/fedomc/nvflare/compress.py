@@ -147,7 +147,7 @@ def _as_tensor(value: np.ndarray[Any, Any] | Tensor) -> Tensor:
 
 def _message_frame(name: str, value: Any, kind: int, how: Encoding) -> bytes:
     """Encode what the server sends of a variable."""
-    tensor, format, rounding = _as_tensor(value), how.format, how.base_rounding
+    tensor, format, rounding = _as_tensor(value), how.format, "nearest"
     if kind == frame.UPDATE:
         format, rounding = how.update_format or how.format, how.rounding
     packed = encode(tensor.cpu(), format, how.transform, rounding, how.seed, name)

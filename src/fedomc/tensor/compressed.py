@@ -372,7 +372,7 @@ def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> Comp
     Raises:
         NonFiniteError: a value is NaN or infinite.
     """
-    base = encode(values, encoding.format, encoding.transform, encoding.base_rounding, encoding.seed, name)
+    base = encode(values, encoding.format, encoding.transform, name=name)
     return CompressedTensor.from_packed(base, encoding, values.shape, name)
 
 

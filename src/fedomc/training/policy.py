@@ -47,15 +47,14 @@ class CompressionPolicy:
     Attributes:
         format: of a variable, or of its base, such as ``S1E3M7``.
         update_format: keeps the local steps in a part of their own, in this format; None keeps one part.
-        transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``; None is ``scaled-affine``, and
-            with stochastic rounding ``scaled``, which leaves it unbiased.
+        transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``; None is ``scaled``.
         weight_matrices_only: leave normalization, biases and scalars in FP32: everything without two or more
             dimensions larger than 1; and matrices of a few values, where the padding of the bit layout takes as many
             bytes as the format saves.
         fraction: of the compressible parameters that is compressed; the rest, whole variables drawn at random for each
             client and round, stays FP32 (paper, partial parameter quantization).
-        rounding: ``nearest`` or ``stochastic``: of variables in one part, or of the update part; None is ``nearest`` in
-            one part and ``stochastic`` in two, by what they did in training (``docs/results``).
+        rounding: ``stochastic`` or ``nearest``: of each change of a variable in training. What a server sends is
+            rounded to nearest.
         seed: of the random choices.
         include: name patterns (``fnmatch``) of the variables that may be compressed; empty means all.
         exclude: name patterns of those that may not; unlike the others' these may match nothing, as one list serves
@@ -73,7 +72,7 @@ class CompressionPolicy:
     transform: str | None = None
     weight_matrices_only: bool = True
     fraction: float = 1.0
-    rounding: str | None = None
+    rounding: str = "stochastic"
     seed: int = 0
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
@@ -141,7 +140,7 @@ class CompressionPolicy:
         seed = _hash(self.seed, "rounding", round, client)
         update = None if self.update_format is None else parse_method(self.update_format)
         method = parse_method(format or self.format)
-        return Encoding(method, update, self.transform or "", self.rounding or "", seed)
+        return Encoding(method, update, self.transform or "", self.rounding, seed)
 
     def compressible(self, variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Return the names and sizes of all variables that the policy may compress, in the model's order.
