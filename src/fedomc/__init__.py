@@ -8,6 +8,7 @@ from fedomc.serialization.model_file import load_model, materialize_, save_model
 from fedomc.tensor.compressed import CompressedTensor
 from fedomc.training.model import ParameterBytes, compress_, decompress_, parameter_bytes
 from fedomc.training.policy import CompressionPolicy, Selection, TieredPolicy
+from fedomc.training.step_report import StepQuality, StepReport, step_report
 from fedomc.training.stepping import StepInBackward, step_in_backward
 
 __version__ = "0.1.0"
@@ -29,6 +30,8 @@ __all__ = [
     "PolicyError",
     "Selection",
     "StepInBackward",
+    "StepQuality",
+    "StepReport",
     "TieredPolicy",
     "compress_",
     "decompress_",
@@ -38,4 +41,5 @@ __all__ = [
     "parameter_bytes",
     "save_model",
     "step_in_backward",
+    "step_report",
 ]

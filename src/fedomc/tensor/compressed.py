@@ -31,7 +31,9 @@ from fedomc._torch import (
 from fedomc.codec.workspace import PANEL_BYTES, workspace
 from fedomc.methods import Encoding, Method, Packed, encode, parse_method, registered
 from fedomc.methods.packed import State
+from fedomc.tensor.arrays import numpy_of
 from fedomc.tensor.handlers import BACKWARD, FALLBACK, FUNCTIONS, METHODS, OPERATORS, Handler
+from fedomc.tensor.steps import StepRecord
 
 _PARTS = ("base", "update")
 
@@ -40,16 +42,18 @@ class CompressedTensor(Tensor):
     """A tensor that is stored as bit-packed low-precision floats and behaves as a float32 tensor.
 
     Attributes:
-        base: the codes, in one part all of the variable; in two parts as received, never rewritten.
+        base: the codes, in one part of all the variable; in two parts as received, never rewritten.
         update: the sum of the local steps, or None for a variable in one part.
         encoding: how the variable is encoded.
         variable: its fully qualified name in the model, for errors.
+        steps: what its training steps asked for, and what arrived.
     """
 
     base: Packed
     update: Packed | None
     encoding: Encoding
     variable: str
+    steps: StepRecord
 
     @staticmethod
     def __new__(
@@ -65,6 +69,7 @@ class CompressedTensor(Tensor):
         self = wrapper_tensor(cls, shape, torch.float32, base.codes.device, requires_grad)
         forbid_memory_access(self)
         self.base, self.update, self.encoding, self.variable = base, update, encoding, name
+        self.steps = StepRecord(name, str((update or base).method), encoding.rounding)
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -165,11 +170,12 @@ class CompressedTensor(Tensor):
         with no_overrides(), torch.no_grad():
             return self._decode_into(out, 0).view(self.shape)
 
-    def rewrite(self, produce: Callable[[int, int], Tensor]) -> None:
+    def rewrite(self, produce: Callable[[int, int], Tensor], *, is_step: bool = True) -> None:
         """Encode new values in place, chunk by chunk; two parts rewrite the update alone.
 
         Args:
             produce: gives the new values ``[start, stop)`` of the flat variable.
+            is_step: whether the change is one of training, which is measured, and not other values altogether.
 
         Raises:
             NonFiniteError: a new value is NaN or infinite; nothing was changed.
@@ -180,17 +186,27 @@ class CompressedTensor(Tensor):
             def target(start: int, stop: int) -> Tensor:
                 return produce(start, stop) - self.base.decode(self.empty(start, stop), start)
 
-        self.rewrite_part(target)
+        self.rewrite_part(target, is_step=is_step)
 
-    def rewrite_part(self, produce: Callable[[int, int], Tensor]) -> None:
+    def rewrite_part(self, produce: Callable[[int, int], Tensor], *, is_step: bool = True) -> None:
         """Encode new values of the part that in-place operations change."""
-        how = self.encoding
-        self.parts[-1].rewrite(produce, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+        how, part = self.encoding, self.parts[-1]
+
+        def asked(start: int, stop: int) -> Tensor:
+            return produce(start, stop) - part.decode(self.empty(start, stop), start)
+
+        sample = self.steps.begin(part, asked) if is_step else None
+        part.rewrite(produce, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+        if sample is not None:
+            self.steps.end(part, sample)
 
     def add_part(self, values: Tensor, alpha: float) -> None:
         """Add ``alpha`` times flat float32 values to that part, in one pass."""
-        how = self.encoding
-        self.parts[-1].add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+        how, part = self.encoding, self.parts[-1]
+        sample = self.steps.begin(part, lambda start, stop: values[start:stop] * alpha)
+        part.add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+        if sample is not None:
+            self.steps.end(part, sample)
 
     def _sum_is_finite(self, update: Packed) -> bool:
         """Tell whether a new update and the base add up to finite values."""
@@ -214,12 +230,10 @@ class CompressedTensor(Tensor):
             NonFiniteError: a new value is NaN or infinite; nothing was changed.
         """
         if values.shape != self.shape:
-            raise RuntimeError(
-                f"{self.variable} of shape {tuple(self.shape)} cannot become {tuple(values.shape)}: "
-                "decompress_ the model, or replace the parameter"
-            )
+            change = f"{self.variable} of shape {tuple(self.shape)} cannot become {tuple(values.shape)}"
+            raise RuntimeError(f"{change}: decompress_ the model, or replace the parameter")
         flat = values.reshape(-1)
-        self.rewrite(lambda start, stop: flat[start:stop])
+        self.rewrite(lambda start, stop: flat[start:stop], is_step=False)
 
     def decode_range(self, start: int, stop: int) -> Tensor:
         """Decode the values ``[start, stop)`` of the flat variable; start is a multiple of the block."""
@@ -374,14 +388,6 @@ def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> Comp
     """
     base = encode(values, encoding.format, encoding.transform, name=name)
     return CompressedTensor.from_packed(base, encoding, values.shape, name)
-
-
-def numpy_of(values: Tensor, force: bool) -> Any:
-    """Return decoded values as a numpy array, read-only unless with ``force``."""
-    array = values.numpy(force=force)
-    if not force:
-        array.flags.writeable = False
-    return array
 
 
 def is_compressed(x: Any) -> TypeGuard[CompressedTensor]:

@@ -85,7 +85,8 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         func(values, *(operand(x, start, stop) for x in flat), **kwargs)
         return values
 
-    (target.rewrite if alone is None else target.rewrite_part)(produce)
+    rewrite = target.rewrite if alone is None else target.rewrite_part
+    rewrite(produce, is_step=func is not _aten.copy_.default)
     return target
 
 

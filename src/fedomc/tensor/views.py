@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedomc._torch import tree_leaves, tree_map, without_overrides
 from fedomc.methods.packed import State
-from fedomc.tensor.compressed import CompressedTensor, numpy_of
+from fedomc.tensor.arrays import numpy_of
+from fedomc.tensor.compressed import CompressedTensor
 from fedomc.tensor.schema import changes_geometry, run, written
 
 

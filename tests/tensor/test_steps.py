@@ -1,0 +1,112 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fedomc import CompressionPolicy, NonFiniteError, StepReport, compress_, step_report
+from fedomc.tensor.steps import StepRecord
+
+
+def trained(policy: str, rounding: str, optimizer: str, lr: float, steps: int, width: int = 64) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+    how = CompressionPolicy.parse(policy, rounding=rounding)
+    compress_(model, how.select(model))
+    stepper = getattr(torch.optim, optimizer)(model.parameters(), lr=lr)
+    for _ in range(steps):
+        stepper.zero_grad()
+        model(torch.randn(32, width)).square().mean().backward()
+        stepper.step()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:most of the training steps")
+@pytest.mark.parametrize(
+    ("policy", "rounding", "optimizer", "lr", "least", "most"),
+    [
+        ("S1E8M23", "nearest", "AdamW", 5e-5, 0.99, 1.01),  # FP32 itself rounds a step to a multiple of its unit
+        ("S1E3M7", "nearest", "AdamW", 5e-5, -0.05, 0.3),
+        ("S1E3M7", "stochastic", "AdamW", 5e-5, 0.7, 1.3),
+        ("S1E2M3", "nearest", "AdamW", 5e-5, -0.05, 0.1),
+        ("S1E3M7", "nearest", "SGD", 10.0, 0.8, 1.2),
+        ("S1E2M3+S1E3M0", "stochastic", "AdamW", 5e-5, 0.8, 1.2),
+        ("S1E2M3+S1E3M4", "nearest", "SGD", 0.1, 0.8, 1.2),
+        ("INT8", "stochastic", "AdamW", 5e-4, 0.7, 1.3),
+    ],
+)
+def test_the_share_that_arrives(
+    policy: str, rounding: str, optimizer: str, lr: float, least: float, most: float
+) -> None:
+    report = step_report(trained(policy, rounding, optimizer, lr, 40))
+    assert least <= report.total.kept <= most, str(report)
+    assert set(report.variables) == {"0.weight", "2.weight"}
+
+
+def test_the_share_is_that_of_all_values_and_steps() -> None:
+    """Against the whole variable at every step, which is what the sample stands for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512, bias=False))
+    compress_(model, CompressionPolicy("S1E3M4", rounding="nearest").select(model))
+    weight = model[0].weight
+    asked = moved = noise = 0.0
+    for step in range(120):
+        gradient = torch.randn(512, 512, generator=torch.Generator().manual_seed(step))
+        before = weight.dequantize().double()
+        with torch.no_grad():
+            weight.add_(gradient, alpha=-1e-3)
+        change, wanted = weight.dequantize().double() - before, -1e-3 * gradient.double()
+        asked += float(wanted.square().sum())
+        moved += float((change * wanted).sum())
+        noise += float((change - wanted).square().sum())
+    total = step_report(model).total
+    assert total.kept == pytest.approx(moved / asked, abs=0.02)
+    assert total.noise == pytest.approx(noise / asked, abs=0.02)
+    assert total.steps == 120
+
+
+def test_one_warning_names_the_worst_variables() -> None:
+    with pytest.warns(RuntimeWarning, match="most of the training steps are lost") as caught:
+        trained("S1E2M3", "nearest", "AdamW", 5e-5, 40)
+    found = [str(each.message) for each in caught if "training steps are lost" in str(each.message)]
+    assert len(found) == 1
+    for part in ("0.weight (", "2.weight (", "S1E2M3 rounded to nearest", "rounding='stochastic'", "step_report"):
+        assert part in found[0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "optimizer", "lr"),
+    [("S1E3M7", "AdamW", 5e-5), ("S1E2M3", "SGD", 0.1), ("S1E2M3+S1E3M0", "AdamW", 5e-5), ("S1E2M1", "AdamW", 1e-3)],
+)
+def test_no_false_alarm_where_rounding_is_stochastic(policy: str, optimizer: str, lr: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(policy, "stochastic", optimizer, lr, 60)
+
+
+def test_other_values_altogether_are_no_step() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    compress_(model, CompressionPolicy("S1E3M7").select(model))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(64, 64))
+    assert step_report(model) == StepReport(step_report(model).total, {})
+    assert step_report(model).total.steps == 0
+
+
+def test_a_refused_step_is_not_counted_among_the_samples() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    compress_(model, CompressionPolicy("S1E3M7").select(model))
+    weight = model[0].weight
+    with pytest.raises(NonFiniteError), torch.no_grad():
+        weight.add_(torch.full((64, 64), float("nan")))
+    with torch.no_grad():
+        weight.add_(torch.ones(64, 64), alpha=0.01)
+    record: StepRecord = weight.steps
+    assert torch.isfinite(torch.tensor([record.asked, record.moved, record.noise])).all()
+
+
+def test_the_table_has_the_worst_first() -> None:
+    text = str(step_report(trained("S1E3M7", "stochastic", "SGD", 0.1, 10)))
+    lines = text.splitlines()
+    assert lines[0].split() == ["variable", "kept", "noise", "drift", "steps"]
+    assert lines[1].startswith("total") and {line.split()[0] for line in lines[2:]} == {"0.weight", "2.weight"}
