@@ -1,6 +1,14 @@
 """Online Model Compression: parameters stay bit-packed in memory, on the wire and on disk while a model trains."""
 
-from fedomc.errors import FolderLockedError, FormatError, NonFiniteError, OMCError, PayloadError, PolicyError
+from fedomc.errors import (
+    FolderLockedError,
+    FormatError,
+    NonFiniteError,
+    OMCError,
+    PayloadError,
+    PolicyError,
+    RoundsFailedError,
+)
 from fedomc.memory.liveness import MemoryBytes
 from fedomc.memory.report import MemoryReport, memory_report
 from fedomc.methods import Encoding, FloatFormat, Method
@@ -28,6 +36,7 @@ __all__ = [
     "ParameterBytes",
     "PayloadError",
     "PolicyError",
+    "RoundsFailedError",
     "Selection",
     "StepInBackward",
     "StepQuality",

@@ -21,5 +21,9 @@ class PayloadError(OMCError):
     """Bytes from outside that are not a valid compressed variable or do not fit the model."""
 
 
+class RoundsFailedError(OMCError):
+    """Round after round no client sent a usable reply."""
+
+
 class FolderLockedError(OMCError):
     """A folder that one process at a time may write to, and another process does."""

@@ -7,7 +7,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedomc.flower import collect, install
+from fedomc.flower import collect, install, step_metrics
 from fedomc_speech import corpus, model, training
 from fedomc_speech.augmentation import Augmentation
 from fedomc_speech.corpus.base import Utterance
@@ -51,9 +51,8 @@ def train_partition(message: Message, partition: int) -> RecordDict:
         seed=seed,
         augment=Augmentation() if settings.augment else None,
     )
-    metrics = MetricRecord(
-        {"num-examples": result.examples, "loss": result.loss, "parameter-bytes": result.parameter_bytes}
-    )
+    figures = {"num-examples": result.examples, "loss": result.loss, "parameter-bytes": result.parameter_bytes}
+    metrics = MetricRecord({**figures, **step_metrics(network)})
     return RecordDict({"arrays": collect(network, message, consume=True), "metrics": metrics})
 
 

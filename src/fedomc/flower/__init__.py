@@ -1,6 +1,6 @@
 """Flower: messages with compressed variables, and a strategy that sends every client a payload of its own."""
 
-from fedomc.flower.client import collect, install
+from fedomc.flower.client import collect, install, step_metrics
 from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.mods import omc_mod
 from fedomc.flower.strategy import OMCStrategy
@@ -18,4 +18,5 @@ __all__ = [
     "collect",
     "install",
     "omc_mod",
+    "step_metrics",
 ]

@@ -13,11 +13,13 @@ from fedomc.errors import PayloadError
 from fedomc.flower.arrays import STYPE, flat_tensor, framed_array, read_packed, records_of, view_dense
 from fedomc.flower.chunks import ChunkedArray
 from fedomc.flower.config import CONFIG, from_config
+from fedomc.flower.supervision import STEP_KEPT, STEP_NOISE
 from fedomc.serialization import frame
 from fedomc.serialization.uplink import UplinkConfig, reply_frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.training.model import replace_parameters
 from fedomc.training.module_state import ModuleState, OwnedValue, some
+from fedomc.training.step_report import step_report
 
 _LEAST_TRIM = 32 * 2**20
 """Bytes: where less was freed, the C library is not asked to return memory to the system."""
@@ -100,6 +102,19 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
     if consume:
         _trim_memory(written[0])
     return record
+
+
+def step_metrics(model: nn.Module) -> dict[str, float]:
+    """Tell the server how much of the training steps arrived, as metrics of a reply; see ``fedomc.step_report``.
+
+    Args:
+        model: the trained model; before it is given to ``collect(consume=True)``.
+
+    Returns:
+        ``fedomc.step-kept`` and ``fedomc.step-noise``; nothing if no step was measured, as of a model in FP32.
+    """
+    report = step_report(model)
+    return {STEP_KEPT: report.total.kept, STEP_NOISE: report.total.noise} if report.variables else {}
 
 
 def _content(message: Message | RecordDict) -> tuple[Mapping[str, Array], UplinkConfig | None]:

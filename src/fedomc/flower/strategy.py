@@ -16,6 +16,7 @@ from fedomc.flower.checkpointing import RunState, digest, from_checkpoint, setti
 from fedomc.flower.downlink import Broadcast, float32_shapes
 from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.replies import checked_evaluations
+from fedomc.flower.supervision import Supervision
 from fedomc.flower.tiers import NodeCapabilities
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
 from fedomc.flower.training_round import TrainingRound
@@ -67,6 +68,8 @@ class OMCStrategy(Strategy):
         weight_cap: the most that a reply weighs, as a multiple of the median weight; None sets no cap.
         checkpoints: where the state is kept after each round, for ``start`` to resume from.
         observers: are called with the report of each round of training.
+        failed_rounds: how many rounds in a row without a usable reply end the run with an error, and whether a run of
+            which every round failed does; None goes on whatever happens.
         traffic: the bytes of training messages, by round.
         report: what the last round took, by variable; its totals are among the round's metrics, as ``fedomc.up-bytes``.
 
@@ -88,6 +91,7 @@ class OMCStrategy(Strategy):
         weight_cap: float | None = 10.0,
         checkpoints: Checkpoints | None = None,
         observers: Sequence[Observer] = (),
+        failed_rounds: int | None = 3,
     ) -> None:
         if aggregate not in AGGREGATES:
             raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
@@ -107,8 +111,10 @@ class OMCStrategy(Strategy):
         self.weight_cap = weight_cap
         self.checkpoints = checkpoints
         self.observers = observers
+        self.failed_rounds = failed_rounds
         self.traffic: list[Traffic] = []
         self.report: RoundReport | None = None
+        self._supervision = Supervision(failed_rounds)
         self._round: TrainingRound | None = None
         self._broadcast: Broadcast | None = None
         self._evaluation: Sequence[Metadata] = ()
@@ -149,6 +155,7 @@ class OMCStrategy(Strategy):
             PayloadError: the checkpoint is of another model or other settings, or none is whole; or it is of a finished
                 run that began with another initial model.
             PolicyError: there are checkpoints, but the inner strategy has a ``start`` of its own, which keeps none.
+            RoundsFailedError: in ``failed_rounds`` rounds in a row, or in all of a shorter run, no reply was usable.
         """
         streaming = StreamingGrid(grid)
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
@@ -190,6 +197,7 @@ class OMCStrategy(Strategy):
                 self.checkpoints.save(number, to_checkpoint(state, self.inner, self._settings()))
         if self.checkpoints is not None:
             self.checkpoints.release()
+        self._supervision.finish()
         state.result.arrays = state.arrays
         return state.result
 
@@ -323,6 +331,8 @@ class OMCStrategy(Strategy):
             metrics = MetricRecord({**metrics, **self.report.metrics(variables=False)})
         for observer in self.observers:
             observer(self.report)
+        sent, received = self.traffic[-1].sent, self._round.received
+        self._supervision.add(server_round, sent, received, metrics)
         return arrays, metrics
 
     def configure_evaluate(

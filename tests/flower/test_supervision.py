@@ -1,0 +1,100 @@
+import logging
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
+from torch import nn
+
+import fedomc
+from fedomc import RoundsFailedError
+from fedomc.flower import OMCStrategy, collect, install, step_metrics
+from fedomc.flower.supervision import STEP_KEPT, STEP_NOISE, Supervision
+from tests.flower.test_strategy import Nodes, build
+
+
+class FailingGrid(Nodes):
+    """A grid on which every client fails in the rounds named, and answers with what it got in the others."""
+
+    def __init__(self, failing: set[int]) -> None:
+        self.failing, self.round = failing, 0
+
+    def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
+        messages = list(messages)
+        self.round += bool(messages)
+        if self.round in self.failing:
+            return [Message(Error(1, "no memory"), reply_to=message) for message in messages]
+        return [self.answer(message) for message in messages]
+
+    def answer(self, message: Message) -> Message:
+        arrays = collect(install(build(), message), message)
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+
+def run(failing: set[int], rounds: int, **kwargs: object) -> None:
+    strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0), fedomc.CompressionPolicy("S1E3M7"), **kwargs)  # type: ignore[arg-type]
+    arrays = collect(build())
+    for number in range(1, rounds + 1):
+        grid = FailingGrid({1} if number in failing else set())
+        messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))  # type: ignore[arg-type]
+        new, _ = strategy.aggregate_train(number, grid.send_and_receive(messages))
+        arrays = arrays if new is None else new
+
+
+@pytest.mark.parametrize(
+    ("failing", "rounds", "kwargs", "when"),
+    [
+        ({1, 2, 3}, 5, {}, "in round 3 and the 2 before it"),
+        ({3, 4, 5}, 5, {}, "in round 5 and the 2 before it"),
+        ({2}, 3, {"failed_rounds": 1}, "in round 2 and the 0 before it"),
+        ({1, 2}, 5, {}, None),
+        ({1, 2, 4, 5}, 6, {}, None),
+        ({1, 2, 3, 4, 5}, 5, {"failed_rounds": None}, None),
+    ],
+)
+def test_rounds_without_a_usable_reply_end_the_run(
+    failing: set[int], rounds: int, kwargs: dict[str, object], when: str | None
+) -> None:
+    if when is None:
+        run(failing, rounds, **kwargs)
+        return
+    with pytest.raises(RoundsFailedError, match=when) as caught:
+        run(failing, rounds, **kwargs)
+    assert "4 that were asked" in str(caught.value) and "failed_rounds=None" in str(caught.value)
+
+
+def test_a_short_run_of_failed_rounds_alone_fails_at_its_end() -> None:
+    supervision = Supervision(3)
+    supervision.add(1, 4, 0, None)
+    with pytest.raises(RoundsFailedError, match="in any of 1 rounds"):
+        supervision.finish()
+    supervision.add(2, 4, 1, None)
+    supervision.finish()
+    Supervision(3).finish()  # nothing was asked of anybody
+
+
+def test_lost_steps_are_warned_of_once(flower_log: pytest.LogCaptureFixture) -> None:
+    supervision = Supervision(3)
+    with flower_log.at_level(logging.WARNING):
+        for number in (1, 2):
+            supervision.add(number, 4, 4, MetricRecord({STEP_KEPT: 0.12}))
+        supervision.add(3, 4, 4, MetricRecord({STEP_KEPT: 0.97}))
+    assert (
+        flower_log.text.count("training steps") == 1
+        and "round 1: of the clients' training steps 12%" in flower_log.text
+    )
+
+
+def test_metrics_of_a_trained_model() -> None:
+    assert step_metrics(nn.Linear(64, 64)) == {}
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    fedomc.compress_(model, "S1E3M7")
+    assert step_metrics(model) == {}
+    with torch.no_grad():
+        model.weight.add_(torch.randn(64, 64), alpha=0.1)
+    found = step_metrics(model)
+    assert set(found) == {STEP_KEPT, STEP_NOISE}
+    assert found[STEP_KEPT] == pytest.approx(1, abs=0.1) and 0 < found[STEP_NOISE] < 0.1
+    record = ArrayRecord(dict(collect(model).items()))
+    assert list(record) == ["weight", "bias"]
