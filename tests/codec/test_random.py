@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -36,6 +39,13 @@ def test_same_as_with_unlimited_integers(seed: int, block: int, index: int) -> N
 def test_known_values() -> None:
     assert random_bits(0, 0, 4, CPU).tolist() == KNOWN[0]
     assert random_bits(2**63 + 12345, 2**32 - 1024, 4, CPU).tolist() == KNOWN[1]
+
+
+def test_the_specification_has_the_same_values() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    section = text[text.index("#### Random bits") :]
+    written = [int(word, 16) for word in re.findall(r"0x[0-9A-F]{8}", section[section.index("For seed 0") :])[:8]]
+    assert written == [value % 2**32 for row in KNOWN for value in row]
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 5), st.integers(1, 1500))
