@@ -145,7 +145,8 @@ def test_another_model_or_policy_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_round_without_a_usable_reply_is_kept_too(tmp_path: Path) -> None:
-    wrapped = OMCStrategy(strategies.FedAvg(fraction_evaluate=0.0), None, checkpoints=Checkpoints(tmp_path))
+    inner, checkpoints = strategies.FedAvg(fraction_evaluate=0.0), Checkpoints(tmp_path)
+    wrapped = OMCStrategy(inner, None, checkpoints=checkpoints, failed_rounds=None)
     grid = Network(2, lambda message: None)
     wrapped.start(grid, model(), num_rounds=1, timeout=0.01)  # type: ignore[arg-type]
     arrays, done = OMCStrategy(strategies.FedAvg(), None, checkpoints=Checkpoints(tmp_path)).resume(model())

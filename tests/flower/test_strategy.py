@@ -69,7 +69,7 @@ def test_every_client_gets_its_own_payload_and_each_variable_is_encoded_once(mon
     real = downlink.encode
 
     def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
-        encoded.append(args[5])
+        encoded.append(kwargs["name"])
         return real(*args, **kwargs)
 
     monkeypatch.setattr(downlink, "encode", counted)
@@ -92,7 +92,7 @@ def test_evaluation_and_the_next_round_send_what_was_encoded_once(monkeypatch: p
     real = downlink.encode
 
     def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
-        encoded.append(args[5])
+        encoded.append(kwargs["name"])
         return real(*args, **kwargs)
 
     monkeypatch.setattr(downlink, "encode", counted)

@@ -209,15 +209,15 @@ def test_impossible_policies(kwargs: dict[str, object], error: type[Exception], 
 @pytest.mark.parametrize(
     ("kwargs", "transform", "rounding"),
     [
-        ({}, "scaled-affine", "nearest"),
+        ({}, "scaled", "stochastic"),
         ({"update_format": "S1E3M0"}, "scaled", "stochastic"),
-        ({"update_format": "S1E3M0", "rounding": "nearest"}, "scaled-affine", "nearest"),
+        ({"update_format": "S1E3M0", "rounding": "nearest"}, "scaled", "nearest"),
         ({"update_format": "S1E3M0", "transform": "affine"}, "affine", "stochastic"),
-        ({"rounding": "stochastic"}, "scaled", "stochastic"),
-        ({"transform": "none"}, "none", "nearest"),
+        ({"rounding": "nearest"}, "scaled", "nearest"),
+        ({"transform": "none"}, "none", "stochastic"),
     ],
 )
-def test_defaults_follow_from_the_formats(kwargs: dict[str, str], transform: str, rounding: str) -> None:
+def test_defaults_of_transform_and_rounding(kwargs: dict[str, str], transform: str, rounding: str) -> None:
     encoding = CompressionPolicy("S1E2M3", **kwargs).encoding()
     assert (encoding.transform, encoding.rounding) == (transform, rounding)
 

@@ -228,7 +228,8 @@ def scaling_exponent(magnitude_bits: int, element: FloatElement, *, stochastic: 
 
     It is bounded so that every decoded value is zero or a normal float32; for e = 8, where nothing is gained, it is 0.
     """
-    return codec.bounded_exponent(codec.fitting_exponent(magnitude_bits, element, stochastic=stochastic), element)
+    exponent = codec.fitting_exponent(magnitude_bits, element, stochastic=stochastic, growing=True)
+    return codec.bounded_exponent(exponent, element)
 
 
 def fit(sums: Tensor, numel: int) -> tuple[float, float]:

@@ -396,4 +396,4 @@ def is_compressed(x: Any) -> TypeGuard[CompressedTensor]:
 
 
 # A state_dict of compressed tensors can be loaded with weights_only=True.
-torch.serialization.add_safe_globals([CompressedTensor, Packed, State, Encoding, *registered()])
+torch.serialization.add_safe_globals([CompressedTensor, Packed, State, StepRecord, Encoding, *registered()])

@@ -94,20 +94,22 @@ class StepRecord:
         start = (self.samples * 7919) % blocks * BLOCK
         stop = min(start + BLOCK, part.numel)
         before = part.decode(torch.empty(stop - start, dtype=torch.float32, device=part.codes.device), start)
-        return _Sample(start, before, asked(start, stop).double())
+        return _Sample(start, before, asked(start, stop))
 
     def end(self, part: Packed, sample: _Sample) -> None:
         """Look at the block after the step."""
-        after = part.decode(torch.empty_like(sample.before), sample.start)
-        change, asked = after.double() - sample.before.double(), sample.asked
-        energies = torch.stack((asked.square(), change * asked, (change - asked).square(), sample.before.double() ** 2))
-        found = energies.sum(1).tolist()
+        before, asked = sample.before, sample.asked
+        change = part.decode(torch.empty_like(before), sample.start).sub_(before)
+        found = [asked.dot(asked), change.dot(asked), before.dot(before)]
+        noise = change.sub_(asked)
+        found.append(noise.dot(noise))
         self.samples += 1
-        if all(map(math.isfinite, found)):
-            self.asked += found[0]
-            self.moved += found[1]
-            self.noise += found[2]
-            self.size += found[3]
+        asked_energy, moved, size, noise_energy = torch.stack(found).tolist()
+        if math.isfinite(asked_energy + moved + size + noise_energy):
+            self.asked += asked_energy
+            self.moved += moved
+            self.noise += noise_energy
+            self.size += size
 
 
 _records: "weakref.WeakSet[StepRecord]" = weakref.WeakSet()
