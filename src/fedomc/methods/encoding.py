@@ -39,6 +39,12 @@ class Encoding:
         object.__setattr__(self, "format", parse_method(self.format))
         if self.update_format is not None:
             object.__setattr__(self, "update_format", parse_method(self.update_format))
+        for method in self.methods:
+            if not method.holds:
+                raise PolicyError(
+                    f"{method} is for what is sent, not for what is held while training, as each step would rotate and "
+                    f"round all values anew: write it behind >, as in S1E3M7>{method}"
+                )
         if not self.rounding:
             object.__setattr__(self, "rounding", "nearest" if self.update_format is None else "stochastic")
         if self.rounding not in ROUNDINGS:

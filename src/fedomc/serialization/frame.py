@@ -109,7 +109,7 @@ def to_bytes(
     coding, difference = entropy.PLAIN, False
     if lossless:
         reference = _reference(sent, method, numel)
-        smaller = entropy.compress(tensors[0], numel, method.code_bits, reference, method.code_order)
+        smaller = entropy.compress(tensors[0], method.code_count(numel), method.code_bits, reference, method.code_order)
         if smaller is not None:
             coding, difference, bodies[0] = smaller
             lengths = (len(bodies[0]), *lengths[1:])
@@ -204,7 +204,7 @@ def from_bytes(
     for field, length in zip(fields, lengths, strict=True):
         if coded and not tensors:
             codes = entropy.decompress(
-                view[begin : begin + length], coding, bool(difference), numel, method.code_bits,
+                view[begin : begin + length], coding, bool(difference), method.code_count(numel), method.code_bits,
                 _reference(sent, method, numel), name, method.code_order,
             )  # fmt: skip
             tensors.append(codes)

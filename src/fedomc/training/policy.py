@@ -118,7 +118,8 @@ class CompressionPolicy:
                 raise PolicyError(f"{name}={getattr(self, name)!r} must be a list of patterns, not a string")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "format_by_name", _by_pattern(self.format_by_name))
-        self.encoding()
+        for method in self.formats:
+            self.encoding(method)
 
     @property
     def formats(self) -> tuple[Method, ...]:
