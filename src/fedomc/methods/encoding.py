@@ -1,4 +1,4 @@
-"""``Encoding``: how a variable is held while it trains."""
+"""``Encoding``: how a variable is held while it trains, and how a client sends back what changed."""
 
 from dataclasses import dataclass, replace
 
@@ -19,14 +19,16 @@ class Encoding:
         rounding: ``nearest`` or ``stochastic``: of the variable, or of its update part; a base is rounded to nearest.
             Empty, it is ``nearest`` in one part and ``stochastic`` in two, which ``docs/results`` explains.
         seed: of stochastic rounding.
+        uplink: the method in which a client sends back the change of the variable since it arrived, rounded once and
+            stochastically; None sends back what is held.
 
     Raises:
         FormatError: no such format.
-        PolicyError: an unknown transformation or rounding.
+        PolicyError: an unknown transformation or rounding, or a method that holds no variable, outside of the uplink.
 
     Example:
-        >>> str(Encoding.parse("S1E2M3+S1E2M1"))
-        'S1E2M3+S1E2M1'
+        >>> str(Encoding.parse("S1E2M3+S1E2M1>DRIVE1"))
+        'S1E2M3+S1E2M1>DRIVE1'
     """
 
     format: Method
@@ -34,11 +36,14 @@ class Encoding:
     transform: str = ""
     rounding: str = ""
     seed: int = 0
+    uplink: Method | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_method(self.format))
         if self.update_format is not None:
             object.__setattr__(self, "update_format", parse_method(self.update_format))
+        if self.uplink is not None:
+            object.__setattr__(self, "uplink", parse_method(self.uplink))
         for method in self.methods:
             if not method.holds:
                 raise PolicyError(
@@ -58,19 +63,27 @@ class Encoding:
 
     @classmethod
     def parse(cls, text: "str | Encoding", *, seed: int = 0) -> "Encoding":
-        """Read ``S1E3M7``, or ``S1E2M3+S1E2M1`` for two parts; an encoding passes through.
+        """Read ``S1E3M7``, ``S1E2M3+S1E2M1`` for two parts, or ``S1E3M7>S1E2M1`` with an uplink.
+
+        An encoding passes through.
 
         Args:
             text: the methods' names.
             seed: of stochastic rounding.
 
         Raises:
-            FormatError: a name is not that of a method, or there are more than two.
+            FormatError: a name is not that of a method, or there are more than two parts or one uplink.
         """
         if isinstance(text, Encoding):
             return text
-        base, plus, update = text.partition("+")
-        return cls(parse_method(base), parse_method(update) if plus else None, seed=seed)
+        held, sent, uplink = text.partition(">")
+        base, plus, update = held.partition("+")
+        return cls(
+            parse_method(base),
+            parse_method(update) if plus else None,
+            seed=seed,
+            uplink=parse_method(uplink) if sent else None,
+        )
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -96,4 +109,4 @@ class Encoding:
         return replace(self, format=format, transform=transform)
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.methods))
+        return "+".join(map(str, self.methods)) + ("" if self.uplink is None else f">{self.uplink}")

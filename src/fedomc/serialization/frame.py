@@ -262,12 +262,14 @@ def _reference(sent: Packed | None, method: Method, numel: int) -> Tensor | None
 def encoding_fields(encoding: Encoding) -> dict[str, str | int]:
     """Write an encoding as plain fields, for the record or file that goes with a frame."""
     update = {} if encoding.update_format is None else {"update_format": str(encoding.update_format)}
+    uplink = {} if encoding.uplink is None else {"uplink": str(encoding.uplink)}
     return {
         "format": str(encoding.format),
         **update,
         "transform": encoding.transform,
         "rounding": encoding.rounding,
         "seed": encoding.seed,
+        **uplink,
     }
 
 
@@ -278,7 +280,7 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
         PayloadError: a field is missing or wrong.
     """
     try:
-        update, seed = fields.get("update_format"), fields["seed"]
+        update, seed, uplink = fields.get("update_format"), fields["seed"], fields.get("uplink")
         if not (fields["transform"] and fields["rounding"]):
             raise PayloadError(f"transform={fields['transform']!r} or rounding={fields['rounding']!r} is missing")
         if type(seed) is not int:
@@ -292,6 +294,7 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
             fields["transform"],
             fields["rounding"],
             seed,
+            None if uplink is None else parse_method(uplink),
         )
     except KeyError as error:
         raise PayloadError(f"the encoding has no {error}") from None
