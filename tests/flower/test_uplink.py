@@ -221,3 +221,8 @@ def test_values_that_were_sent_dense_and_are_not_finite_are_refused_by_the_mod()
     message.content = RecordDict({**message.content, "arrays": record})
     with pytest.raises(fedomc.PayloadError, match=name):
         train_plain(message)
+
+
+def test_what_is_sent_both_ways_has_a_method_that_holds() -> None:
+    with pytest.raises(fedomc.PolicyError, match="DRIVE1 is for what is sent"):
+        OMCStrategy(FedAvg(), fedomc.CompressionPolicy("S1E3M7"), unquantized_format="DRIVE1")

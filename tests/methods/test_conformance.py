@@ -315,12 +315,19 @@ def test_a_file_for_other_programs_is_exact_or_refused(name: str, shape: tuple[i
     assert all(map(torch.equal, other[0].base.fields, model[0].base.fields))
 
 
-@held
-def test_an_encoding_says_how_it_is_read_again(name: str) -> None:
-    encoding = Encoding.parse(f"S1E3M7+{name}", seed=3)
-    assert str(encoding) == f"S1E3M7+{name}" and Encoding.parse(str(encoding), seed=3) == encoding
+FORMS = ("{}", "S1E3M7+{}", "S1E3M7>{}", "S1E4M3+S1E2M1>{}")
+
+
+@pytest.mark.parametrize(
+    "text", [form.format(name) for form in FORMS for name in METHODS if ">" in form or name not in SENT]
+)
+def test_an_encoding_says_how_it_is_read_again(text: str) -> None:
+    encoding = Encoding.parse(text, seed=3)
+    assert str(encoding) == text and Encoding.parse(str(encoding), seed=3) == encoding
     assert frame.read_encoding(frame.encoding_fields(encoding)) == encoding
-    assert CompressionPolicy.parse(f"{name}@0.5") == CompressionPolicy(name, fraction=0.5)
+    policy = CompressionPolicy.parse(f"{text}@0.5")
+    assert str(policy) == f"{text}@0.5" and CompressionPolicy.parse(str(policy)) == policy
+    assert policy.encoding() == Encoding.parse(text, seed=policy.encoding().seed)
 
 
 @pytest.mark.parametrize("name", SENT)
