@@ -36,10 +36,11 @@ from torch import Tensor
 
 import fedomc
 from fedomc.flower import collect, install
-from fedomc.flower.arrays import STYPE, packed_array, read_packed
+from fedomc.flower.arrays import STYPE, framed_array, packed_array, read_packed
 from fedomc.flower.config import CONFIG, to_config
 from fedomc.methods import Packed, encode
 from fedomc.serialization import frame
+from fedomc.serialization.uplink import UplinkConfig, reply_frame
 from fedomc_speech import corpus, features, model
 from fedomc_speech.corpus.base import Utterance
 from fedomc_speech.tokens import Tokenizer, tokenizer_for
@@ -71,6 +72,10 @@ WAYS = (
     Way("S1E4M3"),
     Way("S1E2M3"),
     Way("S1E2M3+S1E2M1", 1.0),
+    Way("S1E3M7>S1E2M1"),
+    Way("S1E3M7>DRIVE2"),
+    Way("S1E3M7>DRIVE1"),
+    Way("S1E2M3+S1E2M1>DRIVE1", 1.0),
     Way("S1E3M7", unquantized_format="S1E5M10"),
     Way("S1E3M7", unquantized_format="S1E8M23"),
 )
@@ -96,7 +101,7 @@ def main() -> None:
     fp32 = sum(len(array.data) for array in collect(weights).values())
     print(f"{sum(p.numel() for p in weights.parameters()) / 1e6:.1f} M parameters, FP32 payload {fp32 / 1e6:.1f} MB")
     print(
-        f"{'':<15}{'others':<9}{'coded':<10}{'':<6}{'bytes':>14}{'of FP32':>10}"
+        f"{'':<22}{'others':<9}{'coded':<10}{'':<6}{'bytes':>14}{'of FP32':>10}"
         f"{'encode':>13}{'decode':>13}{'against zstd -1':>17}"
     )
     layer = [p.detach() for name, p in weights.named_parameters() if name.startswith(SPEED_LAYER) and p.dim() > 1]
@@ -120,7 +125,7 @@ def main() -> None:
 def show(row: dict[str, Any]) -> None:
     """Print a line of the table."""
     print(
-        f"{row['format']:<15}{row['unquantized_format']:<9}"
+        f"{row['format']:<22}{row['unquantized_format']:<9}"
         f"{'yes' if row['entropy_coding'] else 'no':<10}{row['direction']:<6}"
         f"{row['bytes']:>14,}{row['ratio']:>10.2%}{row['encode_mb_s']:>8.0f} MB/s{row['decode_mb_s']:>8.0f} MB/s"
         f"{row['zstd_ratio']:>16.2f}x" + (f"   changed {row['change']:.2%}" if "change" in row else ""),
@@ -248,7 +253,12 @@ def message(way: Way, weights: model.SpeechModel, zipped: bool) -> RecordDict:
                 encode(values, unquantized_format), tuple(values.shape), frame.DENSE, entropy_coding=zipped
             )
         record[name] = array
-    how = to_config(policy.encoding(round=1, client=0), entropy_coding=zipped, unquantized_format=unquantized_format)
+    how = to_config(
+        policy.encoding(round=1, client=0),
+        entropy_coding=zipped,
+        unquantized_format=unquantized_format,
+        unquantized=selection.unquantized if policy.uplink is not None and unquantized_format is None else (),
+    )
     return RecordDict({"arrays": record, CONFIG: how})
 
 
@@ -280,7 +290,7 @@ def speed(
     names = [name for name in names if isinstance(trained_[name], fedomc.CompressedTensor)]
     known = {name: read_packed(arrays[name], name, copy=False).packed for name in names}
     assert isinstance(way.policy.format, fedomc.FloatFormat)
-    fmt = way.policy.format
+    fmt, asked = way.policy.format, UplinkConfig(way.policy.encoding(round=1, client=0), zipped)
 
     def down() -> dict[str, Array]:
         shapes = {name: tuple(values[name].shape) for name in names}
@@ -290,9 +300,10 @@ def speed(
         result = {}
         for name in names:
             p: Any = trained_[name]
-            old = read_packed(arrays[name], name, copy=False).packed if zipped and p.update is None else None
-            kind = frame.VARIABLE if p.update is None else frame.UPDATE
-            result[name] = packed_array(p.parts[-1], tuple(p.shape), kind, entropy_coding=zipped, sent=old)
+            needed = p.update is None and (zipped or asked.uplink is not None)
+            data = reply_frame(p, read_packed(arrays[name], name, copy=False) if needed else None, asked, name)
+            assert data is not None
+            result[name] = framed_array(data, tuple(p.shape))
         return result
 
     coded = {"down": down, "up": up}[direction]

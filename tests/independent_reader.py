@@ -59,6 +59,10 @@ def method(tag: int, header: bytes) -> Method:
         }[tag]
         block = 2 ** header[0]
         return Method(name if block == 64 else f"{name}/{block}", width, block, order)
+    if tag == 6:
+        if header not in (b"\1", b"\2"):
+            raise Refused
+        return Method(f"DRIVE{header[0]}", header[0], 1024, "unsigned")
     if tag not in (1, 5) or len(header) != 2:
         raise Refused
     e, m = header
@@ -119,6 +123,51 @@ def decode(codes: list[int], second: bytes, how: Method) -> np.ndarray:
     if not np.isfinite(scales).all() or not np.isfinite(values).all():
         raise Refused
     return values
+
+
+LEVELS = {"DRIVE1": (-1, 1), "DRIVE2": (-10, -3, 3, 10)}
+
+
+def mix(x: int) -> int:
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
+def random_bits(seed: int, t: int, i: int) -> int:
+    """The 32 random bits of value i of block t."""
+    low, high = mix(seed % 2**32), mix((seed >> 32) % 2**32 ^ 0x9E3779B9)
+    first, r, lane_number = 1024 * t, i // 32, i % 32
+    lane = mix((mix((first + lane_number) % 2**32 ^ low) + mix(((first >> 32) + high) % 2**32)) % 2**32)
+    row = mix((mix(32 + r ^ high) + low) % 2**32)
+    x = (lane ^ row) * 0x9E3779B1 % 2**32
+    return (x ^ x >> 15) * 0x85EBCA77 % 2**32
+
+
+def hadamard(values: list[int]) -> list[int]:
+    """The product with H, by halves: of the sums and of the differences of what their indices differ in the top bit."""
+    if len(values) == 1:
+        return values
+    half = len(values) // 2
+    upper, lower = values[:half], values[half:]
+    sums = hadamard([a + b for a, b in zip(upper, lower, strict=True)])
+    return sums + hadamard([a - b for a, b in zip(upper, lower, strict=True)])
+
+
+def rotate_back(codes: list[int], second: bytes, third: bytes, n: int, how: Method) -> np.ndarray:
+    """The values of codes of DRIVE1 or DRIVE2, of which there are more than values."""
+    scales, seed = np.frombuffer(second, dtype="<f4"), int.from_bytes(third, "little", signed=True)
+    most = 32768 * LEVELS[how.name][-1]
+    if not np.isfinite(scales).all() or any(abs(float(s)) * most > float(np.finfo(np.float32).max) for s in scales):
+        raise Refused
+    values: list[np.float32] = []
+    for t, scale in enumerate(scales):
+        c = [LEVELS[how.name][code] for code in codes[1024 * t : 1024 * t + 1024]]
+        bits = [random_bits(seed, t, i) for i in range(len(c))]
+        inner = [-x if b >> 30 & 1 else x for x, b in zip(hadamard(c), bits, strict=True)]
+        u = [-x if b >> 31 else x for x, b in zip(hadamard(inner), bits, strict=True)]
+        values += list(scale * np.array(u, dtype=np.float32) + np.float32(0))
+    return np.array(values[:n], dtype=np.float32)
 
 
 def low_xxh3(data: bytes) -> int:
@@ -237,8 +286,12 @@ def read_frame(data: bytes, sent: list[int] | None = None) -> Frame:
     if math.prod(size or 1 for size in shape) > 2**48:
         raise Refused
     scales = 8 if not how.block else math.ceil(n / how.block) * (1 if how.name in OCP.values() else 4)
-    sizes = [4 * words(n, how.width), scales]
-    if len(lengths) != 2 or lengths[1] != sizes[1] or len(data) != begin + sum(padded(x, 4) for x in lengths):
+    sizes = [4 * words(n, how.width), scales] + [8] * (how.name in LEVELS)
+    if (
+        len(lengths) != len(sizes)
+        or lengths[1:] != sizes[1:]
+        or len(data) != begin + sum(padded(x, 4) for x in lengths)
+    ):
         raise Refused
     if (lengths[0] != sizes[0] if coding == 0 else lengths[0] >= sizes[0]) or sum(sizes) > 256 * len(data):
         raise Refused
@@ -250,7 +303,10 @@ def read_frame(data: bytes, sent: list[int] | None = None) -> Frame:
         if any(data[begin + length : begin + padded(length, 4)]):
             raise Refused
         begin += padded(length, 4)
-    written, second = fields
+    written, second = fields[:2]
+    values = n
+    if how.name in LEVELS:
+        n = 32 * words(n, how.width) // how.width
     if difference:
         if sent is None or len(sent) != n or int.from_bytes(written[:4], "little") != low_xxh3(pack(sent, how.width)):
             raise Refused
@@ -260,6 +316,8 @@ def read_frame(data: bytes, sent: list[int] | None = None) -> Frame:
         assert sent is not None
         steps = [-(u + 1) // 2 if u % 2 else u // 2 for u in codes]
         codes = [code_at(order(old, how) + step, how) for old, step in zip(sent, steps, strict=True)]
+    if how.name in LEVELS:
+        return Frame(kind, how.name, shape, rotate_back(codes, second, fields[2], values, how).reshape(shape))
     return Frame(kind, how.name, shape, decode(codes, second, how).reshape(shape))
 
 

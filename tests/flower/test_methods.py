@@ -14,7 +14,7 @@ from fedomc.methods import parse_method, register, unregister
 from tests.conftest import randn
 from tests.flower.test_aggregation import Nodes
 from tests.methods.signs import Signs
-from tests.methods.test_conformance import METHODS
+from tests.methods.test_conformance import METHODS, SENT
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,11 +24,13 @@ def signs() -> Iterator[None]:
     unregister(Signs)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("part", ["held whole", "update"])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [(name, part) for name in METHODS for part in ("{}", "S1E3M7+{}", "S1E4M9>{}") if ">" in part or name not in SENT],
+)
 def test_a_round_of_flower(name: str, part: str) -> None:
     """What is sent, held and sent back is of the method, and the server moves the way that the clients moved."""
-    policy = CompressionPolicy(name) if part == "held whole" else CompressionPolicy("S1E3M7", update_format=name)
+    policy = CompressionPolicy.parse(part.format(name))
     torch.manual_seed(0)
     strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0), policy)
     arrays, replies = collect(nn.Linear(70, 60)), []
@@ -37,7 +39,8 @@ def test_a_round_of_flower(name: str, part: str) -> None:
     for message in strategy.configure_train(1, arrays, ConfigRecord(), Nodes(3)):  # type: ignore[arg-type]
         with torch.device("meta"):
             model = install(nn.Linear(70, 60), message)
-        assert model.weight.encoding.methods[-1] == parse_method(name)
+        encoding = model.weight.encoding
+        assert (encoding.uplink or encoding.methods[-1]) == parse_method(name)
         with torch.no_grad():
             model.weight.sub_(step)
         content = RecordDict({"arrays": collect(model, message), "metrics": MetricRecord({"num-examples": 2})})

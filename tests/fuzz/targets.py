@@ -69,6 +69,7 @@ POLICIES = tuple(
         {"format": "S1E2M3", "update_format": "S1E2M1"},
         {"format": "NF4", "update_format": "INT8"},
         {"format": "MXFP6"},
+        {"format": "S1E3M7", "uplink": "DRIVE1"},
         {"format": "S1E8M23", "transform": "none"},
     )
 )

@@ -37,10 +37,14 @@ METHODS = {
     "MXFP6": 0.0280,
     "MXFP6E3M2": 0.0537,
     "MXFP4": 0.116,
+    "DRIVE1": 0.756,
+    "DRIVE2": 0.365,
     "SIGNS": 2.8,
 }
+SENT = ("DRIVE1", "DRIVE2")  # what is sent once, and not held
 NUMEL = codec.CHUNK + 1500
 names = pytest.mark.parametrize("name", METHODS)
+held = pytest.mark.parametrize("name", [name for name in METHODS if name not in SENT])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,9 +102,14 @@ def test_the_error_is_that_of_the_table(name: str) -> None:
 @names
 @pytest.mark.parametrize("scale", [1e-35, 1e-3, 1e3])
 def test_encoding_again_changes_nothing(name: str, scale: float) -> None:
-    method = parse_method(name)
-    first = decoded(encode(randn(5000) * torch.exp(randn(5000, seed=1)) * scale, method, transform_of(method)))
-    assert torch.equal(decoded(encode(first, method, transform_of(method))), first)
+    """Of a last block that is not full, a method that is only for sending loses what it rotates into the padding."""
+    method, numel = parse_method(name), 5120 if name in SENT else 5000
+    first = decoded(encode(randn(numel) * torch.exp(randn(numel, seed=1)) * scale, method, transform_of(method)))
+    again = decoded(encode(first, method, transform_of(method)))
+    if name in SENT:  # its scale is a quotient of sums, which rounding shifts by a few units
+        torch.testing.assert_close(again, first, rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(again, first)
 
 
 @names
@@ -183,7 +192,7 @@ def test_sums_and_differences(name: str) -> None:
     assert packed.bound >= float(decoded(packed).abs().max())
 
 
-@names
+@held
 @pytest.mark.parametrize("part", ["base", "update"])
 def test_two_parts(name: str, part: str) -> None:
     formats = (name, "S1E3M4") if part == "base" else ("S1E3M7", name)
@@ -230,7 +239,7 @@ def test_entropy_coding_keeps_every_code(name: str) -> None:
         assert len(data) <= frame.size_of(packed, (5000,))
         found = frame.from_bytes(data, shape=(5000,), sent=reference)
         assert all(torch.equal(a, b) for a, b in zip(found.packed.fields, packed.fields, strict=True))
-    if method.code_bits > 1:
+    if method.code_bits > 1 and name not in SENT:  # of which small steps change all rotated values
         arguments = packed.codes, 5000, method.code_bits
         found = entropy.compress(*arguments, sent.codes, method.code_order)
         assert found is not None and found[1]  # small steps are small differences
@@ -251,7 +260,7 @@ def test_any_fields_are_refused_or_decode_to_finite_values(name: str, numel: int
         assert method.decode(fields, torch.empty(numel)).isfinite().all()
 
 
-@names
+@held
 def test_memory_is_accounted_for(name: str) -> None:
     shapes = {"weight": (300, 40), "bias": (300,)}
     selection = CompressionPolicy(name).select(shapes)
@@ -262,7 +271,7 @@ def test_memory_is_accounted_for(name: str) -> None:
     assert report.predicted[name].parameters == report.measured[name].parameters == p.nbytes + 1200
 
 
-@names
+@held
 def test_training_learns(name: str) -> None:
     """With an update in a part of its own, whatever the base."""
     torch.manual_seed(0)
@@ -278,7 +287,7 @@ def test_training_learns(name: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-@names
+@held
 def test_model_files(name: str, tmp_path: Path) -> None:
     model = nn.Linear(40, 30)
     encoding = Encoding(parse_method("S1E3M7"), parse_method(name))
@@ -292,7 +301,7 @@ def test_model_files(name: str, tmp_path: Path) -> None:
     assert other.weight.encoding == encoding and same_bits(other.weight.dequantize(), model.weight.dequantize())
 
 
-@names
+@held
 @pytest.mark.parametrize("shape", [(6, 64), (30, 41), (3, 5)], ids=str)
 def test_a_file_for_other_programs_is_exact_or_refused(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     model, path = nn.ParameterList([CompressedTensor.from_dense(randn(*shape), name)]), tmp_path / "model.safetensors"
@@ -306,12 +315,33 @@ def test_a_file_for_other_programs_is_exact_or_refused(name: str, shape: tuple[i
     assert all(map(torch.equal, other[0].base.fields, model[0].base.fields))
 
 
-@names
-def test_an_encoding_says_how_it_is_read_again(name: str) -> None:
-    encoding = Encoding.parse(f"S1E3M7+{name}", seed=3)
-    assert str(encoding) == f"S1E3M7+{name}" and Encoding.parse(str(encoding), seed=3) == encoding
+FORMS = ("{}", "S1E3M7+{}", "S1E3M7>{}", "S1E4M3+S1E2M1>{}")
+
+
+@pytest.mark.parametrize(
+    "text", [form.format(name) for form in FORMS for name in METHODS if ">" in form or name not in SENT]
+)
+def test_an_encoding_says_how_it_is_read_again(text: str) -> None:
+    encoding = Encoding.parse(text, seed=3)
+    assert str(encoding) == text and Encoding.parse(str(encoding), seed=3) == encoding
     assert frame.read_encoding(frame.encoding_fields(encoding)) == encoding
-    assert CompressionPolicy.parse(f"{name}@0.5") == CompressionPolicy(name, fraction=0.5)
+    policy = CompressionPolicy.parse(f"{text}@0.5")
+    assert str(policy) == f"{text}@0.5" and CompressionPolicy.parse(str(policy)) == policy
+    assert policy.encoding() == Encoding.parse(text, seed=policy.encoding().seed)
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_what_is_only_for_sending_is_not_held(name: str) -> None:
+    assert not parse_method(name).holds
+    for refused in (
+        lambda: Encoding.parse(name),
+        lambda: Encoding.parse(f"S1E3M7+{name}"),
+        lambda: CompressionPolicy(name),
+        lambda: CompressionPolicy("S1E3M7", format_by_name={"*.weight": name}),
+        lambda: CompressedTensor.from_dense(randn(4, 5), name),
+    ):
+        with pytest.raises(fedomc.PolicyError, match=f"{name} is for what is sent.*write it behind >"):
+            refused()
 
 
 def test_a_tag_belongs_to_one_method() -> None:

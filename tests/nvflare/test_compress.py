@@ -170,3 +170,8 @@ def test_misuse_is_told(error: str, act: Callable[[], object]) -> None:
 def test_a_round_that_is_none(round: Any) -> None:
     with pytest.raises(fedomc.PayloadError, match="is not the number of a round"):
         client_out(policy()).process(message(model(), round=round), context_of("site-1", "server"))
+
+
+def test_an_uplink_is_refused() -> None:
+    with pytest.raises(fedomc.PolicyError, match=r"uplink=DRIVE1.*Use a policy without uplink"):
+        CompressFilter(fedomc.CompressionPolicy.parse("S1E3M7>DRIVE1"))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 import fedomc
 from fedomc.methods import Encoding, Packed, encode
+from fedomc.methods.packed import draw_seed
 from fedomc.serialization import frame
 from fedomc.serialization.uplink import UplinkConfig, reply_frame
 from fedomc.tensor.compressed import compress
@@ -84,3 +85,84 @@ def test_a_client_that_changed_nothing_sends_back_what_came(name: str, rounding:
     data = reply_frame(value, sent, config, "w")
     assert data == frame.to_bytes(sent.packed, (50, 60), frame.VARIABLE)
     assert reply_frame(value + 0.01, sent, config, "w") != data
+
+
+# ---- with an uplink -------------------------------------------------------------------------------------------------
+
+UPLINKS = ("S1E2M1", "S1E3M0", "S1E4M10", "INT4", "DRIVE1", "DRIVE2")
+CHANGE = randn(*SHAPE, seed=1, scale=1e-2)
+
+
+def arrivals(uplink: str) -> dict[str, tuple[Tensor, frame.Frame | Tensor | None, UplinkConfig, Tensor]]:
+    """Give each way in which a variable can be sent and held: it, what was sent, the settings and its change."""
+    came, unquantized = sent(frame.VARIABLE, "S1E3M7"), sent(frame.DENSE, str(UNQUANTIZED))
+    one, two = Encoding.parse(f"S1E3M7>{uplink}", seed=3), Encoding.parse(f"S1E3M7+S1E3M7>{uplink}", seed=3)
+    parts = {}
+    for how in (one, two):
+        held = fedomc.CompressedTensor.from_packed(came.packed.to("cpu"), how, SHAPE, "w")
+        held.add_(CHANGE)
+        parts[how] = held
+    dense, arrived = values(came.packed) + CHANGE, randn(*SHAPE)
+    own = compress(arrived + CHANGE, one, "w")
+    settings = UplinkConfig(one, False, UNQUANTIZED, frozenset({"w"}))
+    return {
+        "one part": (parts[one], came, UplinkConfig(one), parts[one].dequantize() - values(came.packed)),
+        "two parts": (parts[two], None, UplinkConfig(two), values(parts[two].update)),
+        "dense, was sent compressed": (dense, came, UplinkConfig(one), dense - values(came.packed)),
+        "the same, for two parts": (dense, came, UplinkConfig(two), dense - values(came.packed)),
+        "unquantized": (dense, unquantized, settings, dense - values(unquantized.packed)),
+        "was sent dense": (dense, arrived, settings, dense - arrived),
+        "was sent dense, is in one part": (own, arrived, settings, own.dequantize() - arrived),
+    }
+
+
+@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("arrival", list(arrivals("S1E2M1")))
+def test_with_an_uplink_the_change_goes_back_rounded_once(arrival: str, uplink: str) -> None:
+    value, came, config, change = arrivals(uplink)[arrival]
+    data = reply_frame(value, came, config, "w")
+    assert data is not None and reply_frame(value, came, config, "w") == data
+    found = frame.from_bytes(data, shape=SHAPE)
+    assert (found.kind, str(found.packed.method)) == (frame.UPDATE, uplink)
+    seed = draw_seed(config.encoding.seed, "uplink", 0)
+    expected = encode(change, found.packed.method, "", "stochastic", seed, "w")
+    assert torch.equal(values(found.packed), values(expected))
+    coded = reply_frame(value, came, UplinkConfig(config.encoding, True, UNQUANTIZED, config.unquantized), "w")
+    assert coded is not None and len(coded) <= len(data)
+    again = frame.from_bytes(coded, shape=SHAPE)
+    assert torch.equal(values(again.packed), values(found.packed))
+
+
+@pytest.mark.parametrize("uplink", UPLINKS)
+def test_the_mean_of_the_replies_is_the_change_even_if_the_policy_rounds_to_nearest(uplink: str) -> None:
+    """The square of the error of a mean of n replies is an n-th of that of one."""
+    came, count, errors = sent(frame.VARIABLE, "S1E3M7"), 200, []
+    for seed in range(count):
+        encoding = Encoding("S1E3M7", rounding="nearest", seed=seed, uplink=uplink)
+        data = reply_frame(values(came.packed) + CHANGE, came, UplinkConfig(encoding), "w")
+        assert data is not None
+        errors.append(values(frame.from_bytes(data).packed) - CHANGE)
+    stacked = torch.stack(errors).double()
+    single = float(stacked.square().sum(dim=(1, 2)).mean())
+    assert 0.75 < float(stacked.mean(0).square().sum()) * count / single < 1.25
+
+
+def test_an_update_in_the_uplinks_method_is_not_rounded_again() -> None:
+    encoding = Encoding.parse("S1E3M7+S1E2M1>S1E2M1")
+    tensor = compress(randn(*SHAPE), encoding, "w")
+    tensor.add_(CHANGE)
+    assert tensor.update is not None
+    data = reply_frame(tensor, None, UplinkConfig(encoding), "w")
+    assert data == frame.to_bytes(tensor.update, SHAPE, frame.UPDATE)
+
+
+def test_what_an_uplink_leaves_alone_and_what_is_wrong() -> None:
+    config = UplinkConfig(Encoding.parse("S1E3M7>DRIVE1"), unquantized=frozenset({"w"}))
+    assert reply_frame(randn(10), None, config, "bias") is None
+    with pytest.raises(fedomc.PayloadError, match=r"^w goes back as torch\.float32 \(3, 3\)"):
+        reply_frame(randn(3, 3), randn(*SHAPE), config, "w")
+    for came in (randn(*SHAPE), sent(frame.VARIABLE, "S1E3M7")):
+        with pytest.raises(fedomc.NonFiniteError, match=r"^w "):
+            reply_frame(torch.full(SHAPE, torch.nan), came, config, "w")
+    data = reply_frame(randn(*SHAPE), randn(*SHAPE), config, "w")
+    assert data is not None and values(frame.from_bytes(data).packed).count_nonzero() == 0

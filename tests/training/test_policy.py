@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedomc import CompressedTensor, CompressionPolicy, Encoding, FloatFormat, FormatError, PolicyError, Selection
+from fedomc.training.policy import held_bytes
 
 SHAPES = {f"layer{i}.{kind}": shape for i in range(12) for kind, shape in (("w", (30 + i, 40)), ("bias", (30 + i,)))}
 MATRICES = [name for name in SHAPES if name.endswith("w")]
@@ -278,3 +279,33 @@ def test_policies_are_values() -> None:
         for format in ("S1E3M7", FloatFormat(3, 7))
     )
     assert a == b == replace(a, seed=0) and hash(a) == hash(b) and a.format == FloatFormat(3, 7)
+
+
+@pytest.mark.parametrize(
+    "text", ["S1E3M7>S1E2M1", "S1E4M3+S1E2M1>DRIVE1@0.9", "S1E3M7>DRIVE2@0.5", "INT8>MXFP4"], ids=str
+)
+def test_an_uplink_is_read_and_written(text: str) -> None:
+    policy = CompressionPolicy.parse(text)
+    assert str(policy) == text and CompressionPolicy.parse(str(policy)) == policy and hash(policy)
+    (held, _, rest), fraction = text.partition(">"), policy.fraction
+    assert policy == CompressionPolicy.parse(held, uplink=rest.partition("@")[0], fraction=fraction)
+    for encoding in policy.select(SHAPES, round=3, client="a").values():
+        assert str(encoding) == text.partition("@")[0]
+    without = replace(policy, uplink=None)
+    assert without.encoding(round=3, client="a").seed == policy.encoding(round=3, client="a").seed
+
+
+@pytest.mark.parametrize("text", ["S1E3M7>", ">S1E3M7", "S1E3M7>S1E2M1>S1E2M1", "S1E3M7>S1E2M1+S1E2M1", "S1E3M7>FP32"])
+def test_an_uplink_is_one_method(text: str) -> None:
+    with pytest.raises(FormatError):
+        CompressionPolicy.parse(text)
+
+
+def test_what_is_kept_for_the_change_counts_as_held() -> None:
+    """What was sent of variables in one part, and of what partial quantization left in FP32; no update."""
+    plain, uplink = (CompressionPolicy.parse(f"S1E3M7{rest}@0.5").select(SHAPES) for rest in ("", ">DRIVE1"))
+    assert set(plain) == set(uplink) and set(uplink) | set(uplink.unquantized) == set(MATRICES)
+    kept = sum(plain[name].nbytes(math.prod(SHAPES[name])) for name in plain) + 4 * total(uplink.unquantized)
+    assert held_bytes(SHAPES, uplink) == held_bytes(SHAPES, plain) + kept
+    two, sent = (CompressionPolicy.parse(f"S1E2M3+S1E2M1{rest}").select(SHAPES) for rest in ("", ">DRIVE1"))
+    assert held_bytes(SHAPES, two) == held_bytes(SHAPES, sent)

@@ -102,6 +102,17 @@ BLOCK_FRAMES = {
     "nf4-empty": (NF4[64], 0, (3, 0), ()),
 }
 
+DRIVE = {width: Method(f"DRIVE{width}", 6, bytes([width]), width, "unsigned") for width in (1, 2)}
+
+# name: method, shape, seed, the first scales; the others are drawn
+ROTATED = {
+    "drive1": (DRIVE[1], (1025,), 5, ()),
+    "drive1-three-blocks": (DRIVE[1], (2, 1100), 2**63 - 1, (0.0, -1.0)),
+    "drive2": (DRIVE[2], (7, 43), -(2**40) - 3, ()),
+    "drive2-three-blocks": (DRIVE[2], (3, 700), 0x123456789ABCDEF, (1e33, 2.0**-149)),
+    "drive2-two-full-blocks": (DRIVE[2], (1600,), 0, ()),
+}
+
 # name: method, kind, values, bits of each plane, whether of differences
 PLANES = {
     "planes-of-bytes": (float_format(3, 7), 0, 1500, (8, 1, 1, 1), False),
@@ -301,6 +312,42 @@ def make_block_frames() -> None:
         write_json(name, {**described, "values": values})
 
 
+def make_rotated() -> None:
+    """Write the frames of randomly rotated blocks, which are updates; sums are of Python's integers."""
+
+    def mixed(x: int) -> int:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    def signs(seed: int, block: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        low, high = mixed(seed & 0xFFFFFFFF), mixed((seed >> 32 & 0xFFFFFFFF) ^ 0x9E3779B9)
+        lanes = [mixed((mixed((1024 * block + i) ^ low) + mixed(high)) & 0xFFFFFFFF) for i in range(32)]
+        rows = [mixed((mixed((32 + i) ^ high) + low) & 0xFFFFFFFF) for i in range(32)]
+        crossed = [(lanes[i % 32] ^ rows[i // 32]) * 0x9E3779B1 & 0xFFFFFFFF for i in range(count)]
+        bits = np.array([(x ^ (x >> 15)) * 0x85EBCA77 & 0xFFFFFFFF for x in crossed])
+        return 1 - 2 * (bits >> 31 & 1), 1 - 2 * (bits >> 30 & 1)
+
+    for name, (method, shape, seed, first) in ROTATED.items():
+        count, levels = int(np.prod(shape)), {1: [-1, 1], 2: [-10, -3, 3, 10]}[method.width]
+        left = count % 1024
+        total = count - left + (0 if not left else 512 if left <= 512 and method.width == 2 else 1024)
+        random = np.random.default_rng([method.tag, count])
+        codes = random.integers(0, 2**method.width, total).tolist()
+        drawn = readable(random.lognormal(-14, 1, -(-count // 1024)).astype("f4"))
+        scales, values = [*first, *drawn[len(first) :]], list[float]()
+        for block, scale in enumerate(np.array(scales, dtype="f4")):
+            c = np.array([levels[code] for code in codes[1024 * block : 1024 * block + 1024]])
+            index = range(len(c))
+            matrix = np.array([[1 - 2 * ((i & j).bit_count() & 1) for j in index] for i in index])
+            outer, inner = signs(seed, block, len(c))
+            values += readable(scale * (outer * (matrix @ (inner * (matrix @ c)))).astype("f4") + np.float32(0))
+        fields = words_of(codes, method.width), scale_bytes(method, scales), struct.pack("<q", seed)
+        (FOLDER / f"{name}.frame").write_bytes(frame_of(method, 1, shape, fields))
+        described = {"kind": 1, "method": method.name, "shape": shape, "scales": scales, "seed": seed, "codes": codes}
+        write_json(name, {**described, "values": values[:count]})
+
+
 def make_planes() -> None:
     """Write frames of planes, each with a description, and with the codes that were sent if they are differences."""
     for number, (name, (method, kind, count, planes, difference)) in enumerate(PLANES.items()):
@@ -413,6 +460,7 @@ def write_json(name: str, content: object) -> None:
 if __name__ == "__main__":
     make_frames()
     make_block_frames()
+    make_rotated()
     make_planes()
     make_model()
     make_interchange()

@@ -15,7 +15,7 @@ from fedomc.flower.chunks import ChunkedArray
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.flower.supervision import STEP_KEPT, STEP_NOISE
 from fedomc.serialization import frame
-from fedomc.serialization.uplink import UplinkConfig, reply_frame
+from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.training.model import replace_parameters
 from fedomc.training.module_state import ModuleState, OwnedValue, some
@@ -34,7 +34,8 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
         message: the message, with one ``ArrayRecord`` of all parameters and persistent buffers, and with the
             ``fedomc`` config record if variables are compressed.
         consume: release the message's bytes as they are read, so that message and model are never both in memory.
-            The bytes that ``collect`` will need stay.
+            The bytes that ``collect`` will need stay: with an uplink, those of variables in one part and of those
+            that partial quantization left in FP32.
 
     Returns:
         The model.
@@ -67,8 +68,8 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
     Args:
         model: the model, plain or compressed.
         message: the message that the model was filled from. With it the arrays travel as its sender asked for, see
-            ``serialization.uplink.reply_frame``: entropy coded, for instance, and variables that were sent compressed
-            but are dense in the model go back compressed.
+            ``serialization.uplink.reply_frame``: as changes in the method of an uplink, entropy coded, and variables
+            that were sent compressed but are dense in the model go back compressed.
         consume: release each parameter once it is written, so that model and arrays are never both in memory, and hold
             the arrays in the form in which Flower sends them, so that sending makes no copy. Afterwards the parameters
             lie on the meta device and have no gradients; ``install`` can fill the model again.
@@ -169,24 +170,29 @@ def _consumed(
 def _without_data(record: Mapping[str, Array], parameters: Collection[str], config: UplinkConfig | None) -> ArrayRecord:
     emptied = ArrayRecord()
     for name, array in record.items():
-        keep = _needed_by_collect(array, name in parameters, config)
+        keep = _needed_by_collect(array, name, name in parameters, config)
         emptied[name] = array if keep else Array(array.dtype, tuple(array.shape), array.stype, b"")
     return emptied
 
 
-def _needed_by_collect(array: Array, parameter: bool, config: UplinkConfig | None) -> bool:
+def _needed_by_collect(array: Array, name: str, parameter: bool, config: UplinkConfig | None) -> bool:
     """Tell whether ``collect`` reads what this array holds: to write a difference to it, or the format that it had."""
     if config is None or array.stype != STYPE:
-        return False
+        return config is not None and config.asks_for_change(name)
     dense = not parameter or config.unquantized_format is not None  # buffers are dense in the model
-    return dense or (config.entropy_coding and config.encoding.update_format is None)
+    return dense or (_differs_from_codes(config) and config.encoding.update_format is None)
+
+
+def _differs_from_codes(config: UplinkConfig) -> bool:
+    """Tell whether what goes back of a variable in one part is written as a difference to its codes."""
+    return config.entropy_coding or config.uplink is not None
 
 
 def _written(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> Array:
     """Write a variable as it is to travel; the array is what was sent of it."""
     if array is not None and tuple(array.shape) != tuple(tensor.shape):
         raise PayloadError(f"{name}: shape {tuple(tensor.shape)}, but {tuple(array.shape)} was sent")
-    data = reply_frame(tensor, _sent_frame(tensor, name, array, config), config, name)
+    data = reply_frame(tensor, _sent(tensor, name, array, config), config, name)
     if data is not None:
         return framed_array(data, tuple(tensor.shape))
     try:
@@ -195,17 +201,19 @@ def _written(tensor: Tensor, name: str, array: Array | None, config: UplinkConfi
         raise PayloadError(f"{name} is {tensor.dtype}, which cannot be sent: call model.float() first") from error
 
 
-def _sent_frame(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> frame.Frame | None:
-    """Read the frame that was sent of a variable, if what goes back depends on it."""
-    if array is None or array.stype != STYPE or config is None:
+def _sent(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> Sent | None:
+    """Read what was sent of a variable, if what goes back depends on it."""
+    if array is None or config is None or (array.stype != STYPE and not config.asks_for_change(name)):
         return None
-    if is_compressed(tensor) and (tensor.update is not None or not config.entropy_coding):
+    if is_compressed(tensor) and (tensor.update is not None or not _differs_from_codes(config)):
         return None
     if not array.data:
         raise PayloadError(
             f"{name}: install(consume=True) has released what was sent, which is needed now that the variable is no "
             "longer compressed: install without consume, or collect before you decompress the model"
         )
+    if array.stype != STYPE:
+        return flat_tensor(view_dense(array, name, check=False)).view(tuple(array.shape))
     return read_packed(array, name, copy=False)
 
 

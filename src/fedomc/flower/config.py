@@ -1,6 +1,6 @@
 """The record with which a server tells a client how to encode its reply."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord
@@ -15,11 +15,19 @@ CONFIG = "fedomc"
 
 
 def to_config(
-    encoding: Encoding, *, entropy_coding: bool = False, unquantized_format: Method | None = None
+    encoding: Encoding,
+    *,
+    entropy_coding: bool = False,
+    unquantized_format: Method | None = None,
+    unquantized: Sequence[str] = (),
 ) -> ConfigRecord:
     """Write what ``from_config`` reads as an ``UplinkConfig``."""
-    unquantized = {} if unquantized_format is None else {"unquantized_format": str(unquantized_format)}
-    return ConfigRecord({**frame.encoding_fields(encoding), "entropy_coding": entropy_coding, **unquantized})
+    record = ConfigRecord({**frame.encoding_fields(encoding), "entropy_coding": entropy_coding})
+    if unquantized_format is not None:
+        record["unquantized_format"] = str(unquantized_format)
+    if unquantized:
+        record["unquantized"] = list(unquantized)
+    return record
 
 
 def from_config(config: Mapping[str, Any]) -> UplinkConfig:
@@ -32,7 +40,11 @@ def from_config(config: Mapping[str, Any]) -> UplinkConfig:
         entropy_coding, unquantized = config.get("entropy_coding", False), config.get("unquantized_format")
         if type(entropy_coding) is not bool:
             raise PayloadError(f"entropy_coding={entropy_coding!r} is neither true nor false")
+        names = config.get("unquantized", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise PayloadError(f"unquantized={names!r} is no list of names")
         encoding = frame.read_encoding(config)
-        return UplinkConfig(encoding, entropy_coding, None if unquantized is None else parse_method(unquantized))
+        format = None if unquantized is None else parse_method(unquantized)
+        return UplinkConfig(encoding, entropy_coding, format, frozenset(names))
     except OMCError as error:
         raise PayloadError(f"the message's {CONFIG!r} record: {error}") from None

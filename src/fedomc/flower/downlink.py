@@ -69,6 +69,7 @@ class Broadcast:
         self._dense: dict[str, Values] = {}
         self._former_pieces = {} if former is None else former.pieces_of(arrays)
         self._sent: dict[int, dict[str, Packed]] = {}
+        self._uplinks: dict[int, tuple[Method, frozenset[str]]] = {}
         self._record_names: dict[int, list[str]] = {}
 
     def compress(self, message: Message) -> None:
@@ -84,7 +85,11 @@ class Broadcast:
         self._record_names[node] = models = [k for k, record in records.items() if set(record) == set(self.arrays)]
         if policy is None:
             return
-        pieces = self._pieces_for(policy, client)
+        pieces, encoding = self._pieces_for(policy, client), policy.encoding(round=self.round, client=client)
+        unquantized = list[str]()
+        if encoding.uplink is not None:
+            unquantized = [name for name in policy.compressible(self._shapes) if name not in pieces]
+            self._uplinks[node] = encoding.uplink, frozenset([*pieces, *unquantized])
         self._sent[node] = {name: piece.packed for name, piece in pieces.items()}
         payload = ArrayRecord()
         for name, array in self.arrays.items():
@@ -95,9 +100,10 @@ class Broadcast:
         for key in models:
             content[key] = payload
         content[CONFIG] = to_config(
-            policy.encoding(round=self.round, client=client),
+            encoding,
             entropy_coding=self._code_up,
             unquantized_format=self._unquantized_format,
+            unquantized=unquantized,
         )
         message.content = content
 
@@ -110,6 +116,11 @@ class Broadcast:
     def packed(self, node: int) -> dict[str, Packed]:
         """Return the variables that a node was sent compressed."""
         return self._sent.get(node, {})
+
+    def uplink_of(self, node: int, name: str) -> Method | None:
+        """Return the method in which a node was asked for the change of a variable; None if for what it holds."""
+        method, names = self._uplinks.get(node, (None, frozenset[str]()))
+        return method if name in names else None
 
     def record_names(self, node: int) -> list[str]:
         """Return the names of the array records in which a node was sent the model."""

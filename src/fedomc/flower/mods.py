@@ -8,12 +8,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower._flower import is_legacy_content
-from fedomc.flower.arrays import STYPE, framed_array, read_packed, records_of
+from fedomc.flower.arrays import STYPE, flat_tensor, framed_array, read_packed, records_of, view_dense
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.serialization import frame
-from fedomc.serialization.uplink import UplinkConfig, reply_frame
+from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 
-Frames = dict[str, frame.Frame]
+Received = dict[str, Sent]
 
 
 def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -26,8 +26,9 @@ def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Co
     It must be the first of the mods, ``mods=[omc_mod, fixedclipping_mod]``: the others then see FP32 arrays, and the
     message as the wrapped strategy made it.
 
-    Variables that came compressed go back compressed, as ``reply_frame`` says. In a reply these are the ones of the
-    record that is named as the one that was sent; other records stay as they are.
+    Variables that came compressed go back compressed, as ``reply_frame`` says, and with an uplink in the policy so do
+    those that partial quantization left in FP32. In a reply these are the ones of the record that is named as the one
+    that was sent; other records stay as they are.
 
     The mod does not know the client's model: a message whose FP32 values would take more than ``frame.MAX_EXPANSION``
     times the bytes that arrived is refused.
@@ -49,12 +50,12 @@ def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Co
         return call_next(message, context)
     records = records_of(message.content, ArrayRecord)
     _check_expansion(records.values())
-    uplink, sent = from_config(config), dict[str, Frames]()
+    uplink, sent = from_config(config), dict[str, Received]()
     content = RecordDict({key: record for key, record in message.content.items() if key != CONFIG})
     for key, record in records.items():
-        content[key], frames = _decoded(record)
-        if frames:
-            sent[key] = frames
+        content[key], received = _decoded(record, uplink)
+        if received:
+            sent[key] = received
     del records
     message.content = content
     reply = call_next(message, context)
@@ -62,8 +63,8 @@ def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Co
         return reply
     content = RecordDict(dict(reply.content.items()))
     records = records_of(reply.content, ArrayRecord)
-    for key, frames in _answers(sent, records).items():
-        content[key] = _encoded(records[key], frames, uplink)
+    for key, received in _answers(sent, records).items():
+        content[key] = _encoded(records[key], received, uplink)
     reply.content = content
     return reply
 
@@ -82,34 +83,36 @@ def _check_expansion(records: Iterable[ArrayRecord]) -> None:
         )
 
 
-def _decoded(record: ArrayRecord) -> tuple[ArrayRecord, Frames]:
-    """Return a record with plain arrays, and the frames that were in it."""
-    decoded, frames = ArrayRecord(), Frames()
+def _decoded(record: ArrayRecord, uplink: UplinkConfig) -> tuple[ArrayRecord, Received]:
+    """Return a record with plain arrays, and what its reply will be a difference to."""
+    decoded, received = ArrayRecord(), Received()
     for name, array in record.items():
         if array.stype == STYPE:
-            frames[name] = parsed = read_packed(array, name, copy=False)
+            received[name] = parsed = read_packed(array, name, copy=False)
             array = Array(
                 parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu"))
                 .view(parsed.shape)
                 .numpy()
             )
+        elif uplink.asks_for_change(name):
+            received[name] = flat_tensor(view_dense(array, name)).view(tuple(array.shape))
         decoded[name] = array
-    return decoded, frames
+    return decoded, received
 
 
-def _answers(sent: Mapping[str, Frames], records: Mapping[str, ArrayRecord]) -> dict[str, Frames]:
-    """Return the frames that each record of a reply answers: of the record of its name, or of the only one there is."""
+def _answers(sent: Mapping[str, Received], records: Mapping[str, ArrayRecord]) -> dict[str, Received]:
+    """Return what each record of a reply answers: the record of its name, or the only one there is."""
     answers = {key: sent[key] for key in records if key in sent}
     if not answers and len(sent) == len(records) == 1:
         answers = {next(iter(records)): next(iter(sent.values()))}
     return answers
 
 
-def _encoded(record: ArrayRecord, frames: Frames, uplink: UplinkConfig) -> ArrayRecord:
+def _encoded(record: ArrayRecord, received: Received, uplink: UplinkConfig) -> ArrayRecord:
     encoded = ArrayRecord()
     for name, array in record.items():
-        if name in frames:
-            data = reply_frame(torch.from_numpy(array.numpy()), frames[name], uplink, name)
+        if name in received:
+            data = reply_frame(torch.from_numpy(array.numpy()), received[name], uplink, name)
             assert data is not None
             array = framed_array(data, tuple(array.shape))
         encoded[name] = array

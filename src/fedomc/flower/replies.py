@@ -15,7 +15,7 @@ from fedomc.flower.downlink import Broadcast
 from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, read_metrics, with_weight
 from fedomc.flower.traffic import RoundReport
 from fedomc.flower.variables import ReplyVariable
-from fedomc.methods import Packed
+from fedomc.methods import Method, Packed
 from fedomc.serialization import frame
 
 
@@ -203,10 +203,15 @@ def read_variables(broadcast: Broadcast, reply: Message) -> tuple[str, dict[str,
         raise PayloadError(f"{', '.join(models)} could all be the model: name it {broadcast.record_names(node)[0]!r}")
     name = (named_as_sent or models)[0]
     sent = broadcast.packed(node)
-    return name, {key: _read_variable(broadcast, key, array, sent.get(key)) for key, array in records[name].items()}
+    return name, {
+        key: _read_variable(broadcast, key, array, sent.get(key), broadcast.uplink_of(node, key))
+        for key, array in records[name].items()
+    }
 
 
-def _read_variable(broadcast: Broadcast, name: str, array: Array, packed: Packed | None) -> ReplyVariable:
+def _read_variable(
+    broadcast: Broadcast, name: str, array: Array, packed: Packed | None, uplink: Method | None
+) -> ReplyVariable:
     own = broadcast.arrays[name]
     if tuple(array.shape) != tuple(own.shape):
         raise PayloadError(f"{name}: shape {array.shape}, but {own.shape} was sent")
@@ -220,7 +225,13 @@ def _read_variable(broadcast: Broadcast, name: str, array: Array, packed: Packed
         raise PayloadError(f"{name}: compressed values came back, but {own.dtype} was sent")
     parsed = read_packed(array, name, copy=False, sent=packed)
     is_update = parsed.kind == frame.UPDATE
-    if is_update and packed is None:
+    if uplink is not None and not (is_update and parsed.packed.method == uplink):
+        what = "an update" if is_update else "a variable"
+        raise PayloadError(
+            f"{name}: {what} in {parsed.packed.method} came back, but the change in {uplink} was asked for: the client "
+            "has to give collect the message, as in collect(model, message)"
+        )
+    if is_update and packed is None and uplink is None:
         raise PayloadError(f"{name}: an update came back, but the variable was sent in FP32")
     in_message = len(array.data) > parsed.packed.codes.nbytes
     return ReplyVariable(parsed.packed if in_message else partial(_codes, array, name, packed), sent, is_update)

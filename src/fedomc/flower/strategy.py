@@ -20,7 +20,7 @@ from fedomc.flower.supervision import Supervision
 from fedomc.flower.tiers import NodeCapabilities
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
 from fedomc.flower.training_round import TrainingRound
-from fedomc.methods import Method, parse_method
+from fedomc.methods import Encoding, Method
 from fedomc.serialization.checkpointing import Checkpoints
 from fedomc.serialization.entropy import require
 from fedomc.training.policy import CompressionPolicy, TieredPolicy
@@ -75,8 +75,8 @@ class OMCStrategy(Strategy):
 
     Raises:
         FormatError: there is no such format.
-        PolicyError: an unknown way to aggregate or direction, a cap below 1, entropy coding without zstandard, or
-            ``weights`` with a strategy that clips.
+        PolicyError: an unknown way to aggregate or direction, a cap below 1, entropy coding without zstandard,
+            ``weights`` with a strategy that clips, or an unquantized format that is only for an uplink.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class OMCStrategy(Strategy):
         self.policy = policy
         self.aggregate = aggregate
         self.entropy_coding = entropy_coding
-        self.unquantized_format = None if unquantized_format is None else parse_method(unquantized_format)
+        self.unquantized_format = None if unquantized_format is None else Encoding.parse(str(unquantized_format)).format
         self.client_name = client_name
         self.weight_cap = weight_cap
         self.checkpoints = checkpoints

@@ -43,12 +43,12 @@ class ReplyVariable:
         stop = start + out.numel()
         if not isinstance(values, Packed):
             np.copyto(out.numpy(), _flat(values)[start:stop])
-        elif self.is_update or not isinstance(self.sent, Packed):
-            values.decode(out, start)
         else:
-            return self.sent.add_to(values.decode(out, start), -1.0, start)
+            values.decode(out, start)
+        if self.is_update:
+            return out
         if isinstance(self.sent, Packed):
-            return out if self.is_update else self.sent.add_to(out, -1.0, start)
+            return self.sent.add_to(out, -1.0, start)
         np.subtract(out.numpy(), _flat(self.sent)[start:stop], out=out.numpy())
         return out
 

@@ -1,4 +1,4 @@
-"""``Encoding``: how a variable is held while it trains."""
+"""``Encoding``: how a variable is held while it trains, and how a client sends back what changed."""
 
 from dataclasses import dataclass, replace
 
@@ -20,14 +20,16 @@ class Encoding:
             the steps that are smaller than half the distance between neighbouring codes. A variable that is encoded
             as a whole, such as what a server sends, is always rounded to nearest.
         seed: of stochastic rounding.
+        uplink: the method in which a client sends back the change of the variable since it arrived, rounded once and
+            stochastically; None sends back what is held.
 
     Raises:
         FormatError: no such format.
-        PolicyError: an unknown transformation or rounding.
+        PolicyError: an unknown transformation or rounding, or a method that holds no variable, outside of the uplink.
 
     Example:
-        >>> str(Encoding.parse("S1E2M3+S1E2M1"))
-        'S1E2M3+S1E2M1'
+        >>> str(Encoding.parse("S1E2M3+S1E2M1>DRIVE1"))
+        'S1E2M3+S1E2M1>DRIVE1'
     """
 
     format: Method
@@ -35,11 +37,20 @@ class Encoding:
     transform: str = ""
     rounding: str = "stochastic"
     seed: int = 0
+    uplink: Method | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_method(self.format))
         if self.update_format is not None:
             object.__setattr__(self, "update_format", parse_method(self.update_format))
+        if self.uplink is not None:
+            object.__setattr__(self, "uplink", parse_method(self.uplink))
+        for method in self.methods:
+            if not method.holds:
+                raise PolicyError(
+                    f"{method} is for what is sent, not for what is held while training, as each step would rotate and "
+                    f"round all values anew: write it behind >, as in S1E3M7>{method}"
+                )
         if self.rounding not in ROUNDINGS:
             raise PolicyError(f"rounding={self.rounding!r} is unknown: use one of {', '.join(ROUNDINGS)}")
         known = list(dict.fromkeys(name for method in self.methods for name in method.transforms))
@@ -51,19 +62,27 @@ class Encoding:
 
     @classmethod
     def parse(cls, text: "str | Encoding", *, seed: int = 0) -> "Encoding":
-        """Read ``S1E3M7``, or ``S1E2M3+S1E2M1`` for two parts; an encoding passes through.
+        """Read ``S1E3M7``, ``S1E2M3+S1E2M1`` for two parts, or ``S1E3M7>S1E2M1`` with an uplink.
+
+        An encoding passes through.
 
         Args:
             text: the methods' names.
             seed: of stochastic rounding.
 
         Raises:
-            FormatError: a name is not that of a method, or there are more than two.
+            FormatError: a name is not that of a method, or there are more than two parts or one uplink.
         """
         if isinstance(text, Encoding):
             return text
-        base, plus, update = text.partition("+")
-        return cls(parse_method(base), parse_method(update) if plus else None, seed=seed)
+        held, sent, uplink = text.partition(">")
+        base, plus, update = held.partition("+")
+        return cls(
+            parse_method(base),
+            parse_method(update) if plus else None,
+            seed=seed,
+            uplink=parse_method(uplink) if sent else None,
+        )
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -84,4 +103,4 @@ class Encoding:
         return replace(self, format=format, transform=transform)
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.methods))
+        return "+".join(map(str, self.methods)) + ("" if self.uplink is None else f">{self.uplink}")

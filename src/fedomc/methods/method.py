@@ -104,11 +104,13 @@ class Method(ABC):
         transforms: the names of the transformations that the method can apply before it rounds.
         code_order: how the codes of the first field are ordered, for the entropy coding of differences: ``unsigned``,
             ``sign-magnitude`` or ``twos-complement``.
+        holds: whether a variable can be held by this method while it trains; otherwise it is for what is sent.
     """
 
     tag: ClassVar[int]
     transforms: ClassVar[tuple[str, ...]] = ("none",)
     code_order: ClassVar[str] = "unsigned"
+    holds: ClassVar[bool] = True
 
     # ---- how it is written -----------------------------------------------------------------------------------------
 
@@ -144,6 +146,10 @@ class Method(ABC):
     @abstractmethod
     def code_bits(self) -> int:
         """How many bits a code of the first field has, 1 to 32. Codes are packed as ``codec.layout`` says."""
+
+    def code_count(self, numel: int) -> int:
+        """Count the codes of a variable of so many values."""
+        return numel
 
     @abstractmethod
     def fields(self, numel: int) -> tuple[Field, ...]:

@@ -11,6 +11,7 @@ from fedomc.methods.integers import Int4, Int8
 from fedomc.methods.method import Method
 from fedomc.methods.microscaling import Microscaling
 from fedomc.methods.normal_float import NF4
+from fedomc.methods.rotated import Rotated
 
 _BY_TAG: dict[int, type[Method]] = {}
 
@@ -66,7 +67,8 @@ def _parse(text: str) -> Method:
     for method in _BY_TAG.values():
         if (found := method.from_name(text)) is not None:
             return found
-    names = "S1E<exponent bits>M<mantissa bits> as in S1E3M7, INT8, INT4, NF4, MXFP8, MXFP6 or MXFP4"
+    names = "S1E<exponent bits>M<mantissa bits> as in S1E3M7, INT8, INT4, NF4, MXFP8, MXFP6 or MXFP4; "
+    names += "DRIVE1 or DRIVE2 for an uplink"
     raise FormatError(f"{text!r} is not a number format: write {names}")
 
 
@@ -78,5 +80,5 @@ def _from_header(tag: int, data: bytes) -> Method:
     return method.from_header(data)
 
 
-for _method in (FloatFormat, Int8, Int4, NF4, Microscaling):
+for _method in (FloatFormat, Int8, Int4, NF4, Microscaling, Rotated):
     register(_method)

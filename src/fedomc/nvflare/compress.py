@@ -47,10 +47,18 @@ class CompressFilter(ModelFilter):
 
     Attributes:
         policy: how to compress.
+
+    Raises:
+        PolicyError: the policy has an uplink, which only Flower's clients have so far.
     """
 
     def __init__(self, policy: CompressionPolicy) -> None:
         super().__init__()
+        if policy.uplink is not None:
+            raise PolicyError(
+                f"uplink={policy.uplink}: NVFlare's filters send back what is held, or differences in update_format. "
+                "Use a policy without uplink and with update_format"
+            )
         self.policy = policy
         self._lock = threading.Lock()
         self._round = -1

@@ -109,7 +109,7 @@ def to_bytes(
     coding, difference = entropy.PLAIN, False
     if lossless:
         reference = _reference(sent, method, numel)
-        smaller = entropy.compress(tensors[0], numel, method.code_bits, reference, method.code_order)
+        smaller = entropy.compress(tensors[0], method.code_count(numel), method.code_bits, reference, method.code_order)
         if smaller is not None:
             coding, difference, bodies[0] = smaller
             lengths = (len(bodies[0]), *lengths[1:])
@@ -204,7 +204,7 @@ def from_bytes(
     for field, length in zip(fields, lengths, strict=True):
         if coded and not tensors:
             codes = entropy.decompress(
-                view[begin : begin + length], coding, bool(difference), numel, method.code_bits,
+                view[begin : begin + length], coding, bool(difference), method.code_count(numel), method.code_bits,
                 _reference(sent, method, numel), name, method.code_order,
             )  # fmt: skip
             tensors.append(codes)
@@ -262,12 +262,14 @@ def _reference(sent: Packed | None, method: Method, numel: int) -> Tensor | None
 def encoding_fields(encoding: Encoding) -> dict[str, str | int]:
     """Write an encoding as plain fields, for the record or file that goes with a frame."""
     update = {} if encoding.update_format is None else {"update_format": str(encoding.update_format)}
+    uplink = {} if encoding.uplink is None else {"uplink": str(encoding.uplink)}
     return {
         "format": str(encoding.format),
         **update,
         "transform": encoding.transform,
         "rounding": encoding.rounding,
         "seed": encoding.seed,
+        **uplink,
     }
 
 
@@ -278,7 +280,7 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
         PayloadError: a field is missing or wrong.
     """
     try:
-        update, seed = fields.get("update_format"), fields["seed"]
+        update, seed, uplink = fields.get("update_format"), fields["seed"], fields.get("uplink")
         if not (fields["transform"] and fields["rounding"]):
             raise PayloadError(f"transform={fields['transform']!r} or rounding={fields['rounding']!r} is missing")
         if type(seed) is not int:
@@ -292,6 +294,7 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
             fields["transform"],
             fields["rounding"],
             seed,
+            None if uplink is None else parse_method(uplink),
         )
     except KeyError as error:
         raise PayloadError(f"the encoding has no {error}") from None

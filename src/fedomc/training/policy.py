@@ -17,11 +17,16 @@ from fedomc.training.lazy import check_initialized
 
 
 class Selection(Mapping[str, Encoding]):
-    """The variables to compress, by qualified name, with the encoding of each."""
+    """The variables to compress, by qualified name, with the encoding of each.
 
-    def __init__(self, encodings: Mapping[str, Encoding]) -> None:
+    Attributes:
+        unquantized: the variables that could be compressed too, but stay FP32 this time.
+    """
+
+    def __init__(self, encodings: Mapping[str, Encoding], unquantized: Sequence[str] = ()) -> None:
         """Keep a copy of the mapping."""
         self._encodings = dict(encodings)
+        self.unquantized = tuple(unquantized)
 
     def __getitem__(self, name: str) -> Encoding:
         """Return the encoding of a variable."""
@@ -61,10 +66,14 @@ class CompressionPolicy:
             many models.
         format_by_name: formats, instead of ``format``, of variables by name pattern, of which the first that matches
             counts: ``{"*.conv.*": "S1E2M3"}``. Kept as pairs.
+        uplink: the method in which clients send back what they changed, such as ``S1E2M1`` or ``DRIVE1``: each variable
+            that may be compressed, those that ``fraction`` leaves in FP32 included, is rounded once, stochastically.
+            None sends back what is held.
 
     Raises:
         FormatError: no such format.
-        PolicyError: a fraction outside 0..1, an unknown transformation or rounding.
+        PolicyError: a fraction outside 0..1, an unknown transformation or rounding, or a method that holds no variable,
+            outside of the uplink.
     """
 
     format: str | Method
@@ -77,10 +86,14 @@ class CompressionPolicy:
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
     format_by_name: Mapping[str, str | Method] | Sequence[tuple[str, str | Method]] = ()
+    uplink: str | Method | None = None
 
     @classmethod
     def parse(cls, text: "str | CompressionPolicy", **kwargs: Any) -> "CompressionPolicy":
-        """Read ``S1E3M7``, ``S1E2M3+S1E2M1`` for two parts, or ``S1E3M7@0.9`` for a fraction; a policy passes through.
+        """Read formats as ``Encoding.parse`` does, and a fraction behind ``@``; a policy passes through.
+
+        Examples are ``S1E3M7``, ``S1E3M7@0.9``, ``S1E2M3+S1E2M1`` for two parts, and ``S1E3M7>DRIVE1@0.9`` with an
+        uplink.
 
         Args:
             text: what to read.
@@ -99,6 +112,8 @@ class CompressionPolicy:
                 kwargs["fraction"] = float(fraction)
             except ValueError:
                 raise PolicyError(f"{text!r}: what follows @ is the share to compress, as in S1E3M7@0.9") from None
+        if encoding.uplink is not None:
+            kwargs["uplink"] = encoding.uplink
         return cls(encoding.format, encoding.update_format, **kwargs)
 
     def __str__(self) -> str:
@@ -110,6 +125,8 @@ class CompressionPolicy:
         object.__setattr__(self, "format", parse_method(self.format))
         if self.update_format is not None:
             object.__setattr__(self, "update_format", parse_method(self.update_format))
+        if self.uplink is not None:
+            object.__setattr__(self, "uplink", parse_method(self.uplink))
         if not 0 <= self.fraction <= 1:  # also false for NaN
             raise PolicyError(f"fraction={self.fraction} is impossible: it must lie in 0..1")
         for name in ("include", "exclude"):
@@ -117,7 +134,8 @@ class CompressionPolicy:
                 raise PolicyError(f"{name}={getattr(self, name)!r} must be a list of patterns, not a string")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "format_by_name", _by_pattern(self.format_by_name))
-        self.encoding()
+        for method in self.formats:
+            self.encoding(method)
 
     @property
     def formats(self) -> tuple[Method, ...]:
@@ -140,7 +158,8 @@ class CompressionPolicy:
         seed = _hash(self.seed, "rounding", round, client)
         update = None if self.update_format is None else parse_method(self.update_format)
         method = parse_method(format or self.format)
-        return Encoding(method, update, self.transform or "", self.rounding, seed)
+        uplink = None if self.uplink is None else parse_method(self.uplink)
+        return Encoding(method, update, self.transform or "", self.rounding, seed, uplink)
 
     def compressible(self, variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Return the names and sizes of all variables that the policy may compress, in the model's order.
@@ -196,7 +215,8 @@ class CompressionPolicy:
         if not chosen:
             raise PolicyError(f"fraction={self.fraction} leaves no variable to compress: raise it")
         encodings = {fmt: self.encoding(fmt, round=round, client=client) for fmt in self.formats}
-        return Selection({name: encodings[self.format_of(name)] for name in chosen})
+        left = [name for name in sizes if name in kept]
+        return Selection({name: encodings[self.format_of(name)] for name in chosen}, left)
 
     def _may_compress(self, name: str, shape: Sequence[int]) -> bool:
         if self.weight_matrices_only and (
@@ -297,11 +317,18 @@ def _compressible(policy: CompressionPolicy, shapes: tuple[tuple[str, tuple[int,
 
 
 def held_bytes(variables: nn.Module | Mapping[str, Sequence[int]], selection: Mapping[str, Encoding] | None) -> int:
-    """Count the bytes that parameters hold under a selection, in training; None holds them all in FP32."""
-    total = 0
+    """Count the bytes that parameters hold under a selection, in training; None holds them all in FP32.
+
+    With an uplink the change is taken at the end. Until then a client keeps what it was sent of variables in one part,
+    and of those that a ``Selection`` leaves in FP32, and this counts too.
+    """
+    total, left = 0, frozenset(selection.unquantized if isinstance(selection, Selection) else ())
+    uplink = any(encoding.uplink is not None for encoding in (selection or {}).values())
     for name, shape in shapes_of(variables).items():
         numel, encoding = math.prod(shape), (selection or {}).get(name)
-        total += 4 * numel if encoding is None else encoding.nbytes(numel)
+        held = 4 * numel if encoding is None else encoding.nbytes(numel)
+        kept = name in left if encoding is None else encoding.update_format is None
+        total += 2 * held if uplink and kept else held
     return total
 
 
