@@ -54,12 +54,13 @@ class Variant:
         """Return the compression policy of this variant; None for FP32."""
         if self.format == FP32:
             return None
+        rounding = settings.rounding or ("stochastic" if "+" in self.format else "nearest")
         return fedomc.CompressionPolicy.parse(
             self.format,
-            transform=settings.transform or None,
+            transform=settings.transform or ("scaled" if rounding == "stochastic" else "scaled-affine"),
             weight_matrices_only=settings.weight_matrices_only,
             fraction=self.fraction,
-            rounding=settings.rounding or "stochastic",
+            rounding=rounding,
             seed=settings.seed,
             # Biases of the attention that have two dimensions.
             exclude=("*.bias_u", "*.bias_v") if settings.weight_matrices_only else (),
@@ -96,10 +97,11 @@ class Settings:
         evaluate_every: the word error rate is measured every so many rounds.
         format_by_name: formats of variables, or of their bases, by name pattern, instead of the variant's:
             ``*.conv.*=S1E2M3 head.*=S1E2M3``. The first pattern that matches decides.
-        transform: the transformation of each variable; empty is the library's default for the format.
+        transform: the transformation of each variable; empty is ``scaled`` with stochastic rounding,
+            ``scaled-affine`` with rounding to nearest.
         weight_matrices_only: whether biases and normalization stay in FP32.
         rounding: ``nearest`` or ``stochastic``, for variables in one part and for the update part of those in two;
-            empty is the library's default for the format.
+            empty is ``nearest`` in one part and ``stochastic`` in two, as in ``docs/results``.
         aggregate: ``delta`` or ``weights``.
         entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
         unquantized_format: format in which variables are sent that a fraction leaves in FP32, such as ``S1E5M10``;
