@@ -32,8 +32,9 @@ def cost_of(settings: Settings, variant: Variant) -> Cost:
     parts, tokenizer = client_data(settings)
     network = pretraining.starting_model(settings, tokenizer)
     policy = variant.policy(settings)
-    if policy is not None:
-        fedomc.compress_(network, policy.select(network, round=1, client=0))
+    selection = None if policy is None else policy.select(network, round=1, client=0)
+    if selection is not None:
+        fedomc.compress_(network, selection)
     for _ in range(2):  # the first is slower than the others will be
         began = time.perf_counter()
         training.train_locally(
@@ -49,4 +50,4 @@ def cost_of(settings: Settings, variant: Variant) -> Cost:
         )
         took = time.perf_counter() - began
     torch.set_num_threads(threads)
-    return Cost(took, federation.bytes_of_a_visit(network))
+    return Cost(took, federation.bytes_of_a_visit(network, selection.unquantized if selection else ()))

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from logging import INFO
 from typing import Any, Protocol, cast
@@ -16,6 +16,8 @@ from flwr.serverapp.strategy import FedAdam
 import fedomc
 from fedomc.flower import OMCStrategy, RoundReport, StreamingGrid, collect, install
 from fedomc.flower.tensorboard import TensorBoard
+from fedomc.methods import Packed
+from fedomc.serialization import frame
 from fedomc.serialization.checkpointing import Checkpoint
 from fedomc_speech import corpus, model, pretraining, training
 from fedomc_speech.client import write_settings
@@ -145,11 +147,23 @@ def check_cohort(settings: Settings, clients: int) -> None:
         raise SettingsError(f"cohort={settings.cohort}, but there are only {clients} clients: make it smaller")
 
 
-def bytes_of_a_visit(network: model.SpeechModel) -> int:
-    """Return the bytes of the arrays that a client with this model receives and sends in a round."""
-    up = sum(len(array.data) for array in collect(network).values())
+def bytes_of_a_visit(network: model.SpeechModel, unquantized: Collection[str] = ()) -> int:
+    """Return the bytes of the arrays that a client with this model receives and sends in a round.
+
+    Args:
+        network: the model, compressed as the client holds it.
+        unquantized: the names of the variables that partial quantization left in FP32.
+    """
+    held = sum(len(array.data) for array in collect(network).values())
+    up, parameters = held, dict(network.named_parameters())
+    compressed = {name: p for name, p in parameters.items() if isinstance(p, fedomc.CompressedTensor)}
+    if (uplink := next((p.encoding.uplink for p in compressed.values()), None)) is not None:
+        sent = [*compressed, *unquantized]
+        sizes = [frame.size_of(Packed.zeros(uplink, parameters[n].numel(), "cpu"), parameters[n].shape) for n in sent]
+        others = [array for name, array in collect(network).items() if name not in sent]
+        up = sum(sizes) + sum(len(array.data) for array in others)
     update_bytes = sum(p.nbytes - p.base.nbytes for p in network.parameters() if isinstance(p, fedomc.CompressedTensor))
-    return up + (fedomc.parameter_bytes(network).total - update_bytes if update_bytes else up)
+    return up + (fedomc.parameter_bytes(network).total - update_bytes if update_bytes else held)
 
 
 def _noting_errors(replies: Iterator[Message], reasons: set[str]) -> Iterator[Message]:

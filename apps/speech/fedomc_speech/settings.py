@@ -12,7 +12,9 @@ from fedomc_speech.errors import SettingsError
 
 FP32 = "FP32"
 
-_VARIANT = re.compile(r"(?P<base>S1E\d+M\d+)(\+(?P<update>S1E\d+M\d+))?(@(?P<fraction>[0-9.]+))?")
+_VARIANT = re.compile(
+    r"(?P<base>S1E\d+M\d+)(\+(?P<update>S1E\d+M\d+))?(>(?P<uplink>[A-Z0-9/]+))?(@(?P<fraction>[0-9.]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Variant:
     """One of the formats that a run compares.
 
     Attributes:
-        format: ``FP32``, ``S1E3M7`` (one part) or ``S1E2M3+S1E2M1`` (base and update).
+        format: ``FP32``, ``S1E3M7`` (one part) or ``S1E2M3+S1E2M1`` (base and update), and ``>DRIVE1`` behind it for an
+            uplink.
         fraction: of the compressible parameters that is compressed.
     """
 
@@ -39,7 +42,8 @@ class Variant:
         match = _VARIANT.fullmatch(text)
         if match is None:
             raise SettingsError(
-                f"{text!r} is not a format: write FP32, S1E3M7, S1E3M7@0.9 (with a fraction) or S1E2M3+S1E2M1"
+                f"{text!r} is not a format: write FP32, S1E3M7, S1E3M7@0.9 (with a fraction), S1E2M3+S1E2M1, or "
+                "S1E3M7>DRIVE1 (with an uplink)"
             )
         fraction = match["fraction"] or "1"
         try:

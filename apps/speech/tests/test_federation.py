@@ -5,9 +5,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
+from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
 from nodes import Nodes, Watcher, without_times
 
+import fedomc
+from fedomc.flower import OMCStrategy, collect, install
 from fedomc_speech import corpus, federation
 from fedomc_speech.client import client_data
 from fedomc_speech.errors import CorpusError, RoundError, SettingsError
@@ -190,3 +195,23 @@ def test_training_learns_the_tones(tones: Path, tmp_path: Path) -> None:
     for result in runs.values():
         losses = [row["loss"] for row in result["history"]]
         assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("text", ["S1E3M7@0.5", "S1E3M7>DRIVE1@0.5", "S1E2M3+S1E2M1>DRIVE2"])
+def test_the_bytes_of_a_visit_are_those_of_a_round(text: str) -> None:
+    """Up, in the method of the uplink too; down, a model in one part is what the client holds."""
+    policy = fedomc.CompressionPolicy.parse(text)
+    network = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
+    strategy, arrays = OMCStrategy(FedAvg(), policy, client_name=lambda node: 0), collect(network)
+
+    class Two:
+        def get_node_ids(self) -> list[int]:
+            return [1, 2]
+
+    message, _ = strategy.configure_train(1, arrays, ConfigRecord(), Two())  # type: ignore[arg-type]
+    down = sum(len(array.data) for array in message.content["arrays"].values())
+    up = sum(len(array.data) for array in collect(install(network, message), message).values())
+    left = policy.select({name: array.shape for name, array in arrays.items()}, round=1, client=0).unquantized
+    found = federation.bytes_of_a_visit(network, left)  # type: ignore[arg-type]
+    headers = 0 if policy.update_format is None else 0.1 * down  # those of bases are not counted
+    assert 0 <= down + up - found <= headers

@@ -19,6 +19,8 @@ from fedomc_speech.settings import Settings, Variant
         ("S1E3M7@0.9", "S1E3M7", 0.9),
         ("S1E2M3+S1E2M1", "S1E2M3+S1E2M1", 1.0),
         ("S1E2M3+S1E2M1@0.75", "S1E2M3+S1E2M1", 0.75),
+        ("S1E3M7>DRIVE1@0.9", "S1E3M7>DRIVE1", 0.9),
+        ("S1E4M3+S1E2M1>S1E2M1", "S1E4M3+S1E2M1>S1E2M1", 1.0),
     ],
 )
 def test_a_variant_is_read_and_printed(text: str, format: str, fraction: float) -> None:
