@@ -94,7 +94,9 @@ def report(rows: list[dict], file: Path | None, text: Path | None, results: list
     console.print(table.shown_pooled(pooled))
     codes = sorted({result["code"] for result in results})
     if len(codes) > 1:
-        say(f"the results are of {len(codes)} states of the code ({', '.join(codes)}); the code here is {code_digest()}")
+        say(
+            f"the results are of {len(codes)} states of the code ({', '.join(codes)}); the code here is {code_digest()}"
+        )
     if file:
         keys = ("fedomc", "torch", "version")
         conditions = {"code": codes, **{key: sorted({str(r["run"][key]) for r in results}) for key in keys}}

@@ -1,4 +1,4 @@
-"""A pretrained sentence transformer (MiniLM, 22 M parameters) fine-tuned to tell which part of SciPy a text describes."""
+"""A pretrained sentence transformer (MiniLM, 22 M parameters) that learns which part of SciPy a text describes."""
 
 import functools
 import json
@@ -35,12 +35,12 @@ class Documents(Task):
     name = "documents"
     skew = "dirichlet-0.3"
     batch = 16
-    rounds = {"1-step": 30, "4-steps": 10, "epoch-sgdm": 5, "epoch-adamw": 5}  # noqa: RUF012
+    rounds = {"1-step": 24, "4-steps": 6, "epoch-sgdm": 3, "epoch-adamw": 3}  # noqa: RUF012
     rates = {  # noqa: RUF012
-        "1-step": (0.1, 0.3, 1.0),
-        "4-steps": (0.03, 0.1, 0.3),
-        "epoch-sgdm": (0.01, 0.03, 0.1),
-        "epoch-adamw": (0.00005, 0.0001, 0.0002),
+        "1-step": (0.3, 1.0),
+        "4-steps": (0.1, 0.3),
+        "epoch-sgdm": (0.03, 0.1),
+        "epoch-adamw": (0.00005, 0.0002),
     }
     server_rates = (0.0001, 0.0003, 0.001)
 

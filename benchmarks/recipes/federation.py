@@ -107,9 +107,9 @@ def run(
         "score": score,
         "memory_ratio": mean([float(row["memory-ratio"]) for row in metrics]),  # type: ignore[arg-type]
         "down_ratio": mean([t.down_bytes / t.sent for t in strategy.traffic]) / fp32_bytes,
-        "up_ratio": mean([t.up_bytes / t.received for t in strategy.traffic]) / fp32_bytes,
+        "up_ratio": mean([t.up_bytes / t.received for t in strategy.traffic if t.received]) / fp32_bytes,
         "step_kept": mean(kept) if kept else None,
-        "losses": [float(row["loss"]) for row in metrics],  # type: ignore[arg-type]
+        "losses": [float(row["loss"]) for row in metrics if "loss" in row],  # type: ignore[arg-type]
         "warnings": noted,
         "seconds": time.monotonic() - began,
     }
@@ -140,25 +140,27 @@ class Nodes(InProcess):
         self.data = task.clients(cell.split, seed)
 
     def answers(self, message: Message) -> list[Message]:
-        """Train the model that a message carries; the error of a client ends the run."""
+        """Train the model that a message carries.
+
+        A client whose training diverges answers with an error, as in any federation; another error ends the run.
+        """
         part = self.part_of(message.metadata.dst_node_id)
         config: Any = message.content["config"]
         number = int(config["server-round"])
         falling = 1.0 if self.cell.server == "FedAdam" else remaining(number - 1, self.rounds)
-        model = install(self.task.skeleton(), message)
-        torch.manual_seed((self.seed * 1009 + number) * CLIENTS + part)
+        rate = self.rates.client * falling
         try:
-            loss, seen = train(
-                self.task, self.cell.local, model, self.data[part], self.rates.client * falling, proximal(config)
-            )
+            model = install(self.task.skeleton(), message)
+            torch.manual_seed((self.seed * 1009 + number) * CLIENTS + part)
+            loss, seen = train(self.task, self.cell.local, model, self.data[part], rate, proximal(config))
+            held = fedomc.parameter_bytes(model).ratio
+            metrics = MetricRecord({"num-examples": seen, "loss": loss, "memory-ratio": held})
+            content = RecordDict({"arrays": collect(model, message), "metrics": metrics})
+        except fedomc.NonFiniteError as error:
+            return [Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)]
         except Exception as error:
             raise RunError(f"{self.cell}, seed {self.seed}, round {number}, client {part}: {error!r}") from error
-        held = fedomc.parameter_bytes(model)
-        metrics = MetricRecord({"num-examples": seen, "loss": loss, "memory-ratio": held.ratio})
-        if not math.isfinite(loss):
-            reason = f"the loss of client {part} is {loss}"
-            return [Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)]
-        return [Message(RecordDict({"arrays": collect(model, message), "metrics": metrics}), reply_to=message)]
+        return [Message(content, reply_to=message)]
 
 
 def proximal(config: ConfigRecord) -> float:

@@ -92,7 +92,9 @@ def format_of(row: dict[str, Any]) -> str:
 
 def shown(made: Sequence[dict[str, Any]]) -> Table:
     """Return the rows for a terminal."""
-    table = Table("task", "local", "server", "split", "format", "seeds", "score", "to FP32", "95%", "held", "down", "up")
+    table = Table(
+        "task", "local", "server", "split", "format", "seeds", "score", "to FP32", "95%", "held", "down", "up"
+    )
     table.add_column("step kept")
     for row in made:
         cells = [row["task"], row["local"], row["server"], row["split"], format_of(row), str(len(row["seeds"]))]
