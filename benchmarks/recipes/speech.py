@@ -94,9 +94,9 @@ class Speech(Task):
         return model.ctc_loss(ready.features, ready.frames, [self.tokenizer.encode(one.text) for one in chosen])
 
     def score(self, model: nn.Module, examples: Examples) -> float:
-        """Return 100 less the word error rate."""
+        """Return 100 less the word error rate, but no less than 0."""
         assert isinstance(model, SpeechModel)
-        return 100 - training.word_errors(model, self._chosen(examples), self.tokenizer).word_error_rate
+        return max(0.0, 100 - training.word_errors(model, self._chosen(examples), self.tokenizer).word_error_rate)
 
     def _chosen(self, examples: Examples) -> Sequence[Utterance]:
         every = [one for part in self.utterances.values() for one in part]
