@@ -3,9 +3,10 @@
     python -m benchmarks.recipes [--only digits text] [--squares 2] [--formats S1E3M7 ...] [--seeds 0 1 2] [--jobs 2]
 
 It says what it will cost, makes the runs that are missing in ``--folder``, and prints a row for each cell and format
-with the difference to FP32 in points, paired by seed. Ctrl-C stops it, and the same command goes on. ``--json`` writes
-``{"rows", "pooled", "conditions"}``, ``--markdown`` the tables of ``docs/results/recipes.md``, and ``--tune`` chooses
-the learning rates first, for FP32 on validation examples.
+with the difference to FP32 in points, paired by seed. Ctrl-C stops it, and the same command goes on. The learning rates
+of cells that have none in ``tuning.json`` are chosen first, for FP32 on validation examples; ``--tune`` chooses all of
+them again. ``--json`` writes ``{"rows", "pooled", "conditions"}``, ``--markdown`` the tables of
+``docs/results/recipes.md``.
 """
 
 import argparse
@@ -40,15 +41,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="of the results, a file for each run")
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--markdown", type=Path, help="file for the tables")
-    parser.add_argument("--tune", action="store_true", help="choose the learning rates first, in FP32 on validation")
+    parser.add_argument("--tune", action="store_true", help="choose all learning rates again, in FP32 on validation")
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and show what there is")
     options = parser.parse_args()
     results, chosen = Results(options.folder), cells(available(options.only), options.squares)
-    if options.tune and not options.dry_run:
-        wanted = [one for cell in chosen for one in tuning.tried(cell)]
+    untuned = [cell for cell in chosen if options.tune or not tuning.is_tuned(cell)]
+    if untuned and not options.dry_run:
+        say(f"learning rates of {len(untuned)} cells, in FP32 on validation examples:")
+        wanted = [one for cell in untuned for one in tuning.tried(cell)]
         if not run_all(wanted, results, options.jobs, measured_seconds(results, wanted, tuning.seconds_of), say):
             sys.exit(1)
-        tuning.write(chosen, results)
+        tuning.write(untuned, results)
     formats = [one for one in options.formats if one != FP32]
     try:
         runs = {

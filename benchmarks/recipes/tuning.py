@@ -57,6 +57,11 @@ def write(cells: Sequence[Cell], results: Results) -> None:
     TABLE.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
+def is_tuned(cell: Cell) -> bool:
+    """Return whether rates were chosen for a cell."""
+    return any(row["cell"] == str(cell) for row in _read())
+
+
 def rates_of(cell: Cell) -> Rates:
     """Return the rates that were chosen for a cell.
 
@@ -81,7 +86,7 @@ def _row(cell: Cell) -> dict[str, Any]:
     for row in _read():
         if row["cell"] == str(cell):
             return row
-    raise NotTunedError(f"{cell} has no learning rates in {TABLE.name}: python -m benchmarks.recipes --tune")
+    raise NotTunedError(f"{cell} has no learning rates in {TABLE.name} yet: without --dry-run they are chosen first")
 
 
 def _read() -> list[dict[str, Any]]:

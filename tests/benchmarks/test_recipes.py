@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.recipes import table, tasks, tuning
+from benchmarks.recipes.__main__ import main
 from benchmarks.recipes.design import LOCALS, SERVERS, SPLITS, TASKS, Cell, cells
 from benchmarks.recipes.federation import FP32, Rates, policy_of, remaining, run, train
 from benchmarks.recipes.running import Results, Run, run_all
@@ -189,6 +190,26 @@ def test_the_best_rate_on_validation_is_chosen(tmp_path: Path, monkeypatch: pyte
     tuning.write([DIGITS], results)
     assert tuning.rates_of(DIGITS) == tuning.tried(DIGITS)[-1].rates
     assert len(json.loads(tuning.TABLE.read_text())[0]["tried"]) == len(tuning.tried(DIGITS))
+
+
+def test_a_dry_run_says_what_the_matrix_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tuning, "TABLE", tmp_path / "tuning.json")
+    results = Results(tmp_path)
+    options = ["--only", "digits", "--formats", "S1E3M7", "--folder", str(tmp_path), "--jobs", "2", "--dry-run"]
+    monkeypatch.setattr("sys.argv", ["recipes", *options])
+    with pytest.raises(SystemExit, match="has no learning rates"):
+        main()
+    found = cells(("digits",))
+    for cell in found:
+        for one in tuning.tried(cell):
+            results.add(one, {"score": 0.0, "seconds": 100.0})
+    tuning.write(found, results)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    minutes = 4 * 3 * (100 + 160) / 60 / 2  # cells, seeds, FP32 and a format, two processes
+    assert not ended.value.code and f"about {minutes:.0f} minutes with 2 processes" in capsys.readouterr().out
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
