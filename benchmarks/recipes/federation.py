@@ -24,7 +24,7 @@ from fedomc_speech.in_process import InProcess
 FP32 = "FP32"
 MOMENTUM = 0.9
 """Of the clients' SGD in an epoch, and of FedAvgM."""
-PROXIMAL = 0.1
+PROXIMAL = 0.01
 """The weight of FedProx's term."""
 CLIP_NORM = 1.0
 STEP_KEPT = "fedomc.step-kept"

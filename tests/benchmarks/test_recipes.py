@@ -182,7 +182,7 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
 def test_the_best_rate_on_validation_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "TABLE", tmp_path / "tuning.json")
     results = Results(tmp_path)
-    with pytest.raises(tuning.NotTunedError, match="--tune"):
+    with pytest.raises(tuning.NotTunedError, match="no learning rates"):
         tuning.rates_of(DIGITS)
     for score, one in enumerate(tuning.tried(DIGITS)):
         assert one.part == "validation" and one.format == FP32
