@@ -135,7 +135,7 @@ def run_all(
     seconds = {one: expected(one) for one in missing}
     say(
         f"{len(dict.fromkeys(wanted))} runs, {len(missing)} of them missing: about "
-        f"{sum(seconds.values()) / jobs / 60:.0f} minutes with {jobs} processes"
+        f"{sum(seconds.values()) / jobs / 60:.0f} minutes with {jobs} processes, each with a core of its own"
     )
     if not missing:
         return True

@@ -30,10 +30,11 @@ class Text(Task):
     rounds = {"1-step": 80, "4-steps": 30, "epoch-sgdm": 8, "epoch-adamw": 8}  # noqa: RUF012
     rates = {  # noqa: RUF012
         "1-step": (3.0, 6.0, 12.0),
-        "4-steps": (1.0, 3.0, 10.0),
+        "4-steps": (3.0, 10.0, 30.0),
         "epoch-sgdm": (0.3, 1.0, 3.0),
         "epoch-adamw": (0.001, 0.003, 0.01),
     }
+    server_rates = (0.03, 0.1, 0.3)
 
     @functools.cache  # noqa: B019
     def examples(self, part: str) -> Examples:
