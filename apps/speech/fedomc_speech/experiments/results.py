@@ -16,6 +16,8 @@ from fedomc_speech.run_folder import write_atomically
 from fedomc_speech.settings import FP32
 
 TEXT = "README.md"
+RECIPES = "recipes"
+"""The name of the file of ``benchmarks.recipes`` in the same folder, which is no experiment."""
 
 _MARKED = "<!-- table: {} -->\n{}<!-- end -->"
 _KEPT = ("wer", "wer_compressed", "parameter_ratio", "down_ratio", "up_ratio", "down_bytes", "up_bytes")
@@ -210,7 +212,7 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     """
     everything = []
     for path in sorted(folder.glob("*.json")):
-        if path.stem == SUMMARY:
+        if path.stem in (SUMMARY, RECIPES):
             continue
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))

@@ -138,6 +138,11 @@ def test_the_published_results_are_those_of_the_experiments_files(path: Path, tm
     assert results.gather(experiment, Runs(tmp_path), known) == known
 
 
+def test_the_matrix_of_recipes_beside_them_is_no_experiment(tmp_path: Path) -> None:
+    (tmp_path / "recipes.json").write_text('{"rows": []}')
+    assert results.read_all(tmp_path) == []
+
+
 def test_what_has_no_corpus_is_left_out(file: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["experiments", str(file), "--output", str(tmp_path / "runs")])
     assert result.exit_code == 2
