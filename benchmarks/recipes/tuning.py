@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recipes.design import Cell
-from benchmarks.recipes.federation import FP32, Rates
+from benchmarks.recipes.federation import FP32, Rates, mean
 from benchmarks.recipes.running import Results, Run
 from benchmarks.recipes.tasks import Task, task
 
@@ -41,17 +41,18 @@ def write(cells: Sequence[Cell], results: Results) -> None:
     """Write the scores of cells into the table; those of other cells stay."""
     table = {row["cell"]: row for row in _read()}
     for cell in cells:
-        scores = []
+        scores, seconds = [], []
         for one in tried(cell):
             found = results.get(one)
             if found is None:
                 raise NotTunedError(f"{cell}: the run with {one.rates} is missing")
-            score, seconds = round(found["score"], 2), round(found["seconds"], 1)
-            scores.append({"client": one.rates.client, "server": one.rates.server, "score": score, "seconds": seconds})
+            seconds.append(found["seconds"])
+            score = round(found["score"], 2)
+            scores.append({"client": one.rates.client, "server": one.rates.server, "score": score})
         best = max(scores, key=lambda row: row["score"])
         table[str(cell)] = {
             "cell": str(cell), "client": best["client"], "server": best["server"],
-            "data": task(cell.task).digest, "tried": scores,
+            "seconds": round(mean(seconds), 1), "data": task(cell.task).digest, "tried": scores,
         }  # fmt: skip
     lines = ",\n".join(json.dumps(table[name]) for name in sorted(table))
     TABLE.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
@@ -75,10 +76,9 @@ def rates_of(cell: Cell) -> Rates:
 def seconds_of(one: Run) -> float:
     """Return the seconds that the runs of a cell took while its rates were chosen; those with a format take longer."""
     try:
-        row = _row(one.cell)
+        plain = float(_row(one.cell)["seconds"])
     except NotTunedError:
         return 15.0
-    plain = sum(entry["seconds"] for entry in row["tried"]) / len(row["tried"])
     return plain if one.format == FP32 else 1.6 * plain
 
 
