@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fedomc
 from benchmarks.recipes.design import Cell
 from benchmarks.recipes.tasks import CLIENTS, Examples, Task
-from fedomc.flower import OMCStrategy, collect, install
+from fedomc.flower import OMCStrategy, collect, install, step_metrics
 from fedomc_speech.in_process import InProcess
 
 FP32 = "FP32"
@@ -155,8 +155,8 @@ class Nodes(InProcess):
             torch.manual_seed((self.seed * 1009 + number) * CLIENTS + part)
             loss, seen = train(self.task, self.cell.local, model, self.data[part], rate, proximal(config))
             held = fedomc.parameter_bytes(model).ratio
-            metrics = MetricRecord({"num-examples": seen, "loss": loss, "memory-ratio": held})
-            content = RecordDict({"arrays": collect(model, message), "metrics": metrics})
+            figures = {"num-examples": seen, "loss": loss, "memory-ratio": held, **step_metrics(model)}
+            content = RecordDict({"arrays": collect(model, message), "metrics": MetricRecord(figures)})
         except fedomc.NonFiniteError as error:
             return [Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)]
         except Exception as error:
