@@ -76,11 +76,18 @@ def test_a_short_run_of_failed_rounds_alone_fails_at_its_end() -> None:
 def test_lost_steps_are_warned_of_once(flower_log: pytest.LogCaptureFixture) -> None:
     supervision = Supervision(3)
     with flower_log.at_level(logging.WARNING):
-        for number in (1, 2):
-            supervision.add(number, 4, 4, MetricRecord({STEP_KEPT: 0.12}))
-        supervision.add(3, 4, 4, MetricRecord({STEP_KEPT: 0.97}))
-    assert "round 1: of the clients' training steps 12% arrive" in flower_log.text
-    assert "round 2" not in flower_log.text and "round 3" not in flower_log.text
+        for number, kept in enumerate((0.11, 0.13, 0.12, 0.12, 0.12, 0.12, 0.97), start=1):
+            supervision.add(number, 4, 4, MetricRecord({STEP_KEPT: kept}))
+    assert "round 5: of the clients' training steps 12% arrive" in flower_log.text
+    assert "round 4" not in flower_log.text and "round 6" not in flower_log.text
+
+
+@pytest.mark.parametrize("kept", [(0.0, 0.0, 3.1, 0.0, 0.4, 2.7, 0.0), (0.9, 1.1, 1.0, 1.0, 0.95)])
+def test_what_varies_about_the_whole_is_not_lost(kept: tuple[float, ...], flower_log: pytest.LogCaptureFixture) -> None:
+    supervision = Supervision(3)
+    for number, value in enumerate(kept, start=1):
+        supervision.add(number, 4, 4, MetricRecord({STEP_KEPT: value}))
+    assert "training steps" not in flower_log.text
 
 
 def test_metrics_of_a_trained_model() -> None:

@@ -84,6 +84,19 @@ def test_no_false_alarm_where_rounding_is_stochastic(policy: str, optimizer: str
         trained(policy, "stochastic", optimizer, lr, 60)
 
 
+def test_no_false_alarm_where_few_values_move() -> None:
+    """Steps of a ten-thousandth of the distance between codes, in a few rows, as an embedding has them."""
+    model = nn.Sequential(nn.Embedding(512, 32))
+    compress_(model, CompressionPolicy("S1E2M3", rounding="stochastic").select(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(40):
+            gradient = torch.zeros(512, 32)
+            gradient[step % 7] = 1.0
+            with torch.no_grad():
+                model[0].weight.add_(gradient, alpha=-3e-5)
+
+
 def test_other_values_altogether_are_no_step() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     compress_(model, CompressionPolicy("S1E3M7").select(model))

@@ -73,9 +73,12 @@ class StepRecord:
 
     @property
     def loses_steps(self) -> bool:
-        """Whether steps are lost beyond doubt: three standard errors of the sample."""
-        error = math.sqrt(self.relative_noise / (self.samples * BLOCK)) if self.samples else math.inf
-        return self.samples >= _ENOUGH_SAMPLES and self.kept + 3 * error < KEPT_ENOUGH
+        """Whether rounding to nearest loses most of the steps.
+
+        Stochastic rounding loses none on average. In a sample of steps that are far smaller than the distance between
+        codes it may well seem to, as the few values that move by a whole distance are easily missed.
+        """
+        return self.rounding == "nearest" and self.samples >= _ENOUGH_SAMPLES and self.kept < KEPT_ENOUGH
 
     def begin(self, part: Packed, asked: Callable[[int, int], Tensor]) -> _Sample | None:
         """Count a step, and look at a block before it if the step is to be measured.
