@@ -1,4 +1,4 @@
-"""``CompressedTensor`` and the handlers of what torch does with it."""
+"""``CompressedTensor`` and the handlers that run torch operations on it."""
 
 from fedomc.tensor import backward, fallback, inplace, ops  # noqa: F401  (they register what CompressedTensor does)
 from fedomc.tensor.compressed import CompressedTensor, compress, is_compressed
