@@ -116,7 +116,7 @@ class Method(ABC):
     code_order: ClassVar[str] = "unsigned"
     holds: ClassVar[bool] = True
 
-    # ---- how it is written -----------------------------------------------------------------------------------------
+    # ---- name and header -------------------------------------------------------------------------------------------
 
     @classmethod
     @abstractmethod
@@ -144,7 +144,7 @@ class Method(ABC):
             FormatError: the bytes do not describe a method of this class.
         """
 
-    # ---- what a variable consists of -------------------------------------------------------------------------------
+    # ---- fields of a variable --------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -190,7 +190,7 @@ class Method(ABC):
         """How a variable is written for other programs; None if no standard dtype fits its codes."""
         return None
 
-    # ---- values and fields -----------------------------------------------------------------------------------------
+    # ---- encoding and decoding -------------------------------------------------------------------------------------
 
     @abstractmethod
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
