@@ -1,4 +1,4 @@
-// The arguments of the Python module: their types, and the checks of each against the others.
+// The argument types of the Python module's functions, and their validation against each other.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -52,7 +52,7 @@ void check_exponent(int exponent, Format format) {
   require(format.exponent_bits < 8 || exponent == 0, "eight exponent bits take no scaling");
 }
 
-// One part as Python gives it, checked against the values that it stands for.
+// A part as passed from Python, checked against its number of values.
 struct Part {
   const std::uint32_t* words;
   Format format;
@@ -88,7 +88,7 @@ Element checked_element(int kind, unsigned e, unsigned m) {
   return {ElementKind::kOcp, 1 + e + m, {e, m, e == 4 ? 1u : e == 5 ? 4u : 0u}};
 }
 
-// Codes and scales as Python gives them, checked against the values that they stand for.
+// Codes and scales as passed from Python, checked against their number of values.
 template <class Words, class Scales>
 void check_blockwise(const Words& words, const Scales& scales, const Element& element, std::size_t block,
                      std::size_t n) {

@@ -1,6 +1,6 @@
-// The floating-point mode in which kernels run: rounding to nearest, and subnormal numbers kept or taken for zero.
+// The floating-point mode of the kernels: rounding to nearest, with subnormals either kept or treated as zero.
 //
-// A kernel sets it for itself, whatever torch.set_flush_denormal says, so that no result depends on the thread.
+// Kernels set the mode themselves, regardless of torch.set_flush_denormal, so that results do not depend on the thread.
 
 #pragma once
 
@@ -14,7 +14,7 @@ namespace fedomc {
 
 enum class Subnormals { kKept, kZero };
 
-// Sets the thread's rounding and treatment of subnormal numbers while it lives, and restores them afterwards.
+// Sets the thread's rounding mode and treatment of subnormals for the lifetime of the object (RAII).
 class Arithmetic {
  public:
 #if defined(FEDOMC_X86)

@@ -1,4 +1,4 @@
-// The kernels of blockwise methods: integers, NF4 and the floats of the OCP specification, a scale for each block.
+// The kernels of blockwise methods: integers, NF4 and the OCP floats, with one scale for each block.
 // See the note on scales in codec/reference_blocks.py.
 #pragma once
 
@@ -14,7 +14,7 @@
 namespace fedomc::FEDOMC_LEVEL {
 namespace {
 
-constexpr std::uint32_t kLeast = static_cast<std::uint32_t>(127 - 90) << 23;  // 2**-90: less becomes zeros
+constexpr std::uint32_t kLeast = static_cast<std::uint32_t>(127 - 90) << 23;  // 2**-90: blocks below it become zeros
 
 using Table = std::array<float, 16>;
 
@@ -37,7 +37,7 @@ alignas(64) constexpr Table kNormalFloat = {
     1.0f,
 };
 
-// Looks up the entries whose indices are the four upper bits of the codes.
+// Looks up table entries; the index is the four upper bits of each code.
 inline F look_up(const Table& table, U code) {
 #if defined(__AVX512F__)
   return cast<F>(_mm512_permutexvar_ps(cast<__m512i>(code >> 28), _mm512_load_ps(table.data())));
@@ -45,7 +45,7 @@ inline F look_up(const Table& table, U code) {
   const __m256i index = cast<__m256i>(code >> 28);
   const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table.data()), index);
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table.data() + 8), index);
-  return cast<F>(_mm256_blendv_ps(low, high, cast<__m256>(code)));  // by the sign, which is the highest bit
+  return cast<F>(_mm256_blendv_ps(low, high, cast<__m256>(code)));  // selects by the sign, the highest bit
 #else
   F values{};
   for (std::size_t lane = 0; lane < kWidth; ++lane) values[lane] = table[code[lane] >> 28];
@@ -71,7 +71,7 @@ struct OcpValues {
 
 using RowScales = std::array<float, kRows>;
 
-// The scale of each row of a block of the layout.
+// Returns the scale of each row of a layout block.
 template <class Scale>
 RowScales row_scales(const Scale* scales, std::size_t at, std::size_t block, std::size_t count) {
   RowScales rows{};
@@ -88,14 +88,14 @@ RowScales row_scales(const Scale* scales, std::size_t at, std::size_t block, std
 
 template <unsigned W, class Scale, class ValuesOf>
 void decode_rows(const BlockPacked& packed, const ValuesOf& shared, std::size_t block, std::size_t count, float* out) {
-  const ValuesOf values_of = shared;  // a copy whose constants the stores below cannot change
+  const ValuesOf values_of = shared;  // a copy: the stores below cannot alias its constants
   const WholeBlock whole(packed.words + block * W * kLanes, W, count);
   const RowScales scales = row_scales(static_cast<const Scale*>(packed.scales), block * kBlock, packed.block, count);
   for_each_code<W>(whole.data,
                    [&](std::size_t i, U code) { store(out + i, values_of(code) * splat(scales[i / kLanes])); });
 }
 
-// Calls use(decode), where decode(block, count, to) decodes a block of the layout.
+// Calls use(decode), where decode(block, count, to) decodes one layout block.
 template <class Use>
 void with_decoder(const BlockPacked& packed, const Element& element, Use use) {
   const auto run = [&]<unsigned W, class Scale>(const auto& values_of) {
@@ -120,7 +120,7 @@ void block_decode(const BlockPacked& packed, const Element& element, float* out,
 
 // ---- values to codes ----------------------------------------------------------------------------------------------
 
-// Uniform in [0, 1), 24 bits.
+// Uniform random numbers in [0, 1) with 24 bits.
 inline F uniform(const RandomBits& random, std::size_t i) {
   return __builtin_convertvector(cast<I>(random(i) >> 8), F) * 0x1p-24f;
 }
@@ -143,7 +143,7 @@ struct RoundInteger {
       const F code = uniform(random, i) < quotient - floor ? floor + 1.0f : floor;
       return cast<U>(__builtin_convertvector(limited(code), I)) & mask;
     }
-    // Adding 1.5 * 2**23 rounds to an integer, ties to even, and leaves it in the lowest bits.
+    // Adding 1.5 * 2**23 rounds to an integer, ties to even, and leaves the integer in the lowest bits.
     return cast<U>(limited(quotient) + 0x1.8p23f) & mask;
   }
 
@@ -193,7 +193,7 @@ struct RoundOcp {
   inline U operator()(F quotient, std::size_t i) const { return round(quotient, i).code; }
 };
 
-// Chooses the scale for a block's largest magnitude, writes it, and returns what the values are divided by.
+// Chooses and stores the scale for a block's largest magnitude, and returns the divisor for its values.
 float choose_scale(std::uint32_t largest, const Element& element, bool stochastic, float* scale) {
   const bool nothing = largest < kLeast || largest > kExponent;
   float quotient = cast<float>(largest);
@@ -211,7 +211,7 @@ float choose_scale(std::uint32_t largest, const Element& element, bool stochasti
   const std::uint32_t limit = element.format.max_code() << (23 - element.format.mantissa_bits);
   int exponent = static_cast<int>(largest >> 23) - element.format.top_exponent();
   if (stochastic && (largest & 0x7FFFFFu) > (limit & 0x7FFFFFu)) ++exponent;
-  const int most = 254 - element.format.top_exponent();  // beyond it the largest code would leave float32
+  const int most = 254 - element.format.top_exponent();  // above it the largest code would overflow float32
   exponent = nothing ? 127 : exponent < 1 ? 1 : exponent > most ? most : exponent;
   *scale = static_cast<std::uint8_t>(exponent);
   return nothing ? INFINITY : cast<float>(static_cast<std::uint32_t>(exponent) << 23);

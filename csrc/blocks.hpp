@@ -1,4 +1,4 @@
-// A chunk block by block, and what the kernels of all methods do with a block.
+// Iteration over the blocks of a chunk, and the block operations that the kernels of all methods share.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ inline void for_each_block(std::size_t n, Body body) {
   for (std::size_t block = 0, at = 0; at < n; ++block, at += kBlock) body(block, at, n - at < kBlock ? n - at : kBlock);
 }
 
-// Copies a block past the caches: memory that is written whole need not be read first.
+// Copies a block with non-temporal stores, which do not read the overwritten memory into the caches first.
 void stream(float* to, const Values& values) {
 #if defined(__AVX512F__)
   for (std::size_t i = 0; i < kBlock; i += 16) _mm512_stream_ps(to + i, _mm512_loadu_ps(values.data() + i));
@@ -41,7 +41,7 @@ void fence() {
 #endif
 }
 
-// Decodes n values block by block: decode(block, count, to) writes a whole block's values to its last argument.
+// Decodes n values block by block; decode(block, count, to) must write a whole block's values to `to`.
 template <class Decode>
 void decode_chunk(float* out, std::size_t n, bool streaming, Decode decode) {
   streaming = streaming && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
@@ -61,7 +61,7 @@ void decode_chunk(float* out, std::size_t n, bool streaming, Decode decode) {
   if (streaming) fence();
 }
 
-// Gives a block of values with zeros behind the last; room is used where the values are fewer than a block.
+// Returns a whole block of values; a partial block is copied to `room` and padded with zeros.
 inline const float* padded(const float* values, std::size_t count, Values& room) {
   if (count == kBlock) return values;
   room.fill(0.0f);
@@ -69,8 +69,7 @@ inline const float* padded(const float* values, std::size_t count, Values& room)
   return room.data();
 }
 
-// Adds alpha * gradient to a block of decoded values, sets those behind the last to zero, and tells whether any
-// changed.
+// Adds alpha * gradient to a block of decoded values, pads it with zeros, and returns whether any value changed.
 inline bool add_gradient(Values& values, const float* gradient, float alpha, std::size_t count) {
   I changed{};
   std::size_t i = 0;

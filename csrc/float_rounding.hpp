@@ -1,4 +1,4 @@
-// Values to codes of floats: to nearest and stochastically.
+// Rounding of values to float codes, to nearest or stochastically.
 #pragma once
 
 #include "float_values.hpp"
@@ -7,14 +7,14 @@
 namespace fedomc::FEDOMC_LEVEL {
 namespace {
 
-// A code, and its value.
+// A code and its value.
 struct Rounded {
   U code;
   F value;
 };
 
-// Rounds to nearest, ties to the even code, where the code fits into a significand: adding 2**23 steps of a value's
-// binade, and the code of the binade's beginning on top, leaves the code itself in the lowest bits of the sum.
+// Rounds to nearest, ties to the even code, for codes that fit into a float32 significand. Adding 2**23 steps of the
+// value's binade, plus the code of the binade's lower end, leaves the code itself in the lowest bits of the sum.
 struct NearestBySum {
   static constexpr bool kWide = false;
   Count drop, sign;
@@ -39,7 +39,7 @@ struct NearestBySum {
   }
 };
 
-// The same for all formats.
+// Rounds to nearest, ties to the even code, for all formats.
 template <bool Wide>
 struct Nearest {
   static constexpr bool kWide = Wide;
@@ -71,7 +71,7 @@ struct Nearest {
   }
 };
 
-// Rounds up with the probability of the part that is dropped, by 30 random bits.
+// Rounds up with a probability equal to the dropped fraction, using 30 random bits.
 template <bool Wide>
 struct Stochastic {
   static constexpr bool kWide = Wide;

@@ -1,4 +1,4 @@
-// Codes of floats to values.
+// Decoding of float codes to values.
 #pragma once
 
 #include <array>
@@ -8,7 +8,7 @@
 namespace fedomc::FEDOMC_LEVEL {
 namespace {
 
-// Turns codes, in the upper bits, into scale * value + offset.
+// Converts codes, held in the upper bits, to scale * value + offset.
 struct Represent {
   Count down, align;
   std::uint32_t mask, rebias, limit;
@@ -22,17 +22,17 @@ struct Represent {
         limit(format.max_code() << (23 - format.mantissa_bits)),
         least(format.exponent_bits == 8 ? 0.0f : power_of_two(1 - bias)),
         scale(scale_),
-        offset(offset_ == 0.0f ? -0.0f : offset_) {}  // adding -0 keeps both zeros
+        offset(offset_ == 0.0f ? -0.0f : offset_) {}  // adding -0 preserves the sign of zeros
 
   explicit Represent(const Packed& packed)
       : Represent(packed.format, packed.format.bias(), packed.scale, packed.offset) {}
 
-  // Limited: codes above the largest, which can only come from foreign bytes, count as the largest.
+  // Limited: clamps codes above the largest one, which occur only in foreign data.
   template <bool Wide, bool Limited = Wide>
   inline F magnitude(U code) const {
-    // Eight exponent bits are those of float32; the top exponent is unused.
+    // With eight exponent bits the exponent is that of float32; its top value is unused.
     if constexpr (Wide) return cast<F>(min(code & mask, splat(limit)));
-    // Without an exponent the significand has no leading one: take it as in the lowest binade, and the one away.
+    // A subnormal has no leading one: decode it as if in the lowest binade, then subtract the implied one.
     U field = (code >> down) & mask;
     if constexpr (Limited) field = min(field, splat(limit));
     const I subnormal = below(field, splat(kOneExponent));
@@ -54,7 +54,7 @@ struct Represent {
 
 template <unsigned W, bool Wide>
 void decode_whole(const std::uint32_t* words, const Represent& shared, float* out) {
-  const Represent represent = shared;  // a copy whose constants the stores below cannot change
+  const Represent represent = shared;  // a copy: the stores below cannot alias its constants
   for_each_code<W>(words, [&](std::size_t i, U code) { store(out + i, represent.operator()<Wide>(code)); });
 }
 
@@ -65,11 +65,11 @@ constexpr std::array<Decode, sizeof...(Index)> decoders(std::integer_sequence<un
   return {&decode_whole<Index + First, Wide>...};
 }
 
-// By the number of bits: from 2 on, with eight exponent bits from 9 on.
+// Indexed by the number of bits, starting at 2, or at 9 for formats with eight exponent bits.
 constexpr auto kDecode = decoders<2, false>(std::make_integer_sequence<unsigned, 30>{});
 constexpr auto kDecodeWide = decoders<9, true>(std::make_integer_sequence<unsigned, 24>{});
 
-// Decodes a block of n values into room for a whole one.
+// Decodes a block of n values; `out` must have room for a whole block.
 void decode_block(const Packed& packed, const Represent& represent, std::size_t block, std::size_t n, float* out) {
   const unsigned bits = packed.format.bits();
   const WholeBlock whole(packed.words + block * bits * kLanes, bits, n);

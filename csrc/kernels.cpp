@@ -1,15 +1,16 @@
-// The kernels of SxEyMz, compiled once for each instruction set into the namespace FEDOMC_LEVEL.
+// The kernels of SxEyMz formats, compiled once for each instruction set into the namespace FEDOMC_LEVEL.
 //
-// [Note: vectors] A vector holds as many neighbouring lanes of a row as a register does; all lanes shift alike, so
-// nothing is ever moved between lanes. The vector types are those of GCC and Clang: the same source gives SSE2, AVX2,
-// AVX-512 and NEON. A block's codes stay in the first-level cache between the steps. Only packing depends on the number
-// of bits at compile time.
+// [Note: vectors] A vector holds as many neighbouring lanes of a row as fit into a register. All lanes shift by the
+// same amount, so data never moves between lanes. With the vector types of GCC and Clang, the same source compiles to
+// SSE2, AVX2, AVX-512 and NEON. A block's codes stay in the first-level cache between the steps. Only packing is
+// specialized for the number of bits at compile time.
 //
-// [Note: no subnormal arithmetic] It traps to microcode on some processors and depends on the thread's mode on others.
-// Formats of up to seven exponent bits are encoded under flush-to-zero (module.cpp sets it): values are scaled to the
-// format first, by a power of two that is bounded so that whatever is subnormal in float32 is far below half a step of
-// the format (see methods/packed.py), and counts as zero. Decoding gives normal values or zero. Eight exponent bits are
-// those of float32, need no scaling, and run in IEEE mode, where integers do all of the rounding.
+// [Note: no subnormal arithmetic] Arithmetic on subnormals traps to microcode on some processors and depends on the
+// thread's mode on others. Formats with up to seven exponent bits are encoded under flush-to-zero (set in module.cpp):
+// values are first scaled to the format by a power of two, which is bounded so that anything subnormal in float32 is
+// far below half a step of the format (see codec/scaling.py) and counts as zero. Decoding produces normal values or
+// zero. Formats with eight exponent bits have the range of float32, need no scaling, and run in IEEE mode, with all
+// rounding in integer arithmetic.
 
 #include "kernels.hpp"
 
@@ -27,8 +28,8 @@
 namespace fedomc::FEDOMC_LEVEL {
 namespace {
 
-// Rounds a block of values in units of 1 / scale, and sums if wanted. Columns of lanes are taken together as far as
-// their sums stay in registers.
+// Rounds a block of values in units of 1 / scale, and computes the sums if requested. Columns of lanes are processed
+// together as long as their sums stay in registers.
 template <class Round, bool Summing>
 U round_block(const float* values, float scale, const Round round, Codes& codes, Lanes& lanes) {
   constexpr std::size_t columns = Summing ? kColumns : 1, stride = Summing ? kLanes : kWidth;
@@ -109,8 +110,8 @@ void decode_add(const Packed& packed, const Packed* subtrahend, float weight, fl
   });
 }
 
-// Rounds and packs the blocks that fill(block, at, count, whole) gives; whole is room for a block, and what fill
-// returns points to the block's values, zeros behind the last.
+// Rounds and packs the blocks that fill(block, at, count, whole) returns as pointers to their values, padded with
+// zeros; `whole` is a buffer of one block that fill may use.
 template <class Round, class Fill>
 void encode_blocks(std::size_t n, Format format, const Rounding& rounding, std::uint32_t* words, Found& found,
                    Fill fill) {
@@ -159,7 +160,7 @@ void encode(const float* values, std::size_t n, Format format, const Rounding& r
               });
 }
 
-// In units of the present scale, so that what the gradient does not move stays exactly where it is.
+// In units of the current scale, so that values with a zero gradient are preserved exactly.
 void update(const Packed& packed, const float* gradient, float ratio, std::size_t n, const Rounding& rounding,
             std::uint32_t* words, Found& found) {
   const Represent represent(packed.format, packed.format.working_bias(), 1.0f, 0.0f);

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, each over one chunk: at most kChunk values that begin at a block.
+// The kernels of one instruction set. Each processes one chunk: at most kChunk values, starting at a block boundary.
 #pragma once
 
 #include "layout.hpp"
@@ -7,15 +7,15 @@ namespace fedomc {
 
 struct Kernels {
   const char* level;
-  // Decodes base, and update on top of it if not null; streaming writes past the caches.
+  // Decodes base, plus update if it is not null; streaming uses non-temporal stores.
   void (*decode)(const Packed& base, const Packed* update, float* out, std::size_t n, bool streaming);
-  // Adds weight * (decoded - subtrahend), and weight * decoded if subtrahend is null.
+  // Adds weight * (decoded - subtrahend) to out, or weight * decoded if subtrahend is null.
   void (*decode_add)(const Packed& packed, const Packed* subtrahend, float weight, float* out, std::size_t n);
-  // Adds weight * (values - subtrahend).
+  // Adds weight * (values - subtrahend) to out.
   void (*add_difference)(const float* values, const float* subtrahend, float weight, float* out, std::size_t n);
   void (*encode)(const float* values, std::size_t n, Format format, const Rounding& rounding, std::uint32_t* words,
                  Found& found);
-  // Encodes codes + ratio * gradient, all in the units in which values are rounded.
+  // Encodes codes + ratio * gradient, in the units of the working bias.
   void (*update)(const Packed& packed, const float* gradient, float ratio, std::size_t n, const Rounding& rounding,
                  std::uint32_t* words, Found& found);
   std::uint32_t (*largest)(const float* values, std::size_t n);

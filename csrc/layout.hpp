@@ -9,21 +9,21 @@ namespace fedomc {
 constexpr std::size_t kLanes = 32;
 constexpr std::size_t kRows = 32;
 constexpr std::size_t kBlock = kLanes * kRows;
-constexpr std::size_t kChunkBlocks = 64;  // blocks that one thread takes at a time
+constexpr std::size_t kChunkBlocks = 64;  // blocks that a thread processes at a time
 constexpr std::size_t kChunk = kChunkBlocks * kBlock;
 constexpr std::size_t kSums = 5;  // D, D*D, D*R, R*R, R
 
-// How many 32-bit words hold n codes.
+// The number of 32-bit words that hold n codes.
 constexpr std::size_t words_of(std::size_t n, unsigned bits) {
   const std::size_t rows = (n % kBlock + kLanes - 1) / kLanes;
   return kLanes * (n / kBlock * bits + (rows * bits + 31) / 32);
 }
 
-// A number format SxEyMz, as codec/elements.py has it.
+// A number format SxEyMz, as defined in codec/elements.py.
 struct Format {
   unsigned exponent_bits;
   unsigned mantissa_bits;
-  unsigned reserved = 0;  // codes above the largest finite one, in formats of the OCP specification
+  unsigned reserved = 0;  // codes above the largest finite one, in OCP formats
 
   constexpr unsigned bits() const { return 1 + exponent_bits + mantissa_bits; }
   constexpr int bias() const { return (1 << (exponent_bits - 1)) - 1; }
@@ -37,16 +37,16 @@ struct Format {
     for (int i = 0; i > steps; --i) value *= 0.5f;
     return value;
   }
-  // The bias of the units in which values are rounded and summed: a block's sum of squares must stay finite.
+  // The bias of the units for rounding and summing, chosen so that a block's sum of squares stays finite.
   constexpr int working_bias() const { return exponent_bits == 7 ? bias() + 4 : bias(); }
-  // The powers of two by which values may be scaled: every decoded value is zero or a normal float32.
+  // The range of scaling exponents for which every decoded value is zero or a normal float32.
   constexpr int least_exponent() const { return top_exponent() < 127 ? top_exponent() - 127 : 0; }
   constexpr int most_exponent() const {
     const int most = 120 - bias() - static_cast<int>(mantissa_bits);
     return most > 0 ? most : 0;
   }
-  // The power of two that moves a magnitude, given as float32 bits, into the top binade, or into the one below it if it
-  // would lie above the largest code there; see codec/scaling.py.
+  // The exponent that scales a magnitude, given as float32 bits, into the top binade, or into the binade below it if it
+  // would exceed the largest code; see codec/scaling.py.
   constexpr int fitting_exponent(std::uint32_t magnitude, bool stochastic) const {
     if (exponent_bits == 8 || magnitude == 0) return 0;
     const int field = static_cast<int>(magnitude >> 23);
@@ -58,7 +58,7 @@ struct Format {
   }
 };
 
-// A stretch of a variable that begins at a block: codes and the transformation that gives their values.
+// A range of a variable that starts at a block boundary: codes and the transformation to their values.
 struct Packed {
   const std::uint32_t* words;
   Format format;
@@ -68,30 +68,30 @@ struct Packed {
 
 // How values are rounded to codes.
 struct Rounding {
-  int exponent;         // values are scaled by 2**exponent first, to the units of the working bias
-  bool stochastic;      // otherwise to nearest, ties to the even code
-  std::uint64_t seed;   // of stochastic rounding
-  std::uint64_t start;  // index of the first value in its variable: the counter of stochastic rounding
+  int exponent;         // values are first scaled by 2**exponent to the units of the working bias
+  bool stochastic;      // otherwise to nearest, ties to even
+  std::uint64_t seed;   // seed of stochastic rounding
+  std::uint64_t start;  // index of the first value in the variable, the counter of stochastic rounding
 };
 
-// What a pass over values found.
+// The results of a pass over values.
 struct Found {
   double* sums;           // [kSums], written if not null
   std::uint32_t largest;  // float32 bits of the largest magnitude
-  bool changed;           // whether a value differs from what was decoded; true where nothing was
+  bool changed;           // whether a value differs from its decoded value; true if nothing was decoded
 };
 
-// What a code of a blockwise method is, as codec/elements.py has it.
+// The element of a blockwise method, as defined in codec/elements.py.
 enum class ElementKind { kInteger, kNormalFloat, kOcp };
 
 struct Element {
   ElementKind kind;
   unsigned bits;
-  Format format;  // of kOcp
+  Format format;  // only for kOcp
 };
 
-// A stretch of a blockwise variable that begins at a block of the layout: codes, and a scale for each `block` values.
-// Scales are float32, and with kOcp the exponents of E8M0, one byte each.
+// A range of a blockwise variable that starts at a layout block: codes, and one scale for each `block` values.
+// Scales are float32; for kOcp they are E8M0 exponents of one byte each.
 template <class Word, class Scale>
 struct Blockwise {
   Word* words;

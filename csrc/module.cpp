@@ -1,4 +1,4 @@
-// The Python module: checks every argument, then runs the kernels without the GIL.
+// The Python module: validates all arguments, then runs the kernels without holding the GIL.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -22,7 +22,7 @@ namespace nb = nanobind;
 namespace fedomc {
 namespace {
 
-constexpr std::size_t kStreamingValues = std::size_t{1} << 22;  // 16 MB: more than the caches keep
+constexpr std::size_t kStreamingValues = std::size_t{1} << 22;  // 16 MB: more than the caches hold
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found{&baseline::kernels};
@@ -53,7 +53,7 @@ const Kernels*& current() {
   return kernels;
 }
 
-// Calls run(at, count) for each chunk of n values, without the GIL.
+// Calls run(at, count) for each chunk of n values, without holding the GIL.
 template <class Run>
 void in_chunks(std::size_t n, unsigned threads, const Run& run, Subnormals subnormals = Subnormals::kKept) {
   const nb::gil_scoped_release release;
@@ -120,8 +120,8 @@ void add_difference(const InValues& values, const InValues& subtrahend, float we
   });
 }
 
-// Calls run(at, count, rounding, found) for each chunk of n values, and writes what was found in all to the status: the
-// bits of the largest magnitude, and whether any value changed.
+// Calls run(at, count, rounding, found) for each chunk of n values, and writes the combined results to the status: the
+// float32 bits of the largest magnitude, and whether any value changed.
 template <class Run>
 void find_in_chunks(std::size_t n, unsigned threads, Subnormals subnormals, double* sums, const Rounding& rounding,
                     const OutStatus& status, const Run& run) {
@@ -165,7 +165,7 @@ void encode(const InValues& values, unsigned e, unsigned m, int exponent, bool s
                  });
 }
 
-// What a pass over values found that cannot be written: the caller goes another way, or raises.
+// Reports an infinite result, which cannot be written: the caller falls back to another method or raises.
 void report_infinite(const OutStatus& status) {
   status.data()[0] = 0x7F800000;
   status.data()[1] = 1;
@@ -276,7 +276,7 @@ std::vector<std::string> levels() {
 NB_MODULE(_native, module) {
   using namespace nb::literals;
   module.doc() = "The codec's kernels for the CPU; fedomc.codec.native is what calls them.";
-  // Nothing is converted: an output that was copied first would be lost.
+  // No implicit conversion: an output written to a converted copy would be lost.
   const auto words = "words"_a.noconvert();
   const auto scale_offset = "scale_offset"_a.noconvert();
   const auto scales = "scales"_a.noconvert();
@@ -308,5 +308,5 @@ NB_MODULE(_native, module) {
   module.def(
       "set_level", [](const std::string& name) { fedomc::current() = fedomc::find(name); }, "name"_a,
       "Use an instruction set; not while kernels run.");
-  fedomc::current();  // an impossible FEDOMC_LEVEL fails here
+  fedomc::current();  // fails on an unsupported FEDOMC_LEVEL
 }

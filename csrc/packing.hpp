@@ -1,4 +1,4 @@
-// Codes of a block <-> words, in the bit layout of layout.hpp.
+// Packs the codes of a block into words and unpacks them, in the bit layout of layout.hpp.
 #pragma once
 
 #include <array>
@@ -14,8 +14,8 @@ namespace {
 using Codes = std::array<std::uint32_t, kBlock>;
 using Values = std::array<float, kBlock>;
 
-// Calls sink(i, codes) for each vector of codes of a block, i the index of its first value. The codes lie in the upper
-// bits; the lower ones hold what happens to be there.
+// Calls sink(i, codes) for each vector of codes in a block, where i is the index of its first value. The codes are in
+// the upper bits; the lower bits are unspecified.
 template <unsigned W, class Sink>
 inline void for_each_code(const std::uint32_t* words, Sink sink) {
   for (std::size_t lane = 0; lane < kLanes; lane += kWidth) {
@@ -61,10 +61,10 @@ constexpr std::array<Pack, 31> packers(std::integer_sequence<unsigned, Index...>
   return {&pack_block<Index + 2>...};
 }
 
-// By the number of bits, from 2 on.
+// Indexed by the number of bits, starting at 2.
 constexpr auto kPack = packers(std::make_integer_sequence<unsigned, 31>{});
 
-// The last block holds only the words that its rows need: go over a whole one.
+// A whole block of words; the last block of a variable, which stores only the words of its rows, is padded with zeros.
 struct WholeBlock {
   std::array<std::uint32_t, kBlock> words;
   const std::uint32_t* data;

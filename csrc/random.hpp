@@ -1,4 +1,4 @@
-// The counter-based generator of codec/random.py: the bits of a value depend on the seed and its index alone.
+// The counter-based generator of codec/random.py: the bits of a value depend only on the seed and its index.
 #pragma once
 
 #include <array>
@@ -19,8 +19,8 @@ inline V mix(V x) {
   return x ^ (x >> 16);
 }
 
-// 32 random bits for each value of a block; the upper ones are the best. A word of the block's lane and one of the row
-// are each hashed in full, so that a value costs two multiplications.
+// Generates 32 random bits for each value of a block; the upper bits are of the best quality. Lanes and rows are fully
+// hashed once, after which a value costs two multiplications.
 struct RandomBits {
   alignas(64) std::array<std::uint32_t, kLanes> lanes, rows;
 
@@ -38,7 +38,7 @@ struct RandomBits {
     }
   }
 
-  // For the vector of values from i on.
+  // Returns the bits of the vector of values that starts at i.
   inline U operator()(std::size_t i) const {
     U x = load<U>(lanes.data() + i % kLanes) ^ splat(rows[i / kLanes]);
     x *= 0x9E3779B1u;

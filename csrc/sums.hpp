@@ -21,8 +21,8 @@ inline D widened(const F& v, std::size_t half) {
 
 using Lanes = std::array<std::array<double, kLanes>, kSums>;
 
-// Sums of D = V - R and R, both in the format's units. The order is that of codec/reference.py for every instruction
-// set: in each lane the rows of a block, in float32, then, in float64, the blocks of a chunk, then the lanes by halves.
+// Sums of D = V - R and R, both in the format's units. Every instruction set sums in the order of codec/reference.py:
+// the rows of a block in each lane in float32, then the blocks of a chunk and finally the lanes, by halves, in float64.
 template <class V>
 struct SumsIn {
   V d{}, dd{}, dr{}, rr{}, r{};
@@ -35,7 +35,7 @@ struct SumsIn {
     r += represented;
   }
 
-  // Adds the lanes that a D holds: those of a half, if these are sums in float32.
+  // Adds as many lanes as a D holds; for float32 sums, that is one half of the vector.
   inline void add_to(Lanes& lanes, std::size_t lane, std::size_t half) const {
     const V sums[] = {d, dd, dr, rr, r};
     for (std::size_t term = 0; term < kSums; ++term) {
@@ -45,7 +45,7 @@ struct SumsIn {
   }
 };
 
-// The sums of a vector's lanes.
+// The sums in each lane of a vector.
 template <bool Wide>
 struct Sums {
   SumsIn<F> sums;
@@ -57,7 +57,7 @@ struct Sums {
   }
 };
 
-// With eight exponent bits squares may leave the range of float32: all in float64.
+// With eight exponent bits, squares may overflow float32, so all sums are in float64.
 template <>
 struct Sums<true> {
   SumsIn<D> low, high;
@@ -73,7 +73,7 @@ struct Sums<true> {
   }
 };
 
-// Adds lanes by halves; scale is that of the values, and of the products its square.
+// Adds lanes by halves. Values are in units of 1 / scale, and products in units of its square.
 void add_lanes(Lanes& lanes, double scale, double* sums) {
   for (std::size_t term = 0; term < kSums; ++term) {
     for (std::size_t width = kLanes / 2; width; width /= 2)

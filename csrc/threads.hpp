@@ -1,6 +1,6 @@
-// Parallel over chunks. [Note: no pool] Threads are started for the call and joined: what takes long enough to be worth
-// several threads takes far longer than starting them, nothing is left that could compete with torch's own threads or
-// be lost in a fork.
+// Parallel loops over chunks. [Note: no pool] Threads are started for each call and then joined. Work that is worth
+// several threads takes far longer than starting them, and without a pool no idle threads compete with torch's own
+// threads or are lost in a fork.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@
 
 namespace fedomc {
 
-constexpr std::size_t kChunksPerThread = 8;  // fewer are not worth a thread
+constexpr std::size_t kChunksPerThread = 8;  // fewer do not justify another thread
 
 // Calls body(chunk) for each chunk of n values.
 template <class Body>
@@ -29,7 +29,7 @@ void for_each_chunk(std::size_t n, unsigned threads, const Body& body) {
     try {
       others.emplace_back(work);
     } catch (const std::exception&) {
-      break;  // no more threads to be had: the others do the work
+      break;  // no more threads available: the others do the work
     }
   }
   work();

@@ -1,4 +1,4 @@
-// Vectors of FEDOMC_VECTOR_BYTES bytes, by the types of GCC and Clang; see the note in kernels.cpp.
+// Vectors of FEDOMC_VECTOR_BYTES bytes, using the vector types of GCC and Clang; see the note in kernels.cpp.
 #pragma once
 
 #include <cmath>
@@ -10,15 +10,15 @@
 #include <immintrin.h>
 #endif
 
-// Internal to each instruction set: the same names mean other instructions there.
+// Internal linkage: the same names stand for different instructions in each instruction set.
 namespace fedomc::FEDOMC_LEVEL {
 namespace {
 
 constexpr std::size_t kBytes = FEDOMC_VECTOR_BYTES;
 constexpr std::size_t kWidth = kBytes / 4;              // lanes of a vector
-constexpr std::size_t kColumns = kBytes == 64 ? 2 : 1;  // how many vectors' sums fit into the registers
+constexpr std::size_t kColumns = kBytes == 64 ? 2 : 1;  // number of vectors whose sums fit into registers
 
-constexpr std::uint32_t kSign = 1u << 31, kExponent = 0x7F800000u, kOneExponent = 1u << 23;  // of a float32
+constexpr std::uint32_t kSign = 1u << 31, kExponent = 0x7F800000u, kOneExponent = 1u << 23;  // float32 bits
 
 using U = std::uint32_t __attribute__((vector_size(kBytes)));
 using I = std::int32_t __attribute__((vector_size(kBytes)));
@@ -47,11 +47,11 @@ inline void store(void* to, const V& v) {
 }
 
 inline U splat(std::uint32_t x) { return U{} + x; }
-inline F splat(float x) { return x - F{}; }  // a sum would make 0 of -0
-// All that is compared is below 2**31, and there are instructions for signed comparison everywhere.
+inline F splat(float x) { return x - F{}; }  // a sum would turn -0 into 0
+// All compared values are below 2**31, and every instruction set has signed comparisons.
 inline I below(U a, U b) { return cast<I>(a) < cast<I>(b); }
 
-// Smallest and largest, of integers below 2**31. The compiler does not see that there are instructions for them.
+// Minimum and maximum, of integers below 2**31. The compiler does not find the dedicated instructions by itself.
 #if defined(__AVX512F__)
 inline U min(U a, U b) { return cast<U>(_mm512_min_epu32(cast<__m512i>(a), cast<__m512i>(b))); }
 inline U max(U a, U b) { return cast<U>(_mm512_max_epu32(cast<__m512i>(a), cast<__m512i>(b))); }
@@ -66,7 +66,7 @@ inline U max(U a, U b) { return below(a, b) ? b : a; }
 inline F min(F a, F b) { return a < b ? a : b; }
 #endif
 
-// A shift that is the same for all lanes: a vector of counts where there is an instruction for that, which is faster.
+// A shift count for all lanes: a vector where the instruction set has per-lane shifts, which are faster.
 #if defined(__AVX2__)
 using Count = U;
 inline Count count(int shift) { return splat(static_cast<std::uint32_t>(shift)); }
@@ -85,7 +85,7 @@ inline D widen(H v) {
 #endif
 }
 
-// a * b + c, rounded once, as the in-place addition of torch does it.
+// a * b + c with a single rounding, like torch's in-place addition.
 inline F fused(F a, F b, F c) {
 #if defined(__AVX512F__)
   return cast<F>(_mm512_fmadd_ps(cast<__m512>(a), cast<__m512>(b), cast<__m512>(c)));
@@ -97,7 +97,7 @@ inline F fused(F a, F b, F c) {
 #endif
 }
 
-// 2**exponent, for exponents of normal floats.
+// 2**exponent, for the exponents of normal floats.
 inline float power_of_two(int exponent) { return cast<float>(static_cast<std::uint32_t>(exponent + 127) << 23); }
 
 }  // namespace

@@ -1,8 +1,8 @@
-"""A counter-based generator: the bits of a value depend on the seed and its index alone.
+"""A counter-based random generator: the bits of a value depend only on the seed and the value's index.
 
 [Note: the stream]
-Values are numbered as the bit layout has them: value i lies in block ``t = i // 1024``, row ``r = i % 1024 // 32`` and
-lane ``l = i % 32``. With ``mix``, the finaliser of MurmurHash3 on 32 bits, and all sums modulo 2**32::
+Values are indexed as in the bit layout: value i lies in block ``t = i // 1024``, row ``r = i % 1024 // 32`` and lane
+``l = i % 32``. Let ``mix`` be the 32-bit finaliser of MurmurHash3; all sums are modulo 2**32::
 
     low    = mix(seed mod 2**32)
     high   = mix((seed >> 32) ^ 0x9E3779B9)
@@ -12,8 +12,8 @@ lane ``l = i % 32``. With ``mix``, the finaliser of MurmurHash3 on 32 bits, and 
     x      = (lane ^ row) * 0x9E3779B1
     bits   = (x ^ (x >> 15)) * 0x85EBCA77
 
-Lanes and rows are hashed in full once for a block, and a value costs two multiplications. The bits are used from the
-top: the 30 highest by the rounding of floats, the 24 highest by that of integers and NF4.
+Each lane and each row is fully hashed once per block; a value then costs two multiplications. Consumers use the
+highest bits: the top 30 for rounding floats, the top 24 for rounding integers and NF4.
 """
 
 import torch
@@ -30,7 +30,7 @@ def _signed(value: int) -> int:
 
 
 def _mix_int(x: int) -> int:
-    """Finalise a 32-bit word as MurmurHash3 does (Appleby, public domain)."""
+    """Apply the 32-bit finaliser of MurmurHash3 (Appleby, public domain)."""
     x ^= x >> 16
     x = x * 0x85EBCA6B & _MASK
     x ^= x >> 13
@@ -39,7 +39,7 @@ def _mix_int(x: int) -> int:
 
 
 def _mix_(x: Tensor) -> Tensor:
-    """The same in place on int32, whose right shift copies the sign: hence the masks."""
+    """Apply ``_mix_int`` in place to int32 values; the masks undo the sign extension of right shifts."""
     x ^= (x >> 16) & 0xFFFF
     x *= _signed(0x85EBCA6B)
     x ^= (x >> 13) & 0x7FFFF
@@ -52,13 +52,13 @@ def random_bits(seed: int, start: int, count: int, device: torch.device) -> Tens
     """Draw 32 random bits for each of the values ``start .. start + count - 1``.
 
     Args:
-        seed: 64 bits.
-        start: the index of the first value, a multiple of the block.
-        count: how many; a multiple of 2**32 must not lie between the first block and the last.
-        device: where the result lies.
+        seed: a 64-bit seed.
+        start: the index of the first value, a multiple of the block size.
+        count: how many values; no multiple of 2**32 may lie between the first block and the last.
+        device: the device of the result.
 
     Returns:
-        int32 ``[count]``; the upper bits are the best.
+        An int32 tensor of shape ``[count]``; the upper bits are of the best quality.
     """
     low, high = _mix_int(seed & _MASK), _mix_int((seed >> 32 & _MASK) ^ 0x9E3779B9)
     blocks = -(-count // BLOCK)

@@ -1,15 +1,15 @@
-"""The codec in PyTorch operations, for any device: values <-> packed bits, a chunk at a time.
+"""The reference codec in PyTorch operations, for any device: converts values to and from packed bits, in chunks.
 
 [Note: rounding in integers]
-A float32 is a sign and the integer ``u = exponent << 23 | mantissa``, and codes have the same structure with fewer
-bits, so rounding to a format is rounding ``u``, moved to the format's bias, to its upper bits; a carry walks from the
-mantissa into the exponent by itself. Below the smallest normal value the significand moves right by as many places as
-the exponent is short. Nothing is rounded twice.
+A float32 is a sign and the integer ``u = exponent << 23 | mantissa``. Codes have the same structure with fewer bits, so
+rounding to a format means rebasing ``u`` to the format's bias and rounding it to its upper bits; a carry propagates
+from the mantissa into the exponent by itself. Below the format's smallest normal value, the significand is first
+shifted right by the deficit of the exponent. Nothing is rounded twice.
 
 [Note: subnormals are zero]
-Except with eight exponent bits, which are those of float32, what is subnormal in float32 is far below half a step of
-the format, in the values as they are and in the format's units. It counts as zero, so that nothing depends on
-flush-to-zero modes.
+In formats with fewer than the eight exponent bits of float32, a value that is subnormal in float32 is far below half a
+step of the format, both before and after scaling to the format's units. Such values count as zero, so that results do
+not depend on flush-to-zero modes.
 """
 
 import ctypes
@@ -27,18 +27,18 @@ from fedomc.codec.scaling import bounded_exponent, fitting_exponent
 
 _INFINITY_BITS = 0x7F800000
 
-# The functions from here to the next line of dashes are the codec's operators on any device; see codec/__init__.py.
+# The functions up to the next line of dashes implement the codec's operators for any device; see codec/__init__.py.
 
 
 def absmax(values: Tensor, out: Tensor) -> None:
-    """Write the float32 bits of the largest magnitude to ``out``, int64 ``[1]``."""
+    """Write the float32 bits of the largest magnitude to ``out``, an int64 tensor of shape ``[1]``."""
     out.zero_()
     for _, part in chunks_of(values):
         torch.maximum(out, magnitudes(part).max(), out=out)
 
 
 def decode(words: Tensor, scale_offset: Tensor, e: int, m: int, out: Tensor) -> None:
-    """Decode ``scale * Q + offset`` into ``out``; with (1, 0) every bit stays."""
+    """Decode ``scale * Q + offset`` into ``out``; scale 1 and offset 0 preserve every bit of Q."""
     element = FloatElement(e, m)
     for at, part in chunks_of(out):
         part.copy_(_decoded(stretch(words, element.bits, at, part), element, scale_offset, part.numel()))
@@ -48,7 +48,7 @@ def decode_sum(
     words: Tensor, scale_offset: Tensor, e: int, m: int,
     update_words: Tensor, update_scale_offset: Tensor, update_e: int, update_m: int, out: Tensor,
 ) -> None:  # fmt: skip
-    """Decode a base and add its update."""
+    """Decode the sum of a base and its update into ``out``."""
     decode(words, scale_offset, e, m, out)
     decode_add(update_words, update_scale_offset, update_e, update_m, 1.0, out)
 
@@ -86,7 +86,7 @@ def encode(
     values: Tensor, e: int, m: int, exponent: int, seed: int | None, start: int,
     words: Tensor, sums: Tensor, status: Tensor,
 ) -> None:  # fmt: skip
-    """Encode ``Q(2**exponent * V)``."""
+    """Encode ``Q(2**exponent * V)`` into ``words``, with sums for the fit if ``sums`` is not empty."""
     element = FloatElement(e, m)
     status.copy_(torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
     for at, part in chunks_of(values):
@@ -98,7 +98,7 @@ def update(
     words: Tensor, scale_offset: Tensor, e: int, m: int, gradient: Tensor, alpha: float, rescale: bool,
     seed: int | None, out: Tensor, out_scale_offset: Tensor, status: Tensor,
 ) -> None:  # fmt: skip
-    """Encode the codes plus ``alpha / scale`` times the gradient, in the units of the present scale."""
+    """Encode the decoded codes plus ``alpha / scale`` times the gradient, in units of the current scale."""
     element = FloatElement(e, m)
     bias = _working_bias(element)
     working = element.bias - bias
@@ -144,19 +144,19 @@ def update(
 
 
 def chunks_of(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Cut flat values into chunks; give the index of each chunk's first value and a view of it."""
+    """Yield the chunks of flat values, each as the index of its first value and a view."""
     for at in range(0, flat.numel(), CHUNK):
         yield at, flat[at : at + CHUNK]
 
 
 def stretch(words: Tensor, bits: int, at: int, part: Tensor) -> Tensor:
-    """View the words of a part's codes, of which the first is that of value ``at``, a multiple of the block."""
+    """View the words that hold the codes of a part, which begins at value ``at``, a multiple of the block size."""
     begin = words_of(at, bits)
     return words[begin : begin + words_of(part.numel(), bits)]
 
 
 def magnitudes(values: Tensor) -> Tensor:
-    """Return the bits of the values' magnitudes, int32; they are in the order of the magnitudes."""
+    """Return the float32 bits of the magnitudes as int32, which sort in the same order as the magnitudes."""
     return values.view(torch.int32) & 0x7FFFFFFF
 
 
@@ -164,7 +164,7 @@ def _encode_chunk(
     values: Tensor, element: FloatElement, exponent: int, seed: int | None, start: int,
     words: Tensor, sums: Tensor | None, status: Tensor,
 ) -> None:  # fmt: skip
-    """Encode a chunk; write its words and, if wanted, its five sums; raise the status to its largest magnitude."""
+    """Encode a chunk: write its words, its five sums if requested, and the running maximum in the status."""
     torch.maximum(status[0], magnitudes(values).max(), out=status[0])
     bias, scale = _working_bias(element), 1.0
     if element.exponent_bits < 8:
@@ -177,7 +177,7 @@ def _encode_chunk(
     if sums is not None:
         represented = values_of(codes, element).mul_(2.0 ** (element.bias - bias))
         difference = _pad(values, blocks * BLOCK) - represented
-        if element.exponent_bits == 8:  # squares may leave the range of float32
+        if element.exponent_bits == 8:  # squares may overflow float32
             difference, represented = difference.double(), represented.double()
         found = _sums(difference, represented, blocks)
         sums.copy_(found / found.new_tensor([1, scale, scale, scale, 1]) / scale)
@@ -192,12 +192,12 @@ def _is_normal(value: float) -> bool:
 
 
 def _working_bias(element: FloatElement) -> int:
-    """The bias of the units in which values are rounded and summed: a block's sum of squares must stay finite."""
+    """Return the bias of the units for rounding and summing, in which a block's sum of squares is finite."""
     return element.bias + 4 if element.exponent_bits == 7 else element.bias
 
 
 def flushed(values: Tensor) -> Tensor:
-    """Replace subnormal values by zeros of their signs."""
+    """Replace subnormal values by zeros of the same sign."""
     bits = values.view(torch.int32)
     return torch.where((bits & 0x7FFFFFFF) < 1 << 23, bits & -(1 << 31), bits).view(torch.float32)
 
@@ -205,7 +205,7 @@ def flushed(values: Tensor) -> Tensor:
 def _decoded(words: Tensor, element: FloatElement, scale_offset: Tensor, numel: int) -> Tensor:
     codes = unpack(words, -(-numel // BLOCK), element.bits).view(-1)[:numel]
     scale, offset = scale_offset[0], scale_offset[1]
-    # Adding -0 keeps both zeros.
+    # Adding -0.0 instead of 0.0 preserves the sign of zeros.
     return values_of(codes, element).mul_(scale).add_(torch.where(offset == 0, -0.0, offset))
 
 
@@ -214,23 +214,23 @@ def _pad(flat: Tensor, size: int) -> Tensor:
 
 
 def round_to(values: Tensor, element: FloatElement, bias: int, seed: int | None, start: int) -> Tensor:
-    """Round values, in units of a bias, to codes; stochastically if there is a seed."""
+    """Round values, given in the units of ``bias``, to codes; stochastically if ``seed`` is not None."""
     bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
-    field = (magnitude >> 23).clamp_(min=1)  # the exponent field; a subnormal has that of the smallest normal value
-    significand = magnitude.sub_((field - 1) << 23)  # [n], below 2**24, hidden bit included
-    target = field.add_(bias - 127)  # the exponent field in the format, not positive if subnormal
+    field = (magnitude >> 23).clamp_(min=1)  # exponent field; subnormals share that of the smallest normal
+    significand = magnitude.sub_((field - 1) << 23)  # [n], below 2**24, including the hidden bit
+    target = field.add_(bias - 127)  # exponent field in the format; zero or negative if subnormal
     normal = target.clamp(min=1)
-    shift = normal.sub(target).add_(23 - element.mantissa_bits)  # how many bits the format drops
+    shift = normal.sub(target).add_(23 - element.mantissa_bits)  # number of bits that the format drops
     integer = significand.add_(normal.sub_(1) << 23)
     if seed is None:
-        shift.clamp_(max=25)  # a significand of 24 bits rounds to zero from here on
+        shift.clamp_(max=25)  # a 24-bit significand rounds to zero from this shift on
         one = torch.ones((), dtype=torch.int32, device=values.device)
         half = (one << shift).bitwise_right_shift_(1)
         even = (integer >> shift).bitwise_and_(1)
         integer += half.add_(even).sub_(1).clamp_(min=0)
     else:
-        # 30 random bits: what lies lower changes a probability by less than 2**-30.
+        # 30 random bits: dropping lower bits changes a probability by less than 2**-30.
         integer >>= (shift - 30).clamp_(min=0)
         shift.clamp_(max=30)
         noise = random_bits(seed, start, values.numel(), values.device).bitwise_right_shift_(2).bitwise_and_(0x3FFFFFFF)
@@ -239,16 +239,16 @@ def round_to(values: Tensor, element: FloatElement, bias: int, seed: int | None,
     integer.clamp_(max=element.max_code)
     sign = bits.bitwise_and(-(1 << 31)) >> (32 - element.bits)
     if element.bits < 32:
-        sign &= 1 << (element.bits - 1)  # the arithmetic shift filled the bits above
+        sign &= 1 << (element.bits - 1)  # the arithmetic shift also set the higher bits
     return integer.bitwise_or_(sign)
 
 
 def values_of(codes: Tensor, element: FloatElement) -> Tensor:
-    """Return the values of codes, float32."""
+    """Return the float32 values of codes."""
     e, m = element.exponent_bits, element.mantissa_bits
-    magnitude = (codes & ((1 << (e + m)) - 1)).clamp_(max=element.max_code)  # larger codes come from foreign bytes
+    magnitude = (codes & ((1 << (e + m)) - 1)).clamp_(max=element.max_code)  # larger codes occur only in foreign data
     bits = (magnitude << (23 - m)).add_((127 - element.bias) << 23)
-    if e < 8:  # for e = 8 the bits of subnormals are already those of float32
+    if e < 8:  # for e = 8, subnormals already have their float32 bits
         subnormal = (magnitude.to(torch.float32) * element.step).view(torch.int32)
         bits = torch.where(magnitude < (1 << m), subnormal, bits)
     sign = (codes >> (e + m)) << 31
@@ -256,9 +256,10 @@ def values_of(codes: Tensor, element: FloatElement) -> Tensor:
 
 
 def _sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:
-    """Sum D, D*D, D*R, R*R and R over a chunk, in one order on every device and for any number of threads.
+    """Sum D, D*D, D*R, R*R and R over a chunk, in the same order on every device and for any number of threads.
 
-    In each lane the rows of a block, in the dtype given; then, in float64, the blocks, then the lanes by halves.
+    Each lane first sums the rows of a block in the given dtype. The blocks are then summed in float64, and finally the
+    lanes by pairwise halving.
     """
     d, r = difference, represented
     terms = torch.stack((d, d * d, d * r, r * r, r)).view(SUMS, blocks, ROWS, LANES)
@@ -277,7 +278,7 @@ def _sums(difference: Tensor, represented: Tensor, blocks: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By row: the word in which its code begins, the one in which it may end, the bit it begins at, a mask."""
+    """Return for each row the word where its code begins, the word where it may end, the first bit and a mask."""
     position = torch.arange(ROWS, dtype=torch.int64, device="cpu") * bits
     first = position // 32
     second = (first + 1).clamp(max=bits - 1)
@@ -289,12 +290,12 @@ def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def pack(codes: Tensor, bits: int, words: Tensor) -> None:
-    """Put the codes of whole blocks, ``[blocks * BLOCK]``, into words."""
+    """Pack the codes of whole blocks, ``[blocks * BLOCK]``, into words."""
     codes = codes.view(-1, ROWS, LANES)
     blocks = len(codes)
     first, second, begin, _ = _shifts(bits, codes.device)
     packed = torch.zeros(blocks, bits, LANES, dtype=torch.int32, device=codes.device)
-    # The bits of different rows are disjoint, so that adding is joining.
+    # The rows occupy disjoint bits, so addition acts as bitwise or.
     packed.index_add_(1, first, codes << begin)
     if 32 % bits:
         packed.index_add_(1, second, (codes >> 1) >> (31 - begin))
@@ -302,7 +303,7 @@ def pack(codes: Tensor, bits: int, words: Tensor) -> None:
 
 
 def unpack(words: Tensor, blocks: int, bits: int) -> Tensor:
-    """Take the codes of whole blocks out of words, ``[blocks, ROWS, LANES]``."""
+    """Unpack the codes of whole blocks, ``[blocks, ROWS, LANES]``, from words."""
     first, second, begin, mask = _shifts(bits, words.device)
     packed = _pad(words, blocks * bits * LANES).view(blocks, bits, LANES)
     codes = packed.index_select(1, first).bitwise_right_shift_(begin).bitwise_and_(mask)

@@ -1,16 +1,17 @@
-"""The codec of blockwise methods in PyTorch operations: codes of a few bits that share a scale by block.
+"""The reference codec of blockwise methods in PyTorch operations: low-bit codes with one scale per block.
 
-A block of 32, 64, 128 or 256 neighbouring values has one scale. Rows of the bit layout are 32 values, so that a scale
-belongs to whole rows, and a granule of the layout to whole blocks.
+A block of 32, 64, 128 or 256 neighbouring values shares one scale. A row of the bit layout holds 32 values, so each
+scale covers whole rows, and each block of the layout holds whole scaling blocks.
 
 [Note: scales]
-Decoding what was encoded and encoding it again must give the same values: a step of nothing changes nothing. The
-largest value of a block decides its scale, so that it must come back exactly. In NF4 the scale is that value itself.
-Integers divide it by their largest code; the quotient is cut off after 16 significant bits, so that the product with
-the code is exact in float32, and the largest value loses at most ``2**-15`` of itself. OCP scales are powers of two.
-Rounding to nearest follows the specification: the largest value comes into the top binade, where it may saturate.
-Rounding at random must not saturate, which would bias it, and takes one binade more where a value is above the largest.
-A block whose largest value is below ``2**-90`` becomes zeros: whatever is decoded is zero or a normal float32.
+Re-encoding decoded values must reproduce them exactly, so that a zero step changes nothing. The largest value of a
+block determines its scale and must therefore survive a round trip. In NF4 the scale is that value itself. For integers
+it is that value divided by the largest code, truncated to 16 significant bits; its product with a code is then exact
+in float32, and the largest value loses at most a fraction of ``2**-15``. OCP scales are powers of two. Rounding to
+nearest follows the specification: the largest value is scaled into the top binade, where it may saturate. Stochastic
+rounding must not saturate, as that would bias it, and so uses the next larger scale if the largest value exceeds the
+largest code. A block whose largest value is below ``2**-90`` is encoded as zeros, so that every decoded value is zero
+or a normal float32.
 """
 
 import functools
@@ -25,10 +26,10 @@ from fedomc.codec.random import random_bits
 from fedomc.codec.reference import chunks_of, flushed, magnitudes, pack, round_to, stretch, unpack, values_of
 
 INTEGER, NORMAL_FLOAT, OCP = 0, 1, 2
-"""How an element is written in the operators' arguments, beside two numbers of its own."""
+"""The kinds of elements in the operators' arguments; two further numbers give the parameters of each kind."""
 
 LEAST = 2.0**-90
-"""The smallest magnitude that decides a scale."""
+"""The smallest magnitude that determines a scale; blocks below it become zeros."""
 
 _MANTISSA_KEPT = -(1 << 8)  # 16 significant bits of a float32
 
@@ -42,7 +43,7 @@ def block_element(kind: int, e: int, m: int) -> BlockElement:
     return OCPElement(e, m, {(4, 3): 1, (5, 2): 4}.get((e, m), 0))
 
 
-# The functions from here to the next line of dashes are the codec's operators on any device; see codec/__init__.py.
+# The functions up to the next line of dashes implement the codec's operators for any device; see codec/__init__.py.
 
 
 def block_decode(words: Tensor, scales: Tensor, kind: int, e: int, m: int, block: int, out: Tensor) -> None:
@@ -88,7 +89,7 @@ def _decoded(words: Tensor, scales: Tensor, element: BlockElement, block: int, a
 
 
 def scale_values(scales: Tensor) -> Tensor:
-    """Return scales as float32: those of the OCP specification, uint8, are exponents with a bias of 127."""
+    """Return scales as float32; the uint8 scales of the OCP specification are exponents with a bias of 127."""
     if scales.dtype is torch.float32:
         return scales
     exponents = scales.to(torch.int32)
@@ -127,7 +128,7 @@ def _encode_chunk(
 
 
 def _scales(largest: Tensor, nothing: Tensor, element: BlockElement, stochastic: bool) -> Tensor:
-    """Return the scale of each block as it is stored; see the note on scales."""
+    """Return the scale of each block in its stored form; see the note on scales."""
     if isinstance(element, OCPElement):
         exponent = (largest.view(torch.int32) >> 23) - element.top_exponent
         if stochastic:
@@ -145,7 +146,7 @@ def _codes(quotients: Tensor, element: BlockElement, seed: int | None, start: in
     if isinstance(element, OCPElement):
         return round_to(quotients, element, element.bias, seed, start)
     uniform = None
-    if seed is not None:  # 24 bits, exact in float32
+    if seed is not None:  # 24 random bits, exact in float32
         noise = random_bits(seed, start, quotients.numel(), quotients.device)
         uniform = ((noise >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
     if isinstance(element, IntegerElement):

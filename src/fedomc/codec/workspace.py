@@ -1,11 +1,11 @@
-"""Room for decoded weights and for new codes, which is used again and again.
+"""A pool of reusable scratch buffers for decoded weights and new codes.
 
 [Note: why not the allocator]
-A layer's decoded weight lives for one multiplication. Asked from malloc and given back each time, such pieces of some
-megabytes either go back to the system, and every page of the next one must be mapped and zeroed again, or stay between
-small long-lived pieces and can never be joined: both the time and the peak of memory of a training step grow several
-times. So what was given back is kept here for the next layer. A piece is free again when the last tensor on it is
-gone, whoever kept it: nothing can be overwritten while it is still looked at.
+A layer's decoded weight lives only for one multiplication. If such buffers of several megabytes were allocated and
+freed with malloc each time, they would either return to the system, so that every page of the next buffer must be
+mapped and zeroed again, or remain as fragments between small long-lived allocations. Both the time and the peak memory
+of a training step would grow severalfold. The pool therefore keeps freed buffers for the next layer. A buffer becomes
+free when the last tensor that uses it is gone, whoever holds it, so it cannot be overwritten while in use.
 """
 
 import os
@@ -21,21 +21,21 @@ import torch
 from torch import Tensor
 
 PANEL_BYTES = 8 * 2**20
-"""How much of a weight is decoded at a time."""
+"""The maximum size of the part of a weight that is decoded at a time."""
 
-_SMALL = 2**15  # what malloc serves well by itself
-_LINE = 16  # values of a cache line
+_SMALL = 2**15  # values; malloc handles smaller buffers well
+_LINE = 16  # values per cache line
 _Piece = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
 class WorkspaceUse:
-    """Bytes of scratch memory.
+    """The size of the scratch memory, in bytes.
 
     Attributes:
-        lent: held by tensors now.
-        idle: kept for the next ones.
-        peak: the most that was lent and idle at a time.
+        lent: bytes currently used by tensors.
+        idle: bytes kept for reuse.
+        peak: the maximum of ``lent + idle`` so far.
     """
 
     lent: int
@@ -44,27 +44,27 @@ class WorkspaceUse:
 
 
 class Workspace:
-    """Pieces of memory that are lent as tensors and come back by themselves; safe for several threads.
+    """A thread-safe pool of buffers that are lent as tensors and return to the pool when the tensors are gone.
 
     Args:
-        keep: bytes that are kept idle at most.
+        keep: the maximum number of idle bytes.
     """
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self._idle: list[_Piece] = []  # least recently used first
-        self._views: dict[int, tuple[weakref.ref[_Piece], _Piece]] = {}  # what is lent, by the reference's identity
-        self._returned: deque[int] = deque()  # of what is lent, what came back since
+        self._views: dict[int, tuple[weakref.ref[_Piece], _Piece]] = {}  # lent buffers, by id of the weak reference
+        self._returned: deque[int] = deque()  # ids of lent buffers whose tensors are gone
         self._idle_bytes = self._lent_bytes = self._peak = 0
         self._lock, self._busy = threading.RLock(), False
 
     def empty(self, numel: int, device: torch.device, *, exact: bool = False) -> Tensor:
-        """Lend float32 ``[numel]``; on other devices than the CPU, torch's allocator does the same.
+        """Lend an uninitialized float32 tensor; torch's allocator serves small sizes and devices other than the CPU.
 
         Args:
             numel: how many values.
-            device: where.
-            exact: lend no larger piece, for what may live long.
+            device: the device of the tensor.
+            exact: do not lend a larger buffer; for tensors that may live long.
         """
         if numel < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
             return torch.empty(numel, dtype=torch.float32, device=device)
@@ -80,12 +80,12 @@ class Workspace:
         return torch.from_numpy(view)
 
     def use(self) -> WorkspaceUse:
-        """Report the bytes lent and idle."""
+        """Report how many bytes are lent and idle."""
         with self._alone():
             return WorkspaceUse(self._lent_bytes, self._idle_bytes, self._peak)
 
     def clear(self) -> None:
-        """Give idle memory back to the system, and forget the peak."""
+        """Release idle buffers to the system and reset the peak."""
         with self._alone() as alone:
             if alone:
                 self._idle.clear()
@@ -93,16 +93,16 @@ class Workspace:
                 self._peak = self._lent_bytes
 
     def forget_lock(self) -> None:
-        """Make a new lock: in a forked process nobody is left who could release the old one."""
+        """Replace the lock: in a forked process, the thread that held the old one does not exist."""
         self._lock, self._busy = threading.RLock(), False
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Take what came back, and let nobody else in.
+        """Lock the pool and collect returned buffers.
 
         Yields:
-            False in the midst of such a context of the same thread, which a signal handler or the garbage collector
-            interrupted: nothing may be changed then.
+            False if the same thread already holds the pool, because a signal handler or the garbage collector
+            interrupted it; nothing may be changed then.
         """
         with self._lock:
             if self._busy:
@@ -116,7 +116,7 @@ class Workspace:
                 self._busy = False
 
     def _take(self, numel: int, most: int) -> _Piece:
-        """Take the smallest piece of at least so many values and at most so many, or a new one."""
+        """Take the smallest idle buffer of ``numel`` to ``most`` values, or allocate a new one."""
         best = -1
         for i, piece in enumerate(self._idle):
             if numel <= piece.size <= most and (best < 0 or piece.size < self._idle[best].size):
@@ -130,7 +130,7 @@ class Workspace:
         return unaligned[skip : skip + numel]
 
     def _give_back(self, reference: "weakref.ref[_Piece]") -> None:
-        self._returned.append(id(reference))  # in one instant; in the midst of another context it stays there
+        self._returned.append(id(reference))  # atomic; if the pool is busy, it is collected later
         with self._alone():
             pass
 
@@ -145,6 +145,6 @@ class Workspace:
 
 
 workspace = Workspace(keep=3 * PANEL_BYTES)
-"""What this process uses."""
+"""The pool of this process."""
 
 os.register_at_fork(after_in_child=workspace.forget_lock)

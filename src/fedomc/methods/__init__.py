@@ -1,4 +1,4 @@
-"""What the bits of a compressed variable mean: the interface of a method, the methods, a packed variable."""
+"""Compression methods: their common interface, the methods themselves, and packed variables."""
 
 from fedomc.methods.encoding import Encoding
 from fedomc.methods.floats import FloatFormat

@@ -1,4 +1,4 @@
-"""``Blockwise``: codes of a few bits that share a scale by block of neighbouring values, for large outliers' sake."""
+"""``Blockwise``: low-bit codes with one scale for each block of neighbouring values, which confines outliers."""
 
 import math
 import re
@@ -16,21 +16,21 @@ from fedomc.errors import FormatError
 from fedomc.methods.method import Field, Fields, Method, Source, Writing
 
 BLOCKS = (32, 64, 128, 256)
-"""How many neighbouring values may have one scale; a row of the bit layout is 32."""
+"""The permitted numbers of values per scale, all multiples of the 32 values in a row of the bit layout."""
 
 
 @dataclass(frozen=True)
 class Blockwise(Method):
     """A method whose values are ``scale * Q(V / scale)``, with a scale for each block of neighbouring values.
 
-    Neighbours are values of the flat variable; the last block may be shorter. How the scales are chosen is told in
-    ``codec.reference_blocks``.
+    Blocks are formed over the flattened variable; the last one may be shorter. ``codec.reference_blocks`` describes
+    how the scales are chosen.
 
     Attributes:
-        block: values that share a scale: 32, 64, 128 or 256.
+        block: the number of values that share a scale: 32, 64, 128 or 256.
 
     Raises:
-        FormatError: another size of block.
+        FormatError: the block size is not one of these.
     """
 
     scale_dtype: ClassVar[torch.dtype] = torch.float32
@@ -44,24 +44,24 @@ class Blockwise(Method):
     @property
     @abstractmethod
     def element(self) -> BlockElement:
-        """What a code is."""
+        """The element type of the codes."""
 
     @property
     def code_bits(self) -> int:
-        """Bits of a code."""
+        """The number of bits of a code."""
         return self.element.bits
 
     def fields(self, numel: int) -> tuple[Field, ...]:
-        """Name the fields: the codes, and a scale for each block."""
+        """Describe the fields: the codes, and a scale for each block."""
         codes = Field("codes", torch.int32, codec.words_of(numel, self.code_bits))
         return codes, Field("scales", self.scale_dtype, -(-numel // self.block))
 
     def header(self) -> bytes:
-        """Return the size of a block, as its binary logarithm in a byte."""
+        """Return the base-2 logarithm of the block size, as one byte."""
         return bytes((self.block.bit_length() - 1,))
 
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
-        """Decode a stretch of values into float32 ``out``."""
+        """Decode a stretch of values into ``out``, a float32 tensor."""
         return codec.block_decode(fields[0], fields[1], self.element, self.block, out)
 
     def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:
@@ -69,7 +69,7 @@ class Blockwise(Method):
         codec.block_encode(values, self.element, self.block, fields[0], fields[1], start=start, seed=writing.seed)
 
     def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
-        """Encode a whole variable, looking at each value once."""
+        """Encode a whole variable in a single pass over its values."""
         largest = 0
         for start, values in source.stretches():
             part = self.stretch(fields, source.numel, start, len(values))
@@ -82,32 +82,32 @@ class Blockwise(Method):
         return Outcome(largest, True)
 
     def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
-        """Add ``alpha`` times a gradient in one pass, with no dense copy of the values."""
+        """Add ``alpha`` times a gradient in one pass, without a dense copy of the values."""
         return codec.block_update(
             present[0], present[1], self.element, self.block, gradient, alpha, out[0], out[1], seed=writing.seed
         )
 
     @property
     def largest_magnitude(self) -> float:
-        """The largest magnitude of a code, of those too that are never written."""
+        """The largest magnitude of any code, including codes that are never written."""
         return self.element.max_value
 
     def validate(self, fields: Fields, numel: int) -> str | None:
-        """Check that every value is finite."""
+        """Check that every value decodes to a finite float32."""
         if not bool(torch.isfinite(fields[1]).all()):
             return "a scale is not finite"
-        # Only of scales near the end of the range does it depend on the codes whether they leave it.
+        # Decode the values only if the scales are so large that finiteness depends on the codes.
         if not (math.isfinite(self.bound(fields, numel)) or math.isfinite(super().bound(fields, numel))):
             return "values are beyond the range of float32"
         return None
 
     def bound(self, fields: Fields, numel: int) -> float:
-        """Return a magnitude that no value exceeds."""
+        """Return an upper bound on the magnitude of the values."""
         return float(fields[1].abs().max() * self.largest_magnitude) if numel else 0.0
 
 
 class WithBlocks(Blockwise):
-    """A blockwise method that has no parameter but its block; ``NAME/block`` is its name."""
+    """A blockwise method whose only parameter is the block size, written as ``NAME/block``."""
 
     name: ClassVar[str]
     default_block: ClassVar[int] = 64
@@ -117,17 +117,17 @@ class WithBlocks(Blockwise):
         """Read a name such as ``INT8`` or ``INT8/128``.
 
         Raises:
-            FormatError: there is no such block.
+            FormatError: the block size is not supported.
         """
         match = re.fullmatch(re.escape(cls.name) + r"(?:/(\d{1,6}))?", text)
         return None if match is None else cls(int(match[1] or cls.default_block))
 
     @classmethod
     def from_header(cls, data: bytes) -> Self:
-        """Read the size of a block.
+        """Read the block size from a header.
 
         Raises:
-            FormatError: there is no such block.
+            FormatError: the block size is not supported.
         """
         if len(data) != 1 or not 5 <= data[0] <= 8:
             raise FormatError(f"{data.hex() or 'nothing'} is not the size of a block")

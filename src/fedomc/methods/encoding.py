@@ -1,4 +1,4 @@
-"""``Encoding``: how a variable is held while it trains, and how a client sends back what changed."""
+"""``Encoding``: how a variable is held during training, and how a client sends back its change."""
 
 from dataclasses import dataclass, replace
 
@@ -9,23 +9,24 @@ from fedomc.methods.registry import parse_method
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a variable is held: in one part, or with ``update_format`` in two, a base and the sum of the local steps.
+    """How a variable is held: in one part, or with ``update_format`` as a base and the sum of the local steps.
 
     Attributes:
         format: the method of the variable, or of its base.
-        update_format: the method of the update part; None holds the variable in one part.
-        transform: the transformation before rounding, of the methods that have any: ``none``, ``affine``, ``scaled``
-            or ``scaled-affine`` for floats. Empty, it is ``scaled`` for floats.
-        rounding: ``stochastic`` or ``nearest``: how each change of the variable is rounded. Rounding to nearest loses
-            the steps that are smaller than half the distance between neighbouring codes. A variable that is encoded
-            as a whole, such as what a server sends, is always rounded to nearest.
-        seed: of stochastic rounding.
-        uplink: the method in which a client sends back the change of the variable since it arrived, rounded once and
-            stochastically; None sends back what is held.
+        update_format: the method of the update part; if None, the variable is held in one part.
+        transform: the transformation before rounding, for methods that have one; for floats it is ``none``, ``affine``,
+            ``scaled`` or ``scaled-affine``. If empty, the method's default is used (``scaled`` for floats).
+        rounding: ``stochastic`` or ``nearest``, applied to each change of the variable. Rounding to nearest loses steps
+            that are smaller than half the distance between neighbouring codes. Encoding a whole variable, such as one
+            that a server sends, always rounds to nearest.
+        seed: the seed of stochastic rounding.
+        uplink: the method with which a client sends back the change of the variable since its arrival, rounded once
+            and stochastically; if None, the client sends back the variable as held.
 
     Raises:
-        FormatError: no such format.
-        PolicyError: an unknown transformation or rounding, or a method that holds no variable, outside of the uplink.
+        FormatError: a format does not exist.
+        PolicyError: the transformation or rounding is unknown, or a method that cannot hold variables is used outside
+            the uplink.
 
     Example:
         >>> str(Encoding.parse("S1E2M3+S1E2M1>DRIVE1"))
@@ -62,16 +63,16 @@ class Encoding:
 
     @classmethod
     def parse(cls, text: "str | Encoding", *, seed: int = 0) -> "Encoding":
-        """Read ``S1E3M7``, ``S1E2M3+S1E2M1`` for two parts, or ``S1E3M7>S1E2M1`` with an uplink.
+        """Parse ``S1E3M7``, ``S1E2M3+S1E2M1`` (two parts) or ``S1E3M7>S1E2M1`` (with an uplink).
 
-        An encoding passes through.
+        An ``Encoding`` is returned unchanged.
 
         Args:
-            text: the methods' names.
-            seed: of stochastic rounding.
+            text: the names of the methods.
+            seed: the seed of stochastic rounding.
 
         Raises:
-            FormatError: a name is not that of a method, or there are more than two parts or one uplink.
+            FormatError: a method name is unknown, or there are more than two parts or more than one uplink.
         """
         if isinstance(text, Encoding):
             return text
@@ -86,15 +87,15 @@ class Encoding:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The method of each part: the base's, and the update's if there is one."""
+        """The methods of the parts: the base, and the update if there is one."""
         return (self.format,) if self.update_format is None else (self.format, self.update_format)
 
     def nbytes(self, numel: int) -> int:
-        """Count the bytes that a variable of so many values holds."""
+        """Return the number of bytes for a variable of ``numel`` values."""
         return sum(method.nbytes(numel) for method in self.methods)
 
     def with_format(self, format: Method) -> "Encoding":
-        """Return the same encoding with another method for the variable or base."""
+        """Return a copy of the encoding with another method for the variable or base."""
         if format == self.format:
             return self
         transform = self.transform

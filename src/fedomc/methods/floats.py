@@ -1,11 +1,11 @@
 """``FloatFormat``: low-precision floats SxEyMz with one scale and one offset, ``V^ = s * 2**-k * Q(2**k * V) + b``.
 
 [Note: the power of two]
-The paper fits s and b by least squares after quantization with the format's plain bias. But weights of N(0, 0.05)
-are almost all subnormal in S1E3M7, and no linear fit brings back bits that were never stored. ``scaled-affine``
-first moves max|V| into the top binade by an integer k, exactly, so that every bit of the format is used. ``scaled``
-does that alone: the fit pulls towards the mean what stochastic rounding has made noisy, so that the expected value of
-a code is no longer the value.
+The paper fits s and b by least squares after quantization with the format's plain bias. However, weights from
+N(0, 0.05) are almost all subnormal in S1E3M7, and a linear fit cannot recover bits that were never stored.
+``scaled-affine`` therefore first moves max|V| into the top binade with an exact power of two, so that every bit of the
+format is used. ``scaled`` does only that. It omits the fit because a fit shrinks stochastically rounded values towards
+the mean, so that the expected value of a code would no longer equal the original value.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ _NAME = re.compile(r"S1E([0-9])M(0|[1-9][0-9]?)")
 
 @dataclass(frozen=True)
 class FloatFormat(FloatElement, Method):
-    """The method S1EyMz: the floats of ``codec.elements.FloatElement``, and one scale and one offset for a variable.
+    """The method S1EyMz: codes are floats of ``codec.elements.FloatElement``, with one scale and offset per variable.
 
     Example:
         >>> FloatFormat.parse("S1E3M7").bits
@@ -45,10 +45,10 @@ class FloatFormat(FloatElement, Method):
 
     @classmethod
     def parse(cls, text: "str | FloatFormat") -> "FloatFormat":
-        """Read a name such as ``S1E3M7``; a format passes through.
+        """Parse a name such as ``S1E3M7``; a ``FloatFormat`` is returned unchanged.
 
         Raises:
-            FormatError: the text names no float format.
+            FormatError: the text is not the name of a float format.
         """
         if isinstance(text, FloatFormat):
             return text
@@ -61,10 +61,10 @@ class FloatFormat(FloatElement, Method):
 
     @classmethod
     def from_name(cls, text: str) -> "FloatFormat | None":
-        """Read a name such as ``S1E3M7``; None if it is not of that form.
+        """Parse a name such as ``S1E3M7``; return None if the text does not have that form.
 
         Raises:
-            FormatError: a size that does not exist.
+            FormatError: the number of exponent or mantissa bits is not supported.
         """
         match = _NAME.fullmatch(text)
         return None if match is None else _format(int(match[1]), int(match[2]))
@@ -73,15 +73,15 @@ class FloatFormat(FloatElement, Method):
         return f"S1E{self.exponent_bits}M{self.mantissa_bits}"
 
     def header(self) -> bytes:
-        """Return the numbers of exponent and mantissa bits, a byte each."""
+        """Return the numbers of exponent and mantissa bits, one byte each."""
         return bytes((self.exponent_bits, self.mantissa_bits))
 
     @classmethod
     def from_header(cls, data: bytes) -> "FloatFormat":
-        """Read the numbers of exponent and mantissa bits.
+        """Read the numbers of exponent and mantissa bits from a header.
 
         Raises:
-            FormatError: there is no such format.
+            FormatError: the format does not exist.
         """
         if len(data) != 2:
             raise FormatError(f"a float format is described by 2 bytes, not {len(data)}")
@@ -89,16 +89,16 @@ class FloatFormat(FloatElement, Method):
 
     @property
     def code_bits(self) -> int:
-        """Bits of a code, sign included: 2 to 32."""
+        """The number of bits of a code including the sign, 2 to 32."""
         return self.bits
 
     def fields(self, numel: int) -> tuple[Field, ...]:
-        """Name the fields: the codes, and a factor ``s * 2**-k`` and an offset ``b`` for all of them."""
+        """Describe the fields: the codes, and the factor ``s * 2**-k`` and offset ``b`` that all of them share."""
         codes = Field("codes", torch.int32, codec.words_of(numel, self.bits))
         return codes, Field("scale_offset", torch.float32, 2, by_values=False)
 
     def zeros(self, numel: int, device: torch.device | str) -> Fields:
-        """Make the fields of a variable of zeros, on the scale of the plain format."""
+        """Make the fields of a variable of zeros, with scale 1 and offset 0."""
         codes = torch.zeros(codec.words_of(numel, self.bits), dtype=torch.int32, device=device)
         return codes, torch.tensor([1.0, 0.0], dtype=torch.float32, device=device)
 
@@ -112,19 +112,19 @@ class FloatFormat(FloatElement, Method):
         return None
 
     def stays_finite(self, scale: float, offset: float) -> bool:
-        """Tell whether every code decodes to a finite value, rounding in float32 as decoding does."""
+        """Tell whether every code decodes to a finite value, using the same float32 rounding as decoding."""
         return math.isfinite(_float32(_float32(abs(scale) * self.max_value) + abs(offset)))
 
     def default_transform(self) -> str:
-        """Choose scaling alone; see the note on the fit."""
+        """Return ``scaled``; see the module's note on the power of two."""
         return "scaled"
 
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
-        """Decode a stretch of values into float32 ``out``."""
+        """Decode a stretch of values into ``out``, a float32 tensor."""
         return codec.decode(fields[0], fields[1], self, out)
 
     def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:
-        """Encode a stretch by itself, on a scale of its own; ``encode`` gives a variable one scale."""
+        """Encode a stretch with a scale of its own; ``encode`` uses one scale for a whole variable."""
         self.encode(Source.of(values), fields, writing)
 
     def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
@@ -170,7 +170,7 @@ class FloatFormat(FloatElement, Method):
         return found
 
     def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
-        """Add ``alpha`` times a gradient in one pass, with no dense copy of the values; the fit stays as it is."""
+        """Add ``alpha`` times a gradient in one pass, without a dense copy of the values and without a new fit."""
         found = codec.update(
             present[0],
             present[1],
@@ -184,11 +184,11 @@ class FloatFormat(FloatElement, Method):
         )
         if found.absmax_bits < INFINITY_BITS:
             return found
-        # Not finite, or a scale that is not made for it, which only foreign bytes bring.
+        # The result is not finite, or the scale is unsuitable, which occurs only in foreign data.
         return super().update(present, gradient, alpha, out, writing)
 
     def decode_sum(self, fields: Fields, update: Method, update_fields: Fields, out: Tensor) -> Tensor:
-        """Decode a base and add an update, in one pass if that is a float too."""
+        """Decode a base and add an update, in one pass if the update is a float format too."""
         if isinstance(update, FloatFormat):
             return codec.decode_sum(fields[0], fields[1], self, update_fields[0], update_fields[1], update, out)
         return super().decode_sum(fields, update, update_fields, out)
@@ -200,7 +200,7 @@ class FloatFormat(FloatElement, Method):
     def add_difference_to(
         self, fields: Fields, subtrahend: Method, subtrahend_fields: Fields, out: Tensor, weight: float
     ) -> Tensor:
-        """Add ``weight`` times the difference to another stretch, in one pass if that is of floats too."""
+        """Add ``weight`` times the difference to another stretch, in one pass if that has a float format too."""
         if isinstance(subtrahend, FloatFormat):
             return codec.decode_add_difference(
                 fields[0], fields[1], self, subtrahend_fields[0], subtrahend_fields[1], subtrahend, weight, out
@@ -208,12 +208,12 @@ class FloatFormat(FloatElement, Method):
         return super().add_difference_to(fields, subtrahend, subtrahend_fields, out, weight)
 
     def bound(self, fields: Fields, numel: int) -> float:
-        """Return a magnitude that no value exceeds."""
+        """Return an upper bound on the magnitude of the values."""
         scale, offset = fields[1].tolist()
         return float(abs(scale) * self.max_value + abs(offset))
 
     def scaled(self, fields: Fields, factor: Tensor | float) -> Fields | None:
-        """Multiply scale and offset; None where they would leave the range of normal floats."""
+        """Multiply scale and offset; return None if the result would leave the range of normal floats."""
         scaling: Tensor = fields[1] * factor
         scale, offset = scaling.tolist()
         return (fields[0], scaling) if 2.0**-120 < abs(scale) and self.stays_finite(scale, offset) else None
@@ -224,9 +224,10 @@ class FloatFormat(FloatElement, Method):
 
 
 def scaling_exponent(magnitude_bits: int, element: FloatElement, *, stochastic: bool = False) -> int:
-    """Choose k for the largest magnitude, given as float32 bits; see the note on room in ``codec.scaling``.
+    """Choose the exponent k for the largest magnitude, given as float32 bits; see the note in ``codec.scaling``.
 
-    It is bounded so that every decoded value is zero or a normal float32; for e = 8, where nothing is gained, it is 0.
+    The exponent is bounded so that every decoded value is zero or a normal float32. For e = 8, scaling gains nothing
+    and the exponent is 0.
     """
     exponent = codec.fitting_exponent(magnitude_bits, element, stochastic=stochastic, growing=True)
     return codec.bounded_exponent(exponent, element)
@@ -236,13 +237,13 @@ def fit(sums: Tensor, numel: int) -> tuple[float, float]:
     """Fit s and b so that ``s * R + b`` is closest to V by least squares (paper, per-variable transformation).
 
     Args:
-        sums: float64 ``[chunks, 5]``: of D, D*D, D*R, R*R and R by chunk, where ``D = V - R``. With D instead of V
-            nothing cancels: the fit is of what the codes miss. Each is good to 2**-19 of the sum of its terms'
-            magnitudes, as 32 of them are added in float32.
+        sums: float64 ``[chunks, 5]``, the sums of D, D*D, D*R, R*R and R for each chunk, where ``D = V - R``. Fitting
+            the error D instead of V avoids cancellation. Each sum is accurate to 2**-19 of the sum of its terms'
+            magnitudes, because runs of 32 terms are added in float32.
         numel: how many values.
 
     Returns:
-        s and b, rounded to float32. (1, 0) where that is as good; (1, mean error) where R hardly varies.
+        s and b, rounded to float32; (1, 0) if the fit gains nothing, or (1, mean error) if R hardly varies.
     """
     d, dd, dr, rr, r = sums.tolist()[0] if sums.numel() == codec.SUMS else map(_total, sums.T.tolist())
     if dd == 0 or not math.isfinite(d + dd + dr + rr + r):
@@ -250,14 +251,14 @@ def fit(sums: Tensor, numel: int) -> tuple[float, float]:
     spread = numel * rr - r * r
     gain = (numel * dr - d * r) / spread if spread > 2.0**-12 * numel * rr else 0.0
     s, b = _float32(1 + gain), _float32((d - gain * r) / numel)
-    if abs(b) < 2.0**-126:  # a subnormal, which flush-to-zero modes would not add
+    if abs(b) < 2.0**-126:  # a subnormal, which flush-to-zero modes would ignore
         b = 0.0
     gained = 2 * (s - 1) * dr + 2 * b * d - (s - 1) ** 2 * rr - numel * b * b - 2 * (s - 1) * b * r
-    # What the sums are uncertain by must not be what is gained, ...
+    # The gain must exceed the uncertainty of the sums ...
     change = abs(s - 1) * math.sqrt(rr) + abs(b) * math.sqrt(numel)
     doubt = 2.0**-19 * change * (2 * math.sqrt(dd) + change)
-    # ... nor what rounding in float32 costs when s and b are applied: at most 2**-24 of each R, in the worst case all
-    # in the direction of D.
+    # ... plus the cost of rounding to float32 when s and b are applied: at most 2**-24 of each R, in the worst case
+    # always in the direction of D.
     cost = 2.0**-22 * math.sqrt(dd * rr) + 2.0**-46 * rr
     return (s, b) if gained > doubt + cost else (1.0, 0.0)
 
@@ -267,7 +268,7 @@ def _total(values: list[float]) -> float:
 
 
 def _float32(value: float) -> float:
-    return ctypes.c_float(value).value  # a tensor takes twenty times as long
+    return ctypes.c_float(value).value  # twenty times faster than through a tensor
 
 
-_format = functools.cache(FloatFormat)  # there are few, and a reply has hundreds of frames
+_format = functools.cache(FloatFormat)  # few formats exist, and a reply has hundreds of frames

@@ -1,4 +1,4 @@
-"""``Interchange``: a variable as two tensors of other programs' dtypes, its elements and their scales."""
+"""``Interchange``: exports a variable as two tensors with standard dtypes, the elements and their scales."""
 
 import functools
 import math
@@ -14,17 +14,17 @@ from fedomc.codec import CHUNK
 from fedomc.errors import PayloadError
 
 SCALE_SUFFIX = "_scale"
-"""Ends the name of the scales: ``weight_scale`` beside ``weight``, as compressed-tensors and vLLM call them."""
+"""The suffix for the name of the scales, such as ``weight_scale`` for ``weight``, as in compressed-tensors and vLLM."""
 
 
 class InterchangeTensor(NamedTuple):
-    """A tensor that other programs read.
+    """The description of an exported tensor.
 
     Attributes:
-        suffix: what its name has after the variable's.
-        dtype: as safetensors names it.
-        shape: its dimensions, counted in elements even where several share a byte.
-        nbytes: how many bytes it takes.
+        suffix: the suffix that is appended to the variable's name.
+        dtype: the dtype's name in safetensors.
+        shape: the dimensions, in elements even if several elements share a byte.
+        nbytes: the size in bytes.
     """
 
     suffix: str
@@ -35,20 +35,21 @@ class InterchangeTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Interchange:
-    """How a variable of floats with a scale by block is written for other programs.
+    """How a variable of floats with one scale per block is written for other programs.
 
-    The elements are in row-major order without gaps, the first in the lowest bits of the first byte. They have the
-    variable's shape if each row takes whole bytes; otherwise they are flat and zeros fill the last block. The scales
-    have the variable's shape with the last dimension divided by the block, if the block divides it; otherwise they are
-    flat. Either way, scale i is that of the elements from ``i * block`` on, both flattened.
+    Elements are stored in row-major order without gaps, with the first element in the lowest bits of the first byte.
+    They have the variable's shape if each row takes whole bytes; otherwise they are flat, and zeros pad the last block.
+    Scales have the variable's shape with the last dimension divided by the block size if it is a multiple of that;
+    otherwise they are flat. In both cases, with everything flattened, scale i belongs to the elements that start at
+    ``i * block``.
 
     Attributes:
-        element_dtype: the dtype of the elements, as safetensors names it.
-        scale_dtype: the dtype of the scales, which are bytes.
-        bits: of an element: a sign and a magnitude; 4, 6 or 8.
-        block: how many neighbouring values share a scale.
-        max_code: the largest magnitude that is finite. The variable's codes above it mean the same value, but other
-            programs read them as NaN or infinity: it is written in their place.
+        element_dtype: the dtype of the elements, by its name in safetensors.
+        scale_dtype: the dtype of the scales, which take one byte each.
+        bits: the number of bits of an element, a sign and a magnitude: 4, 6 or 8.
+        block: the number of neighbouring values that share a scale.
+        max_code: the largest finite magnitude. It replaces larger codes, which decode to the same value here but which
+            other programs would read as NaN or infinity.
     """
 
     element_dtype: str
@@ -58,7 +59,7 @@ class Interchange:
     max_code: int
 
     def tensors(self, shape: Sequence[int]) -> tuple[InterchangeTensor, InterchangeTensor]:
-        """Describe the elements and the scales of a variable of a shape."""
+        """Describe the element and scale tensors of a variable of the given shape."""
         shape = tuple(shape)
         last = shape[-1] if shape else 1
         blocks = -(-math.prod(shape) // self.block)
@@ -72,11 +73,11 @@ class Interchange:
     def writers(
         self, fields: Sequence[Tensor], shape: Sequence[int]
     ) -> Iterator[tuple[InterchangeTensor, Callable[[], Tensor]]]:
-        """Give each tensor of a variable, and a function that makes its bytes: uint8 ``[nbytes]`` on the CPU.
+        """Yield each tensor's description and a function that produces its bytes, uint8 ``[nbytes]`` on the CPU.
 
         Args:
-            fields: the codes, int32 words; and the scales, uint8.
-            shape: of the variable.
+            fields: the codes as int32 words, and the scales as uint8.
+            shape: the shape of the variable.
         """
         codes, scales = fields
         elements, of_scales = self.tensors(shape)
@@ -84,20 +85,20 @@ class Interchange:
         yield of_scales, scales.cpu
 
     def read(self, data: Sequence[Tensor], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Make the fields of a variable from the bytes of its tensors.
+        """Build the fields of a variable from the bytes of its exported tensors.
 
         Args:
             data: uint8 ``[nbytes]`` for each of ``tensors(shape)``.
-            shape: of the variable.
+            shape: the shape of the variable.
 
         Raises:
-            PayloadError: an element is NaN or infinite, or what fills the last block is not zero.
+            PayloadError: an element is NaN or infinite, or the padding of the last block is not zero.
         """
         elements, scales = data
         numel, total = math.prod(shape), len(elements) * 8 // self.bits
         words = torch.empty(codec.words_of(numel, self.bits), dtype=torch.int32, device="cpu")
         for start in range(0, numel, CHUNK):
-            stop = min(start + CHUNK, total)  # a chunk has room for the last block, which zeros may fill
+            stop = min(start + CHUNK, total)  # includes the padding of the last block
             codes = _unpacked(elements[self._bytes(start) : self._bytes(stop)], self.bits)
             codes, filling = codes[: numel - start], codes[numel - start :]
             if bool(filling.any()):
@@ -108,7 +109,7 @@ class Interchange:
         return words, scales
 
     def _elements(self, words: Tensor, numel: int, nbytes: int) -> Tensor:
-        """Convert the codes of a variable, a chunk at a time."""
+        """Convert the codes of a variable to bytes, one chunk at a time."""
         out = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
         for start in range(0, numel, CHUNK):
             count = min(CHUNK, numel - start)
@@ -118,7 +119,7 @@ class Interchange:
         return out
 
     def _words(self, words: Tensor, start: int, count: int) -> Tensor:
-        """View the words of some codes, of which the first is at the beginning of a chunk."""
+        """View the words of ``count`` codes; ``start`` must be the beginning of a chunk."""
         begin = codec.words_of(start, self.bits)
         return words[begin : begin + codec.words_of(count, self.bits)]
 
@@ -131,7 +132,7 @@ class Interchange:
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
-    """Put codes, int32, into bytes, the first in the lowest bits; zeros complete the last group of whole bytes."""
+    """Pack int32 codes into bytes, the first in the lowest bits; zeros pad the last group of whole bytes."""
     group = math.lcm(bits, 8) // bits
     codes = torch.nn.functional.pad(codes, (0, -len(codes) % group)).view(-1, group)
     joined = (codes << _steps(group, bits, codes)).sum(1, dtype=torch.int32)  # at most 24 bits
@@ -139,7 +140,7 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpacked(data: Tensor, bits: int) -> Tensor:
-    """Take codes, int32, out of whole groups of bytes; the inverse of ``_packed``."""
+    """Unpack int32 codes from whole groups of bytes; the inverse of ``_packed``."""
     group = math.lcm(bits, 8) // bits
     size = group * bits // 8
     joined = (data.to(torch.int32).view(-1, size) << _steps(size, 8, data)).sum(1, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""``Method``: the interface of a compression method. Nothing above this package asks which method it has."""
+"""``Method``: the interface of compression methods; code outside this package does not depend on specific ones."""
 
 import struct
 from abc import ABC, abstractmethod
@@ -24,10 +24,11 @@ class Field(NamedTuple):
     """One tensor of a packed variable.
 
     Attributes:
-        name: such as ``codes`` or ``scales``.
-        dtype: of the tensor.
-        length: how many elements; the tensor is flat.
-        by_values: whether a stretch of the values has a stretch of the field; otherwise all values share all of it.
+        name: the name of the field, such as ``codes`` or ``scales``.
+        dtype: the dtype of the tensor.
+        length: the number of elements; the tensor is flat.
+        by_values: whether each stretch of values has its own stretch of the field; otherwise all values share the
+            whole field.
     """
 
     name: str
@@ -37,16 +38,16 @@ class Field(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """The size of the tensor in bytes."""
         return self.length * self.dtype.itemsize
 
 
 class Writing(NamedTuple):
-    """How values are to be encoded this time.
+    """The settings of one encoding pass.
 
     Attributes:
         transform: one of the method's ``transforms``.
-        seed: of this draw of stochastic rounding, 63 bits; None rounds to nearest.
+        seed: the 63-bit seed for this pass of stochastic rounding; None rounds to nearest.
     """
 
     transform: str
@@ -55,12 +56,13 @@ class Writing(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The new values of a variable, in stretches that begin at a multiple of the codec's block.
+    """The new values of a variable, produced in stretches that begin at multiples of the codec's block size.
 
     Attributes:
         numel: how many values.
-        produce: returns the values ``[start, stop)``, float32, flat and contiguous; it may be asked more than once.
-        step: how many values are produced at a time.
+        produce: returns the values ``[start, stop)`` as a flat, contiguous float32 tensor. It may be called more than
+            once for the same range.
+        step: how many values to produce at a time.
     """
 
     numel: int
@@ -69,14 +71,14 @@ class Source:
 
     @classmethod
     def of(cls, values: Tensor) -> "Source":
-        """Take float32 values that are there, flat and contiguous."""
+        """Make a source from an existing flat, contiguous float32 tensor."""
         return cls(values.numel(), lambda start, stop: values, max(1, values.numel()))
 
     def stretches(self) -> Iterator[tuple[int, Tensor]]:
-        """Give the index of the first value and the values of each stretch.
+        """Yield each stretch as the index of its first value and its values.
 
         Raises:
-            RuntimeError: other than the values of the stretch were produced.
+            RuntimeError: ``produce`` returned a tensor of the wrong shape.
         """
         for start in range(0, self.numel, self.step):
             stop = min(start + self.step, self.numel)
@@ -91,20 +93,22 @@ class Source:
 
 
 class Method(ABC):
-    """What the tensors of a packed variable mean.
+    """A compression method: defines how values are represented by the tensors of a packed variable.
 
-    A method is immutable and hashable, and equal to another that reads and writes the same bytes. A subclass says how
-    it is written, which fields a variable has, and how a stretch of values is encoded and decoded; the other operations
-    have defaults made from these, which may be overridden by faster ones. ``registry.register`` makes it known.
+    Methods are immutable and hashable, and two methods are equal if they read and write the same bytes. A subclass
+    defines the method's name and header, the fields of a variable, and how a stretch of values is encoded and decoded.
+    All other operations have default implementations in terms of these, which faster ones may override. New methods
+    are registered with ``registry.register``.
 
-    A stretch begins at a multiple of ``codec.BLOCK`` values. Fields are passed as those of the stretch.
+    A stretch is a range of values that begins at a multiple of ``codec.BLOCK``. Operations on a stretch receive the
+    fields of that stretch.
 
     Attributes:
-        tag: the number of the method in a frame, 0 to 255.
-        transforms: the names of the transformations that the method can apply before it rounds.
-        code_order: how the codes of the first field are ordered, for the entropy coding of differences: ``unsigned``,
+        tag: the number that identifies the method in a frame, 0 to 255.
+        transforms: the names of the transformations that the method can apply before rounding.
+        code_order: the ordering of the codes of the first field, for the entropy coding of differences: ``unsigned``,
             ``sign-magnitude`` or ``twos-complement``.
-        holds: whether a variable can be held by this method while it trains; otherwise it is for what is sent.
+        holds: whether the method can hold variables during training; otherwise it is only for sending.
     """
 
     tag: ClassVar[int]
@@ -112,51 +116,51 @@ class Method(ABC):
     code_order: ClassVar[str] = "unsigned"
     holds: ClassVar[bool] = True
 
-    # ---- how it is written -----------------------------------------------------------------------------------------
+    # ---- name and header -------------------------------------------------------------------------------------------
 
     @classmethod
     @abstractmethod
     def from_name(cls, text: str) -> Self | None:
-        """Read the method's name; None if the text names another one.
+        """Parse the method's name; return None if the text names another method.
 
         Raises:
-            FormatError: the text means this method, with a size that it does not have.
+            FormatError: the text names this method, but with unsupported parameters.
         """
 
     @abstractmethod
     def __str__(self) -> str:
-        """Return the name that ``from_name`` reads."""
+        """Return the name that ``from_name`` parses."""
 
     def header(self) -> bytes:
-        """Return what a frame says of the method beside its tag; at most 16 bytes."""
+        """Return the method's parameters as stored in a frame after the tag, at most 16 bytes."""
         return b""
 
     @classmethod
     @abstractmethod
     def from_header(cls, data: bytes) -> Self:
-        """Read what ``header`` returned.
+        """Reconstruct a method from the bytes that ``header`` returned.
 
         Raises:
-            FormatError: the bytes are not that of any method of this kind.
+            FormatError: the bytes do not describe a method of this class.
         """
 
-    # ---- what a variable consists of -------------------------------------------------------------------------------
+    # ---- fields of a variable --------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def code_bits(self) -> int:
-        """How many bits a code of the first field has, 1 to 32. Codes are packed as ``codec.layout`` says."""
+        """The number of bits of a code in the first field, 1 to 32; ``codec.layout`` describes their packing."""
 
     def code_count(self, numel: int) -> int:
-        """Count the codes of a variable of so many values."""
+        """Return the number of codes for a variable of ``numel`` values."""
         return numel
 
     @abstractmethod
     def fields(self, numel: int) -> tuple[Field, ...]:
-        """Name the fields of a variable of so many values: first ``codes``, int32 words."""
+        """Describe the fields of a variable of ``numel`` values; the first is ``codes``, in int32 words."""
 
     def nbytes(self, numel: int) -> int:
-        """Count the bytes that a variable of so many values takes."""
+        """Return the number of bytes for a variable of ``numel`` values."""
         return sum(field.nbytes for field in self.fields(numel))
 
     def zeros(self, numel: int, device: torch.device | str) -> Fields:
@@ -164,7 +168,7 @@ class Method(ABC):
         return tuple(torch.zeros(field.length, dtype=field.dtype, device=device) for field in self.fields(numel))
 
     def stretch(self, fields: Fields, numel: int, start: int, count: int) -> Fields:
-        """View the fields of ``count`` values from ``start`` on, of a variable of ``numel`` values."""
+        """View the fields of ``count`` values starting at ``start``, in a variable of ``numel`` values."""
         if start == 0 and count == numel:
             return fields
         begins, lengths = self.fields(start), self.fields(count)
@@ -174,30 +178,30 @@ class Method(ABC):
         )
 
     def validate(self, fields: Fields, numel: int) -> str | None:
-        """Check fields that came from outside, whose dtypes and lengths are right.
+        """Validate fields from an untrusted source, whose dtypes and lengths have already been checked.
 
         Returns:
-            What is wrong with them; None if every value decodes to a finite float32.
+            A description of the problem, or None if every value decodes to a finite float32.
         """
         return None
 
     @property
     def interchange(self) -> Interchange | None:
-        """How a variable is written for other programs; None if they have no dtype for its codes."""
+        """How a variable is written for other programs; None if no standard dtype fits its codes."""
         return None
 
-    # ---- values and fields -----------------------------------------------------------------------------------------
+    # ---- encoding and decoding -------------------------------------------------------------------------------------
 
     @abstractmethod
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
-        """Decode a stretch of values into float32 ``out``, and return it."""
+        """Decode a stretch of values into ``out``, a float32 tensor, and return it."""
 
     @abstractmethod
     def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:
-        """Encode a stretch of finite float32 values into its fields; ``start`` is the counter of random rounding."""
+        """Encode a stretch of finite float32 values into its fields; ``start`` is the counter for random numbers."""
 
     def default_transform(self) -> str:
-        """Name the transformation that is used where none is asked for."""
+        """Return the transformation to use if none is specified."""
         return self.transforms[0]
 
     def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
@@ -205,12 +209,12 @@ class Method(ABC):
 
         Args:
             source: the new values.
-            fields: written.
-            writing: how.
-            present: what was held so far, if it is likely to be like the new values.
+            fields: the fields to write.
+            writing: the settings of this pass.
+            present: the current fields of the variable, as a hint if they are likely to be similar to the new ones.
 
         Returns:
-            What was found; if a value is not finite, what was written means nothing.
+            The outcome; if it reports a value that is not finite, the written fields are invalid.
         """
         largest = 0
         for start, values in source.stretches():
@@ -221,17 +225,17 @@ class Method(ABC):
         return Outcome(largest, True)
 
     def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
-        """Encode a variable's present values plus ``alpha`` times a gradient.
+        """Encode a variable's current values plus ``alpha`` times a gradient.
 
         Args:
-            present: the fields of the variable.
+            present: the current fields of the variable.
             gradient: float32 ``[numel]``.
-            alpha: its factor.
-            out: fields, written; other tensors than the present ones.
-            writing: how.
+            alpha: the factor of the gradient.
+            out: the fields to write, which must not share memory with the current ones.
+            writing: the settings of this pass.
 
         Returns:
-            What was found, and whether any value changed: if none did, the present fields are to be kept.
+            The outcome, including whether any value changed; if none did, the caller must keep the current fields.
         """
         numel, changed = gradient.numel(), False
 
@@ -247,12 +251,12 @@ class Method(ABC):
         return Outcome(found.absmax_bits, changed)
 
     def decode_sum(self, fields: Fields, update: "Method", update_fields: Fields, out: Tensor) -> Tensor:
-        """Decode a stretch and add an update, of whatever method, into ``out``."""
+        """Decode the sum of a stretch and an update of any method into ``out``."""
         self.decode(fields, out)
         return update.add_to(update_fields, out, 1.0)
 
     def add_to(self, fields: Fields, out: Tensor, weight: float) -> Tensor:
-        """Add ``weight`` times a stretch of values to float32 ``out``."""
+        """Add ``weight`` times a stretch of values to ``out``, a float32 tensor."""
         for start, part in _chunks(out):
             values = workspace.empty(len(part), part.device)
             part.add_(self.decode(self.stretch(fields, len(out), start, len(part)), values), alpha=weight)
@@ -261,7 +265,7 @@ class Method(ABC):
     def add_difference_to(
         self, fields: Fields, subtrahend: "Method", subtrahend_fields: Fields, out: Tensor, weight: float
     ) -> Tensor:
-        """Add ``weight`` times the difference of a stretch and another one, of whatever method, to ``out``."""
+        """Add ``weight`` times the difference between this stretch and one of any method to ``out``."""
         for start, part in _chunks(out):
             values, others = (workspace.empty(len(part), part.device) for _ in range(2))
             self.decode(self.stretch(fields, len(out), start, len(part)), values)
@@ -270,12 +274,12 @@ class Method(ABC):
         return out
 
     def bound(self, fields: Fields, numel: int) -> float:
-        """Return a magnitude that no value exceeds."""
+        """Return an upper bound on the magnitude of the values."""
         bits = Source(numel, lambda start, stop: self._decoded(fields, numel, start, stop)).absmax_bits()
         return float(struct.unpack("<f", struct.pack("<I", bits))[0])
 
     def scaled(self, fields: Fields, factor: Tensor | float) -> Fields | None:
-        """Return the fields of all values times a number, or None if that takes encoding them again."""
+        """Return the fields of the values multiplied by a number, or None if that requires encoding again."""
         return None
 
     def _decoded(self, fields: Fields, numel: int, start: int, stop: int) -> Tensor:

@@ -1,8 +1,8 @@
 """``MXFP8``, ``MXFP6`` and ``MXFP4``: the formats of the OCP Microscaling specification (v1.0, section 5).
 
-A block of 32 values has a power of two in common, in E8M0: eight bits of exponent with a bias of 127. Its elements are
-floats of 8, 6 or 4 bits. NaN, which the specification allows as scale and as element of MXFP8, is never written and is
-refused in what comes from outside.
+Each block of 32 values shares a power of two in E8M0, an 8-bit exponent with a bias of 127. Its elements are floats of
+8, 6 or 4 bits. The specification allows NaN as a scale and as an element of MXFP8. NaN is never written here, and is
+rejected in foreign data.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ ELEMENTS = {
     "MXFP6E3M2": OCPElement(3, 2),
     "MXFP4": OCPElement(2, 1),
 }
-"""The element of each format by name; of the two formats of 8 and 6 bits the more precise one has the short name."""
+"""The element of each format; where two formats have the same size, the more precise one has the short name."""
 
 _DTYPES = {
     "MXFP8": "F8_E4M3",
@@ -35,7 +35,7 @@ _DTYPES = {
     "MXFP6E3M2": "F6_E3M2",
     "MXFP4": "F4",
 }
-"""The dtype of the elements of each format, as safetensors names it."""
+"""The dtype of each format's elements, by its name in safetensors."""
 
 _NAMES = {(element.exponent_bits, element.mantissa_bits): name for name, element in ELEMENTS.items()}
 _NAN_SCALE = 255
@@ -43,14 +43,14 @@ _NAN_SCALE = 255
 
 @dataclass(frozen=True)
 class Microscaling(Blockwise):
-    """Floats of 8, 6 or 4 bits, and for each 32 of them a power of two: 8.25, 6.25 or 4.25 bits a value.
+    """Floats of 8, 6 or 4 bits with one power of two for every 32 of them: 8.25, 6.25 or 4.25 bits per value.
 
     Attributes:
-        exponent_bits: of an element.
-        mantissa_bits: of an element.
+        exponent_bits: the number of exponent bits of an element.
+        mantissa_bits: the number of mantissa bits of an element.
 
     Raises:
-        FormatError: not an element of the specification.
+        FormatError: the specification has no such element.
 
     Example:
         >>> Microscaling.from_name("MXFP4")
@@ -74,12 +74,12 @@ class Microscaling(Blockwise):
 
     @property
     def element(self) -> OCPElement:
-        """The float that a code is."""
+        """The float format of the elements."""
         return ELEMENTS[str(self)]
 
     @classmethod
     def from_name(cls, text: str) -> Self | None:
-        """Read a name such as ``MXFP8`` or ``MXFP8E5M2``."""
+        """Parse a name such as ``MXFP8`` or ``MXFP8E5M2``; return None for other names."""
         element = ELEMENTS.get(text)
         return None if element is None else cls(BLOCK, element.exponent_bits, element.mantissa_bits)
 
@@ -87,27 +87,27 @@ class Microscaling(Blockwise):
         return _NAMES[self.exponent_bits, self.mantissa_bits]
 
     def header(self) -> bytes:
-        """Return the numbers of exponent and mantissa bits, a byte each."""
+        """Return the numbers of exponent and mantissa bits, one byte each."""
         return bytes((self.exponent_bits, self.mantissa_bits))
 
     @classmethod
     def from_header(cls, data: bytes) -> Self:
-        """Read the numbers of exponent and mantissa bits.
+        """Read the numbers of exponent and mantissa bits from a header.
 
         Raises:
-            FormatError: there is no such format.
+            FormatError: the format does not exist.
         """
         if len(data) != 2:
             raise FormatError(f"an element is described by 2 bytes, not {len(data)}")
         return cls(BLOCK, *data)
 
     def zeros(self, numel: int, device: torch.device | str) -> Fields:
-        """Make the fields of a variable of zeros, on the scale 1."""
+        """Make the fields of a variable of zeros, with scales of 1."""
         codes, scales = super().zeros(numel, device)
         return codes, scales.fill_(127)
 
     def validate(self, fields: Fields, numel: int) -> str | None:
-        """Check that every scale is a number, and one with which every code decodes to a finite value."""
+        """Check that no scale is NaN or so large that a code could decode to infinity."""
         scales = fields[1]
         if not len(scales):
             return None
@@ -120,13 +120,13 @@ class Microscaling(Blockwise):
 
     @property
     def interchange(self) -> Interchange:
-        """Elements of an OCP dtype, and scales in E8M0."""
+        """The export as elements of an OCP dtype with E8M0 scales."""
         return Interchange(_DTYPES[str(self)], "F8_E8M0", self.code_bits, self.block, self.element.max_code)
 
     def bound(self, fields: Fields, numel: int) -> float:
-        """Return a magnitude that no value exceeds."""
+        """Return an upper bound on the magnitude of the values."""
         return 2.0 ** (int(fields[1].max()) - 127) * self.element.max_value if numel else 0.0
 
     def scaled(self, fields: Fields, factor: Tensor | float) -> Fields | None:
-        """Return None: a factor is no power of two in general."""
+        """Return None, because a factor is in general not a power of two."""
         return None

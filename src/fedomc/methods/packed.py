@@ -1,4 +1,4 @@
-"""``Packed``: a flat variable as the tensors that a method makes of it, and its changes in place."""
+"""``Packed``: a flat variable in packed form, with in-place updates."""
 
 import hashlib
 import struct
@@ -15,20 +15,20 @@ from fedomc.methods.method import Fields, Method, Source, Writing
 
 
 class State(NamedTuple):
-    """What a packed variable holds at one time; a change replaces all of it by one assignment.
+    """The contents of a packed variable at one time; every change replaces the whole state with one assignment.
 
     [Note: one assignment]
-    Codes mean nothing without their scale. Were they written one after the other, an interrupt between the two would
-    leave new codes with the old scale, and a reader in another thread could see such a pair. So new fields are made
-    beside the present ones, and take their place by one assignment, which Python never does by halves: who reads sees
-    all of the former state or all of the new one. The memory of the former fields goes back to the workspace when
-    nobody looks at it any more, and is that of the next new fields. The exception is memory that processes share:
-    there the place must stay, and the fields are copied into it.
+    Codes are meaningless without their scale. If the two were written one after the other, an interrupt in between
+    would leave new codes with the old scale, and a reader in another thread could see such a mismatch. New fields are
+    therefore created separately from the current ones and installed with one assignment, which is atomic in Python: a
+    reader sees either the complete old state or the complete new one. The memory of the old fields returns to the
+    workspace when the last reference to it is gone, and is reused for the next new fields. Memory shared between
+    processes is the exception: its address must not change, so the new fields are copied into it.
 
     Attributes:
         fields: the tensors, in the order of the method's ``fields``.
-        draws: how often values were rounded, which chooses the next draw of stochastic rounding.
-        is_zero: whether all values are known to be zero, as those of an update before the first step.
+        draws: how often the values have been rounded, which selects the next draw of stochastic rounding.
+        is_zero: whether all values are known to be zero, as in an update before the first step.
     """
 
     fields: Fields
@@ -37,12 +37,12 @@ class State(NamedTuple):
 
 
 class Packed:
-    """A flat variable as codes and whatever gives them their values.
+    """A flat variable in packed form: codes, and whatever else the method needs to decode them.
 
     Attributes:
-        method: what the fields mean.
+        method: the compression method, which interprets the fields.
         numel: how many values.
-        state: the fields; its identity tells whether the variable was changed.
+        state: the fields and counters; every change installs a new object, so its identity reveals changes.
     """
 
     __slots__ = ("__weakref__", "method", "numel", "state")
@@ -59,55 +59,55 @@ class Packed:
 
     @property
     def fields(self) -> Fields:
-        """The tensors."""
+        """The tensors of the packed form."""
         return self.state.fields
 
     @property
     def codes(self) -> Tensor:
-        """The first field: int32 words, laid out as ``codec.layout`` says."""
+        """The first field: int32 words in the layout of ``codec.layout``."""
         return self.state.fields[0]
 
     @property
     def draws(self) -> int:
-        """How often values were rounded."""
+        """How often the values have been rounded."""
         return self.state.draws
 
     @property
     def is_zero(self) -> bool:
-        """Whether all values are known to be zero; never of memory that another process may write."""
+        """Whether all values are known to be zero; False for shared memory, which another process may write."""
         return self.state.is_zero and not self.codes.untyped_storage().is_shared()
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """The size of all fields in bytes."""
         return sum(field.nbytes for field in self.state.fields)
 
     @property
     def bound(self) -> float:
-        """A magnitude that no value exceeds."""
+        """An upper bound on the magnitude of the values."""
         return self.method.bound(self.state.fields, self.numel)
 
     def to(self, device: torch.device | str) -> "Packed":
-        """Copy to a device."""
+        """Return a copy on a device."""
         state = self.state
         fields = tuple(field.to(device, copy=True) for field in state.fields)
         return Packed(self.method, self.numel, fields, state.draws, is_zero=state.is_zero)
 
     def take(self, other: "Packed") -> None:
-        """Become a copy of another variable of the same method and size; its random draws go on here."""
+        """Copy the state of another variable of the same method and size, including its count of random draws."""
         copy = other.to(self.codes.device)
         self._replace(copy.state)
 
     def decode(self, out: Tensor, start: int = 0) -> Tensor:
-        """Decode ``len(out)`` values from ``start`` (a multiple of the block) into float32 ``out``."""
+        """Decode ``len(out)`` values from ``start``, a multiple of the block size, into float32 ``out``."""
         return self.method.decode(self._stretch(start, out), out)
 
     def decode_with(self, update: "Packed", out: Tensor, start: int = 0) -> Tensor:
-        """Decode the sum of this base and its update."""
+        """Decode the sum of this variable, as the base, and its update into ``out``."""
         return self.method.decode_sum(self._stretch(start, out), update.method, update._stretch(start, out), out)
 
     def add_to(self, out: Tensor, weight: float = 1.0, start: int = 0) -> Tensor:
-        """Add ``weight`` times ``len(out)`` values from ``start`` (a multiple of the block) to float32 ``out``."""
+        """Add ``weight`` times ``len(out)`` values from ``start``, a multiple of the block size, to float32 ``out``."""
         return self.method.add_to(self._stretch(start, out), out, weight)
 
     def add_difference_to(self, out: Tensor, subtrahend: "Packed", weight: float = 1.0, start: int = 0) -> Tensor:
@@ -124,15 +124,16 @@ class Packed:
         name: str = "variable",
         accepts: Callable[["Packed"], bool] | None = None,
     ) -> None:
-        """Encode new values in place, chunk by chunk; if one of them is not finite nothing is changed.
+        """Encode new values in place, chunk by chunk; if any of them is not finite, nothing changes.
 
         Args:
-            produce: returns the new values ``[start, stop)``, float32, flat; it may be asked more than once.
-            transform: the transformation, if the method has it; otherwise the method's own.
+            produce: returns the new values ``[start, stop)`` as a flat float32 tensor. It may be called more than
+                once for the same range.
+            transform: the transformation, if the method supports it; otherwise the method's default is used.
             rounding: ``nearest`` or ``stochastic``.
-            seed: of stochastic rounding, drawn afresh at every rewrite.
-            name: of the variable, for the error and the seed.
-            accepts: tells whether the new variable may take the place of the present one.
+            seed: the seed of stochastic rounding; every rewrite derives a new draw from it.
+            name: the name of the variable, for error messages and for deriving the seed.
+            accepts: tells whether the new variable may replace the current one.
 
         Raises:
             NonFiniteError: a new value is NaN or infinite, or the new variable is not accepted.
@@ -153,10 +154,10 @@ class Packed:
         name: str = "variable",
         accepts: Callable[["Packed"], bool] | None = None,
     ) -> None:
-        """Add ``alpha`` times a float32 ``[numel]`` in place, in one pass; the rest is as in ``rewrite``.
+        """Add ``alpha`` times a float32 gradient ``[numel]`` in place, in one pass; otherwise as in ``rewrite``.
 
-        If no value changes, as with a gradient of zeros, the variable is kept as it is: encoding its values again might
-        move them.
+        If no value changes, as with a gradient of zeros, the variable is left untouched, because encoding its values
+        again might change them.
         """
         state, out = self.state, self._room()
         writing = self._writing(transform, rounding, seed, name)
@@ -165,7 +166,7 @@ class Packed:
             self._finish(out, found, name, accepts)
 
     def multiply_(self, factor: Tensor | float) -> bool:
-        """Multiply by a number where that changes the scale alone; False, and nothing done, where it does not."""
+        """Multiply by a number if only the scale must change; otherwise do nothing and return False."""
         state = self.state
         fields = self.method.scaled(state.fields, factor)
         if fields is not None:
@@ -181,7 +182,7 @@ class Packed:
     def _finish(
         self, fields: Fields, found: Outcome, name: str, accepts: Callable[["Packed"], bool] | None = None
     ) -> None:
-        """Check new fields, and let them take the place of the present ones."""
+        """Check new fields and install them in place of the current ones."""
         if found.absmax_bits >= INFINITY_BITS:
             raise NonFiniteError(
                 f"{name} has a value that is NaN or infinite; nothing was changed. "
@@ -196,7 +197,7 @@ class Packed:
         self._replace(new.state)
 
     def _replace(self, state: State) -> None:
-        """Take a new state; see the note on one assignment."""
+        """Install a new state; see the note on one assignment."""
         if self.codes.untyped_storage().is_shared():
             for mine, new in zip(self.fields, state.fields, strict=True):
                 mine.copy_(new)
@@ -204,7 +205,7 @@ class Packed:
         self.state = state
 
     def _room(self) -> Fields:
-        """Make room for new fields; what a failure leaves in it must not destroy the present ones."""
+        """Allocate new fields, so that a failure while writing them leaves the current ones intact."""
         return tuple(
             workspace.empty(field.numel(), field.device, exact=True).view(torch.int32)
             if field.dtype is torch.int32
@@ -230,12 +231,12 @@ def encode(
     """Encode the values of a tensor of any shape.
 
     Args:
-        values: finite; encoded as float32.
-        method: how.
-        transform: the transformation, if the method has it; otherwise the method's own, as when it is empty.
+        values: finite values, which are converted to float32.
+        method: the compression method.
+        transform: the transformation, if the method supports it; otherwise the method's default is used.
         rounding: ``nearest`` or ``stochastic``.
-        seed: of stochastic rounding.
-        name: of the variable, for the error and the seed.
+        seed: the seed of stochastic rounding.
+        name: the name of the variable, for error messages and for deriving the seed.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
@@ -251,6 +252,6 @@ def encode(
 
 
 def draw_seed(seed: int, name: str, count: int) -> int:
-    """Derive the 63-bit seed of one draw from the encoding's seed, the variable and the count of its draws."""
+    """Derive the 63-bit seed of one draw from the encoding's seed, the variable's name and its draw count."""
     key = struct.pack("<Qq", seed & (2**64 - 1), count) + name.encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

@@ -1,6 +1,6 @@
-"""The methods that are known: by the name that a user writes, and by the number that a frame has.
+"""The registry of compression methods, which looks them up by the user's name or by the tag in a frame.
 
-To add a method, write a subclass of ``Method`` in a file of its own and register it.
+To add a method, write a subclass of ``Method`` in a separate module and register it.
 """
 
 import functools
@@ -17,10 +17,10 @@ _BY_TAG: dict[int, type[Method]] = {}
 
 
 def register(method: type[Method]) -> type[Method]:
-    """Make a method known; usable as a decorator.
+    """Register a method; usable as a decorator.
 
     Raises:
-        FormatError: its tag is not a byte, or is that of another method.
+        FormatError: the tag does not fit into a byte, or belongs to another method.
     """
     known = _BY_TAG.setdefault(method.tag, method)
     if known is not method or not 0 <= method.tag <= 255:
@@ -31,22 +31,22 @@ def register(method: type[Method]) -> type[Method]:
 
 
 def unregister(method: type[Method]) -> None:
-    """Forget a method."""
+    """Remove a method from the registry."""
     del _BY_TAG[method.tag]
     _from_header.cache_clear()
     _parse.cache_clear()
 
 
 def registered() -> tuple[type[Method], ...]:
-    """Return the methods that are known."""
+    """Return the registered methods."""
     return tuple(_BY_TAG.values())
 
 
 def parse_method(text: str | Method) -> Method:
-    """Read the name of a method, such as ``S1E3M7``, ``INT8/128``, ``NF4`` or ``MXFP6``; a method passes through.
+    """Parse a method's name, such as ``S1E3M7``, ``INT8/128``, ``NF4`` or ``MXFP6``; return a ``Method`` unchanged.
 
     Raises:
-        FormatError: there is no such method.
+        FormatError: no method has this name.
     """
     if isinstance(text, Method):
         return text
@@ -54,10 +54,10 @@ def parse_method(text: str | Method) -> Method:
 
 
 def method_from_header(tag: int, data: bytes) -> Method:
-    """Read a method as a frame writes it.
+    """Reconstruct a method from its tag and header in a frame.
 
     Raises:
-        FormatError: there is no such method.
+        FormatError: the tag is unknown, or the header does not describe a valid method.
     """
     return _from_header(tag, data)
 
@@ -72,7 +72,7 @@ def _parse(text: str) -> Method:
     raise FormatError(f"{text!r} is not a number format: write {names}")
 
 
-@functools.lru_cache(maxsize=1024)  # there are few, and a reply has hundreds of frames
+@functools.lru_cache(maxsize=1024)  # few methods exist, and a reply has hundreds of frames
 def _from_header(tag: int, data: bytes) -> Method:
     method = _BY_TAG.get(tag)
     if method is None:

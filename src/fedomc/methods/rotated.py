@@ -1,19 +1,22 @@
-"""``DRIVE1`` and ``DRIVE2``: one or two bits a value after a random rotation, for what a client sends.
+"""``DRIVE1`` and ``DRIVE2``: one or two bits per value after a random rotation, for the uplink of clients.
 
 [Note: the rotation]
-A block of ``d`` values x is rotated to ``y = H D2 H D1 x``. H is the Hadamard matrix of ones and minus ones, D1 and D2
-are diagonals of random signs. Whatever x is, the entries of y are close to normal, with mean zero and one standard
-deviation, so that a sign, or one of four levels, says the same of each. Let c be the integers that the codes stand for.
-As ``H D2 H D1`` is orthogonal but for a factor of d, ``D1 H D2 H c`` times a scale is an estimate of x. With the scale
-``|x|**2 / <y, c>`` its component along x is exactly x, and the other components have a mean of zero over random
-rotations: the estimate is unbiased. This is DRIVE (arXiv 2105.08339) with one bit and EDEN (arXiv 2108.08842) with two.
-The squared error is |x|**2 times ``pi / 2 - 1 = 0.571`` with one bit and 0.133 with two.
+A block x of ``d`` values is rotated to ``y = H D2 H D1 x``, where H is the unnormalized Hadamard matrix with entries 1
+and -1, and D1 and D2 are diagonal matrices of random signs. For any x, the entries of y are approximately normal with
+mean zero and a common standard deviation, so that a sign, or one of four levels, carries equally much information about
+each entry. Let c be the vector of integers that the codes represent. ``H D2 H D1`` is orthogonal up to a factor of d,
+so ``D1 H D2 H c`` times a scale is an estimate of x. With the scale ``|x|**2 / <y, c>``, the component of the estimate
+along x is exactly x, and the other components have mean zero over random rotations, so the estimate is unbiased. This
+is DRIVE (arXiv 2105.08339) with one bit and EDEN (arXiv 2108.08842) with two. The squared error is |x|**2 times
+``pi / 2 - 1 = 0.571`` with one bit and 0.133 with two.
 
-The papers rotate once, with ``H D1``. There a few large values dominate all of y, whose signs then say nothing of the
-other values: of ``(1, 0.1, 0, ...)`` the second one is lost in every draw. A second rotation avoids that.
+The papers rotate only once, with ``H D1``. A few large values then dominate every entry of y, and the signs carry no
+information about the other values: for ``(1, 0.1, 0, ...)``, the second value is lost in every draw. The second
+rotation avoids this.
 
-Each client has rotations of its own, whose errors cancel in the mean over clients. With one rotation for all, the
-server could sum the rotated vectors and rotate back once, but the errors would not cancel: so it decodes each reply.
+Each client uses its own rotations, so that errors cancel in the mean over clients. With a common rotation, the server
+could sum the rotated vectors and rotate back only once, but the errors would not cancel; it therefore decodes each
+reply separately.
 """
 
 import math
@@ -32,25 +35,25 @@ from fedomc.errors import FormatError
 from fedomc.methods.method import Field, Fields, Method, Source, Writing
 
 _LEVELS = {1: (-1, 1), 2: (-10, -3, 3, 10)}
-"""The integer of each code; 10 : 3 is within 0.1% of the ratio of the four best levels for normal values."""
+"""The integer level of each code; 10 : 3 is within 0.1% of the optimal ratio of four levels for normal values."""
 
-_THRESHOLD = 0.9816  # between the two magnitudes of the four best levels, in standard deviations
+_THRESHOLD = 0.9816  # between the two magnitudes of the optimal four levels, in standard deviations
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
 class Rotated(Method):
-    """Randomly rotated blocks of 1024 values in one or two bits a value, with a float32 scale for each block.
+    """Randomly rotated blocks of 1024 values with one or two bits per value and a float32 scale per block.
 
-    The last block is filled up with zeros: to 1024 values, or with two bits to 512 if it has no more than these. That
-    is what the words of its codes have room for. Rounding to nearest takes the rotation of seed 0 every time: a fixed
-    rotation, whose error does not average out. Only stochastic rounding is unbiased.
+    The last block is padded with zeros to 1024 values, or, with two bits, to 512 if it has at most 512 values; this is
+    the capacity of the words that hold its codes. Rounding to nearest always uses the rotation of seed 0, a fixed
+    rotation whose error does not average out. Only stochastic rounding is unbiased.
 
     Attributes:
-        bits: of a code, 1 or 2.
+        bits: the number of bits of a code, 1 or 2.
 
     Raises:
-        FormatError: another number of bits.
+        FormatError: the number of bits is neither 1 nor 2.
 
     Example:
         >>> Rotated.from_name("DRIVE1")
@@ -68,10 +71,10 @@ class Rotated(Method):
 
     @classmethod
     def from_name(cls, text: str) -> "Rotated | None":
-        """Read ``DRIVE1`` or ``DRIVE2``.
+        """Parse ``DRIVE1`` or ``DRIVE2``; return None for the name of another method.
 
         Raises:
-            FormatError: another number of bits.
+            FormatError: the number of bits is neither 1 nor 2.
         """
         match = re.fullmatch(r"DRIVE(\d{1,2})", text)
         return None if match is None else cls(int(match[1]))
@@ -80,15 +83,15 @@ class Rotated(Method):
         return f"DRIVE{self.bits}"
 
     def header(self) -> bytes:
-        """Return the number of bits, in a byte."""
+        """Return the number of bits, as one byte."""
         return bytes((self.bits,))
 
     @classmethod
     def from_header(cls, data: bytes) -> "Rotated":
-        """Read the number of bits.
+        """Read the number of bits from a header.
 
         Raises:
-            FormatError: it is neither 1 nor 2.
+            FormatError: the number of bits is neither 1 nor 2.
         """
         if len(data) != 1:
             raise FormatError(f"the bits of a rotated variable are described by 1 byte, not {len(data)}")
@@ -96,26 +99,26 @@ class Rotated(Method):
 
     @property
     def code_bits(self) -> int:
-        """Bits of a code."""
+        """The number of bits of a code."""
         return self.bits
 
     def code_count(self, numel: int) -> int:
-        """Count the codes: those of the values, and of the zeros that fill up the last block."""
+        """Return the number of codes, including those of the zeros that pad the last block."""
         return codec.words_of(numel, self.bits) * 32 // self.bits
 
     def fields(self, numel: int) -> tuple[Field, ...]:
-        """Name the fields: the codes, a scale for each block, and the seed of the rotations."""
+        """Describe the fields: the codes, a scale for each block, and the seed of the rotations."""
         codes = Field("codes", torch.int32, codec.words_of(numel, self.bits))
         scales = Field("scales", torch.float32, -(-numel // BLOCK))
         return codes, scales, Field("seed", torch.int64, 1, by_values=False)
 
     def stretch(self, fields: Fields, numel: int, start: int, count: int) -> Fields:
-        """View the fields of a stretch; beside the seed of a stretch stands the index of its first value."""
+        """View the fields of a stretch; its seed field also contains the index of the first value."""
         codes, scales, seed = super().stretch(fields, numel, start, count)
         return codes, scales, torch.stack((seed[0], torch.full_like(seed[0], _first(seed) + start)))
 
     def validate(self, fields: Fields, numel: int) -> str | None:
-        """Check that every scale is finite, and so small that no code decodes to an infinity."""
+        """Check that every scale is finite, and small enough that no code decodes to infinity."""
         scales = fields[1]
         if not bool(torch.isfinite(scales).all()):
             return "a scale is not finite"
@@ -125,19 +128,19 @@ class Rotated(Method):
 
     @property
     def _largest_sum(self) -> float:
-        """No entry of ``D1 H D2 H c`` exceeds its norm, which is d times that of c."""
+        """An upper bound on the entries of ``D1 H D2 H c``: its norm, which is d times the norm of c."""
         return float(_LEVELS[self.bits][-1] * BLOCK * math.isqrt(BLOCK))
 
     @property
     def _largest_scale(self) -> float:
-        return _FLOAT32_MAX / self._largest_sum  # the divisor is 2**15, or 10 times that: rounding exceeds no bound
+        return _FLOAT32_MAX / self._largest_sum  # the divisor is 2**15, or 10 times that, so rounding stays in bounds
 
     def bound(self, fields: Fields, numel: int) -> float:
-        """Return a magnitude that no value exceeds."""
+        """Return an upper bound on the magnitude of the values."""
         return float(fields[1].abs().max()) * self._largest_sum if numel else 0.0
 
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
-        """Decode a stretch of values into float32 ``out``: exact sums of integers, and one rounding."""
+        """Decode a stretch of values into float32 ``out``, with exact integer sums and a single rounding."""
         levels = torch.tensor(_LEVELS[self.bits], dtype=torch.float32, device=out.device)
         for start, part, (words, scales, seed) in self._parts(fields, out):
             codes = codec.unpack(words, self.code_count(len(part)), self.bits)
@@ -145,19 +148,19 @@ class Rotated(Method):
             rotated = _by_block(levels[codes.long()]).t().contiguous()
             values = hadamard(hadamard(rotated).mul_(others)).mul_(signs)
             flat = values.mul_(scales).t().reshape(-1)[: len(part)]
-            torch.add(flat, 0.0, out=part)  # no -0 where the scale is zero
+            torch.add(flat, 0.0, out=part)  # turns -0 into 0 where the scale is zero
         return out
 
     def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
-        """Encode a whole variable with the rotation of one seed."""
+        """Encode a whole variable with the rotations of one seed."""
         fields[2].fill_(0 if writing.seed is None else writing.seed)
         return super().encode(source, fields, writing, present)
 
     def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:
-        """Encode a stretch of finite float32 values, with the seed that is among its fields."""
+        """Encode a stretch of finite float32 values with the seed stored in its fields."""
         for first, part, (words, scales, seed) in self._parts(fields, values):
             count = self.code_count(len(part))
-            padded = torch.nn.functional.pad(part.double(), (0, count - len(part)))  # in which no sum overflows
+            padded = torch.nn.functional.pad(part.double(), (0, count - len(part)))  # no sum overflows float64
             x = _by_block(padded).t().contiguous()
             signs, others = _signs(int(seed[0]), first, count, values.device)
             power = x.square().sum(0)
@@ -172,10 +175,10 @@ class Rotated(Method):
             codec.pack(codes.t().reshape(-1), self.bits, words)
 
     def _parts(self, fields: Fields, values: Tensor) -> Iterator[tuple[int, Tensor, Fields]]:
-        """Cut a stretch into parts: whole blocks, of one chunk at most, and then the block that is not full.
+        """Split a stretch into runs of whole blocks, of at most one chunk each, and the partial last block.
 
         Yields:
-            The index of the first value, the values and their fields.
+            For each part, the index of its first value, its values and their fields.
         """
         begin = at = _first(fields[2])
         end = begin + len(values)
@@ -187,13 +190,13 @@ class Rotated(Method):
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Multiply each column by the Hadamard matrix of Sylvester, which is symmetric and not normalized.
+    """Multiply each column by Sylvester's Hadamard matrix, which is symmetric and not normalized.
 
     Args:
-        x: ``[d, n]``, contiguous, d a power of two; overwritten.
+        x: a contiguous tensor ``[d, n]``, where d is a power of two; it is overwritten.
 
     Returns:
-        ``[d, n]``. Of integers it is exact as long as no sum of their magnitudes leaves those of the dtype.
+        The product, ``[d, n]``; exact for integers as long as the dtype can represent the sums of their magnitudes.
     """
     other, half = torch.empty_like(x), len(x) // 2
     while half:
@@ -206,16 +209,16 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _by_block(values: Tensor) -> Tensor:
-    """View values as blocks: one of 512, or some of 1024."""
+    """View values as blocks: a single one of 512 values, or any number of 1024 values."""
     return values.view(-1, min(len(values), BLOCK))
 
 
 def _first(seed: Tensor) -> int:
-    """Return the index of the first value that the fields are of, see ``stretch``."""
+    """Return the index of the first value that the fields describe; see ``stretch``."""
     return int(seed[1]) if len(seed) == 2 else 0
 
 
 def _signs(seed: int, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the diagonals D1 and D2 of each block, int32 ``[d, blocks]``: the two highest random bits of a value."""
+    """Return the diagonals D1 and D2 of each block, int32 ``[d, blocks]``, from the two highest random bits."""
     bits = _by_block(random_bits(seed, start, count, device)).t().contiguous()
     return (bits >> 31).mul_(2).add_(1), (bits << 1 >> 31).mul_(2).add_(1)

@@ -1,4 +1,4 @@
-"""Decoded values as numpy arrays."""
+"""Conversion of decoded values to numpy arrays."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def numpy_of(values: Tensor, force: bool) -> Any:
-    """Return decoded values as a numpy array, read-only unless with ``force``."""
+    """Return decoded values as a numpy array, read-only unless ``force`` is set."""
     array = values.numpy(force=force)
     if not force:
         array.flags.writeable = False

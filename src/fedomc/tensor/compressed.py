@@ -1,12 +1,12 @@
-"""``CompressedTensor``: a float32 tensor to the outside, held as packed codes.
+"""``CompressedTensor``: a tensor that behaves as float32 and is stored as packed codes.
 
 [Note: who runs an operation]
-The class knows how to decode and rewrite itself. What torch does with it is in modules that register their handlers
-here. ``ops``: functions such as ``linear`` decode the weight, by panels or as a whole, while they run, and save only
-its codes for the backward pass. ``inplace``: element-wise in-place operators decode, change and encode a chunk at a
-time, so that the optimizers of ``torch.optim`` work as they are. ``fallback``: everything else runs on a fresh decoded
-copy, and what it writes is encoded again. ``views``: views show the values of a decoded copy and write through.
-``backward``: backward passes that start from, or differentiate, a compressed tensor.
+The class knows how to decode and re-encode itself. How torch operates on it is defined in other modules, which register
+their handlers. ``ops``: functions such as ``linear`` decode the weight while they run, in panels or as a whole, and
+save only its codes for the backward pass. ``inplace``: element-wise in-place operators decode, modify and encode one
+chunk at a time, so the optimizers of ``torch.optim`` work unmodified. ``fallback``: every other operator runs on a
+fresh decoded copy, and its writes are encoded again. ``views``: views read from a decoded copy and write through to the
+codes. ``backward``: backward passes that start from a compressed tensor or differentiate with respect to one.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,11 +42,11 @@ class CompressedTensor(Tensor):
     """A tensor that is stored as bit-packed low-precision floats and behaves as a float32 tensor.
 
     Attributes:
-        base: the codes, in one part of all the variable; in two parts as received, never rewritten.
-        update: the sum of the local steps, or None for a variable in one part.
+        base: the codes of the whole variable; with an update part, the codes as received, which are never rewritten.
+        update: the sum of the local steps, or None for a variable held in one part.
         encoding: how the variable is encoded.
-        variable: its fully qualified name in the model, for errors.
-        steps: what its training steps asked for, and what arrived.
+        variable: the fully qualified name in the model, used in error messages.
+        steps: measures how much of each requested training step the codes actually took.
     """
 
     base: Packed
@@ -65,7 +65,7 @@ class CompressedTensor(Tensor):
         name: str = "variable",
         requires_grad: bool = False,
     ) -> "CompressedTensor":
-        """Wrap packed parts as they are; ``from_dense`` and ``from_packed`` are what users call."""
+        """Wrap packed parts without copying; users call ``from_dense`` or ``from_packed`` instead."""
         self = wrapper_tensor(cls, shape, torch.float32, base.codes.device, requires_grad)
         forbid_memory_access(self)
         self.base, self.update, self.encoding, self.variable = base, update, encoding, name
@@ -73,7 +73,7 @@ class CompressedTensor(Tensor):
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: ``__new__`` made the tensor."""
+        """Do nothing: ``__new__`` has already built the tensor."""
 
     @classmethod
     def from_dense(
@@ -90,17 +90,17 @@ class CompressedTensor(Tensor):
         """Compress a tensor.
 
         Args:
-            values: of any shape, finite.
-            format: a method, such as ``S1E3M7`` or ``NF4``.
-            update_format: holds in-place updates in a part of their own, in this format.
-            transform: as ``Encoding`` has it.
+            values: a tensor of any shape with finite values.
+            format: the compression method, such as ``S1E3M7`` or ``NF4``.
+            update_format: if given, in-place updates accumulate in a separate part of this format.
+            transform: the transformation before rounding; see ``Encoding``.
             rounding: ``nearest`` or ``stochastic``.
-            seed: of stochastic rounding.
-            name: for errors.
+            seed: the seed of stochastic rounding.
+            name: the variable's name in error messages.
 
         Raises:
-            FormatError: no such format.
-            PolicyError: an unknown transformation or rounding.
+            FormatError: the format does not exist.
+            PolicyError: the transformation or rounding is unknown.
             NonFiniteError: a value is NaN or infinite.
         """
         update = None if update_format is None else parse_method(update_format)
@@ -110,13 +110,13 @@ class CompressedTensor(Tensor):
     def from_packed(
         cls, base: Packed, encoding: Encoding, shape: Sequence[int], name: str = "variable"
     ) -> "CompressedTensor":
-        """Take a packed variable as it is; with an ``update_format``, an update of zeros is added.
+        """Wrap a packed variable; if the encoding has an ``update_format``, start with an update of zeros.
 
         Args:
             base: the packed variable.
-            encoding: all but the format, which is that of the packed variable.
-            shape: of the variable.
-            name: of the variable, for errors.
+            encoding: how the variable is encoded; its format is replaced by that of the packed variable.
+            shape: the shape of the variable.
+            name: the variable's name in error messages.
         """
         encoding = encoding.with_format(base.method)
         method = encoding.update_format
@@ -125,7 +125,7 @@ class CompressedTensor(Tensor):
 
     @property
     def format(self) -> Method:
-        """The method of the variable, or of its base."""
+        """The compression method of the variable, or of its base if it has two parts."""
         return self.encoding.format
 
     @property
@@ -135,33 +135,33 @@ class CompressedTensor(Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes held: codes and transformation of all parts."""
+        """The bytes held by all parts: codes, scales and offsets."""
         return sum(part.nbytes for part in self.parts)
 
     def dequantize(self) -> Tensor:
-        """Decode to a fresh dense float32 tensor, outside of autograd."""
+        """Decode to a new dense float32 tensor that is detached from autograd."""
         return self._decoded(torch.empty(self.base.numel, dtype=torch.float32, device=self.base.codes.device))
 
     def decode(self) -> Tensor:
-        """Decode as ``dequantize`` does, but into scratch memory: for a moment."""
+        """Decode into scratch memory, for short-lived use; otherwise the same as ``dequantize``."""
         return self._decoded(self.empty(0, self.base.numel))
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
-        """Decode the rows ``[start, stop)`` of a matrix (or of the first dimension) into scratch memory."""
+        """Decode rows ``[start, stop)`` of the first dimension into scratch memory."""
         width = self.base.numel // self.shape[0]
         begin = start * width // codec.BLOCK * codec.BLOCK
         with no_overrides(), torch.no_grad():
-            room = self.empty(0, (stop - start) * width + codec.BLOCK)  # as much wherever it begins: to be lent again
+            room = self.empty(0, (stop - start) * width + codec.BLOCK)  # same size for any start, for buffer reuse
             values = self._decode_into(room[: stop * width - begin], begin)
             return values[start * width - begin :].view(-1, *self.shape[1:])
 
     @property
     def panel_rows(self) -> int:
-        """How many rows fit into ``PANEL_BYTES`` when decoded; one at least."""
+        """The number of decoded rows that fit into ``PANEL_BYTES``, at least one."""
         return max(1, PANEL_BYTES * len(self) // max(1, 4 * self.base.numel))
 
     def panels(self) -> list[tuple[int, int]]:
-        """Cut the first dimension into even stretches of no more rows; one of none if there are no rows."""
+        """Split the rows evenly into ranges of at most ``panel_rows``; without rows, return one empty range."""
         rows = len(self)
         height = max(1, -(-rows // max(1, -(-rows // self.panel_rows))))
         return [(start, min(start + height, rows)) for start in range(0, max(1, rows), height)]
@@ -171,11 +171,11 @@ class CompressedTensor(Tensor):
             return self._decode_into(out, 0).view(self.shape)
 
     def rewrite(self, produce: Callable[[int, int], Tensor], *, is_step: bool = True) -> None:
-        """Encode new values in place, chunk by chunk; two parts rewrite the update alone.
+        """Encode new values in place, chunk by chunk; with two parts, only the update is rewritten.
 
         Args:
-            produce: gives the new values ``[start, stop)`` of the flat variable.
-            is_step: whether the change is one of training, which is measured, and not other values altogether.
+            produce: returns the new values ``[start, stop)`` of the flattened variable.
+            is_step: whether this is a training step, which is measured, rather than a replacement of the values.
 
         Raises:
             NonFiniteError: a new value is NaN or infinite; nothing was changed.
@@ -189,7 +189,7 @@ class CompressedTensor(Tensor):
         self.rewrite_part(target, is_step=is_step)
 
     def rewrite_part(self, produce: Callable[[int, int], Tensor], *, is_step: bool = True) -> None:
-        """Encode new values of the part that in-place operations change."""
+        """Encode new values of the part that in-place operations modify: the update if there is one, else the base."""
         how, part = self.encoding, self.parts[-1]
 
         def asked(start: int, stop: int) -> Tensor:
@@ -201,7 +201,7 @@ class CompressedTensor(Tensor):
             self.steps.end(part, sample)
 
     def add_part(self, values: Tensor, alpha: float) -> None:
-        """Add ``alpha`` times flat float32 values to that part, in one pass."""
+        """Add ``alpha`` times flat float32 values to the part that in-place operations modify, in one pass."""
         how, part = self.encoding, self.parts[-1]
         sample = self.steps.begin(part, lambda start, stop: values[start:stop] * alpha)
         part.add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
@@ -209,7 +209,7 @@ class CompressedTensor(Tensor):
             self.steps.end(part, sample)
 
     def _sum_is_finite(self, update: Packed) -> bool:
-        """Tell whether a new update and the base add up to finite values."""
+        """Tell whether the base plus a new update is finite everywhere."""
         if self.update is None or self.base.bound + update.bound < 2.0**127:
             return True
         ranges = ((start, min(start + codec.CHUNK, update.numel)) for start in range(0, update.numel, codec.CHUNK))
@@ -219,14 +219,14 @@ class CompressedTensor(Tensor):
         )
 
     def empty(self, start: int, stop: int) -> Tensor:
-        """Make room for ``stop - start`` values, in scratch memory."""
+        """Allocate ``stop - start`` values in scratch memory."""
         return workspace.empty(stop - start, self.base.codes.device)
 
     def rewrite_from(self, values: Tensor) -> None:
-        """Encode new values in place.
+        """Replace all values, encoding them in place.
 
         Raises:
-            RuntimeError: they have another shape.
+            RuntimeError: the shapes differ.
             NonFiniteError: a new value is NaN or infinite; nothing was changed.
         """
         if values.shape != self.shape:
@@ -236,53 +236,53 @@ class CompressedTensor(Tensor):
         self.rewrite(lambda start, stop: flat[start:stop], is_step=False)
 
     def decode_range(self, start: int, stop: int) -> Tensor:
-        """Decode the values ``[start, stop)`` of the flat variable; start is a multiple of the block."""
+        """Decode values ``[start, stop)`` of the flattened variable; ``start`` is a multiple of the block size."""
         return self._decode_into(self.empty(start, stop), start)
 
     def _decode_into(self, values: Tensor, start: int) -> Tensor:
         codes = self.base.codes
         if type(codes) is not Tensor:
-            codes[:1].tolist()  # the compiler, which has codes without values, breaks its graph here
+            codes[:1].tolist()  # under torch.compile the codes are fake tensors: this forces a graph break
         if self.update is None or self.update.is_zero:
             return self.base.decode(values, start)
         return self.base.decode_with(self.update, values, start)
 
     def like(self, parts: Sequence[Packed]) -> "CompressedTensor":
-        """Make a tensor of the same kind from other parts."""
+        """Wrap other parts with this tensor's encoding, shape and name."""
         base, *update = parts
         return CompressedTensor(base, update[0] if update else None, self.encoding, self.shape, self.variable)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Name shape, format and bytes; the values would need a dense copy."""
+        """Show shape, format and size; showing values would need a dense copy."""
         return (
             f"CompressedTensor(shape={tuple(self.shape)}, format={self.encoding}, "
             f"transform={self.encoding.transform}, nbytes={self.nbytes}, requires_grad={self.requires_grad})"
         )
 
     def _use_count(self) -> int:
-        """Answer ``torch.utils.swap_tensors``, by which ``Module.to`` moves a parameter and loses its hooks.
+        """Return the use count for ``torch.utils.swap_tensors``, with which ``Module.to`` moves a parameter.
 
         Raises:
-            RuntimeError: it has hooks.
+            RuntimeError: the tensor has hooks, which the swap would lose.
         """
         if has_hooks(self):
             raise RuntimeError(
                 f"{self.variable} has hooks that it would lose: move the model first, and call step_in_backward (or "
                 "register hooks) afterwards. remove() takes those of step_in_backward away"
             )
-        # An empty set of hooks would take new ones after the move, and never call them.
+        # If an empty hook dictionary stayed, hooks registered after the move would never be called.
         drop_hooks(self)
         return use_count(self)
 
     def data_ptr(self) -> int:
-        """Return 0, as there is no memory that holds the values."""
+        """Return 0: no memory holds the decoded values."""
         return 0
 
     def storage(self) -> torch.TypedStorage:
-        """Refuse, as there is no storage that holds the values.
+        """Raise an error: no storage holds the decoded values.
 
         Raises:
-            RuntimeError: always; safetensors and ``save_pretrained`` of transformers come here.
+            RuntimeError: always; safetensors and ``save_pretrained`` of transformers call this method.
         """
         raise RuntimeError(
             f"{self.variable} is compressed and has no storage of its values: save the model with fedomc.save_model, "
@@ -290,7 +290,7 @@ class CompressedTensor(Tensor):
         )
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Decode to a numpy array, which is read-only (what is written to it would be lost) unless with ``force``."""
+        """Decode to a numpy array, read-only unless ``force`` is set because writes would not reach the codes."""
         return numpy_of(self.dequantize(), force)
 
     def tolist(self) -> Any:
@@ -310,7 +310,7 @@ class CompressedTensor(Tensor):
         return self.dequantize().__format__(spec) if spec else str(self)  # type: ignore[no-untyped-call]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Name the inner tensors, as torch asks of subclasses that it can trace."""
+        """Return the names of the inner tensors and the metadata, as required of traceable tensor subclasses."""
         names = [
             f"{part}_{field.name}"
             for part, packed in zip(_PARTS, self.parts, strict=False)
@@ -321,7 +321,7 @@ class CompressedTensor(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> "CompressedTensor":
-        """Build the tensor again from its inner tensors."""
+        """Rebuild the tensor from its inner tensors and the metadata."""
         encoding, shape, name, counts = meta
         numel = torch.Size(shape).numel()
         parts = []
@@ -331,7 +331,7 @@ class CompressedTensor(Tensor):
         return CompressedTensor(parts[0], parts[1] if len(parts) > 1 else None, encoding, shape, name)
 
     def __getattr__(self, name: str) -> Any:
-        """Find an inner tensor by the name that ``__tensor_flatten__`` gives it, such as ``base_codes``."""
+        """Look up an inner tensor by its ``__tensor_flatten__`` name, such as ``base_codes``."""
         part, _, field_name = name.partition("_")
         if part in _PARTS and field_name:
             packed = getattr(self, part)
@@ -344,7 +344,7 @@ class CompressedTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the functions that a handler is for; leave the others to the dispatcher."""
+        """Call the registered handler of a function; pass other functions on to the dispatcher."""
         if torch.compiler.is_exporting():
             variables = (x.variable for x in tree_leaves((args, kwargs)) if is_compressed(x))
             raise RuntimeError(
@@ -365,9 +365,9 @@ class CompressedTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operator on the packed form where a handler can, on decoded copies elsewhere."""
+        """Run an operator through its registered handler if possible, otherwise on decoded copies."""
         kwargs = kwargs or {}
-        # What is made here may outlive an inference mode, and must then train like any other tensor.
+        # Tensors created here may outlive inference mode and must remain trainable.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
             handler = OPERATORS.get(func)
             result = NotImplemented if handler is None else handler(func, args, kwargs)
@@ -381,7 +381,7 @@ def _handled(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> CompressedTensor:
-    """Compress a tensor with a given encoding.
+    """Compress a tensor with the given encoding, rounding to nearest.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
@@ -391,9 +391,9 @@ def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> Comp
 
 
 def is_compressed(x: Any) -> TypeGuard[CompressedTensor]:
-    """Tell whether something is a compressed tensor."""
+    """Tell whether an object is a ``CompressedTensor``."""
     return isinstance(x, CompressedTensor)
 
 
-# A state_dict of compressed tensors can be loaded with weights_only=True.
+# Allows torch.load(weights_only=True) to load a state_dict with compressed tensors.
 torch.serialization.add_safe_globals([CompressedTensor, Packed, State, StepRecord, Encoding, *registered()])

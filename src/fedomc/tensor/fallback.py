@@ -1,4 +1,4 @@
-"""Every other operation: it runs on decoded copies, and what it wrote is encoded again. Slower, never wrong."""
+"""Fallback for all other operations: run them on decoded copies and encode their writes. Slower, but correct."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedomc.tensor.schema import returns_view, run, written
 
 
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on decoded copies; encode again what it wrote."""
+    """Run an operator on decoded copies and encode the tensors that it wrote."""
     if returns_view(func) and is_compressed(args[0]):
         return views.view(func, args, kwargs)
     decoded: dict[int, tuple[CompressedTensor, Tensor]] = {}
@@ -28,19 +28,20 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = decoded[id(x)][1]
         if func.namespace != "c10d" or not torch.equal(
             values, x.dequantize()
-        ):  # a broadcast does not change its source
+        ):  # a broadcast leaves its source unchanged
             x.rewrite_from(values)
         encoded[id(values)] = x
     if func.namespace == "c10d" or schema_of(func).name.startswith(("aten::_foreach", "aten::_fused")):
-        # Of variables in lists, autograd has to be told that they were changed.
+        # Autograd does not detect the modification of tensors in lists.
         torch.autograd.graph.increment_version(encoded.values())
     return tree_map(lambda x: encoded.get(id(x), x), result)
 
 
 def _to_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a function that writes to ``out``, and encode what it wrote to compressed tensors.
+    """Run a function with an ``out`` argument and encode the results for compressed outputs.
 
-    Some functions, such as ``torch.kron``, write to a reshaped copy of what is no plain tensor.
+    The function gets decoded copies as outputs: some functions, such as ``torch.kron``, would otherwise write to a
+    reshaped copy of a tensor subclass.
     """
     targets = [x for x in tree_leaves(kwargs["out"]) if is_compressed(x)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in targets):
@@ -57,7 +58,7 @@ def _to_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Take new values of the same shape through ``p.data = values``."""
+    """Handle ``p.data = values`` by encoding new values of the same shape."""
     target, values = args
     if not is_compressed(target):
         func(target, values.dequantize() if is_compressed(values) else values)
@@ -72,13 +73,13 @@ def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Replace each value by a function of it."""
+    """Handle ``Tensor.apply_``: replace each value by a function of it."""
     target, function = args
     return target.copy_(target.dequantize().apply_(function))
 
 
 def _share_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Move the codes to memory that processes share."""
+    """Move the packed fields to memory shared between processes."""
     for part in args[0].parts:
         for field in part.fields:
             field.share_memory_()

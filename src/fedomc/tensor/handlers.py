@@ -1,4 +1,7 @@
-"""The registries of what runs a function or operator of torch on compressed tensors; other modules fill them."""
+"""Registries of the handlers that run torch functions and operators on compressed tensors.
+
+The modules that define the handlers fill them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,17 +9,17 @@ from typing import Any
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 FUNCTIONS: dict[Any, Handler] = {}
-"""Functions of ``torch`` that are run by a handler, above autograd; but not under the transforms of ``torch.func`` and
-in forward mode, which differentiate the operators that torch makes of them."""
+"""Handlers of torch functions, called above autograd. They are not used under the transforms of ``torch.func`` or in
+forward-mode differentiation, which differentiate the underlying operators instead."""
 
 METHODS: dict[Any, Handler] = {}
-"""Methods of tensors that are run by a handler wherever they are called."""
+"""Handlers of tensor methods, used in every context."""
 
 BACKWARD: dict[Any, Handler] = {}
-"""Functions that run a backward pass."""
+"""Handlers of functions that run a backward pass."""
 
 OPERATORS: dict[Any, Handler] = {}
-"""Operators that are run by a handler, below autograd; it returns NotImplemented for arguments that it leaves."""
+"""Handlers of operators, called below autograd. They return NotImplemented for arguments that they do not support."""
 
 FALLBACK: dict[str, Handler] = {}
-"""What runs every other ``operator``, and every function that is given an ``out``."""
+"""Handlers of every other ``operator``, and of every function called with an ``out`` argument."""

@@ -1,4 +1,4 @@
-"""Operators without a dense copy: aliases, copies, element-wise in-place changes and sums, chunk by chunk."""
+"""Operators that need no dense copy: aliases, copies, and element-wise in-place operators, chunk by chunk."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ _ELEMENTWISE = _ADDITIVE | {
     _aten.fill_.Scalar,
     _aten.zero_.default,
 }
-"""In-place operators that change each value by itself, so that they can run chunk by chunk."""
+"""In-place operators that modify each value independently, so that they can run chunk by chunk."""
 
 
 def _share(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -46,7 +46,7 @@ def _move(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a tensor of the same kind, of zeros, on another device, as ``Module.to_empty`` asks for."""
+    """Make a compressed tensor of zeros on another device, for ``Module.to_empty``."""
     device = kwargs.get("device")
     if device is None or kwargs.get("dtype") not in (None, torch.float32):
         return _new_like(func, args, kwargs)
@@ -58,7 +58,7 @@ def _new_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Decode, change and encode chunk by chunk; operands that need broadcasting are left to the fallback."""
+    """Decode, modify and encode chunk by chunk; the fallback handles operands that need broadcasting."""
     target, *operands = args
     if not is_compressed(target) or not all(_fits(x, target) for x in operands):
         return NotImplemented
@@ -75,7 +75,7 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             return x.decode_range(start, stop)
         return x[start:stop] if isinstance(x, Tensor) and x.dim() else x
 
-    # What is added to a variable in two parts is added to its update: the base is not even decoded.
+    # With two parts, additive operators change only the update, so the base need not be decoded.
     alone = target.update if func in _ADDITIVE else None
 
     def produce(start: int, stop: int) -> Tensor:
@@ -91,7 +91,7 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _add(func: Any, target: CompressedTensor, operand: Any, alpha: Any) -> bool:
-    """Add a dense operand in one pass, as optimizers do; return False for operands that this cannot add."""
+    """Add a dense operand in one pass, as optimizers do; return False for unsupported operands."""
     if not isinstance(operand, Tensor) or is_compressed(operand):
         return False
     if operand.dim() == 0 or operand.dtype is not torch.float32 or operand.device != target.device:
@@ -129,7 +129,7 @@ def _flat(x: Any) -> Any:
 
 
 def _copy_codes(target: CompressedTensor, source: Any) -> bool:
-    """Copy the codes of a variable of the same encoding and shape; return False for other sources."""
+    """Copy codes from a variable with the same encoding and shape; return False for other sources."""
     if not is_compressed(source) or target.encoding != source.encoding or target.shape != source.shape:
         return False
     for mine, other in zip(target.parts, source.parts, strict=True):
@@ -138,7 +138,7 @@ def _copy_codes(target: CompressedTensor, source: Any) -> bool:
 
 
 def _scale(target: CompressedTensor, factor: Any) -> bool:
-    """Multiply by a number through scale and offset alone; return False where that is not possible."""
+    """Multiply by a scalar by changing only scale and offset; return False where that is not possible."""
     if target.update is not None or target.encoding.transform == "none":
         return False
     if isinstance(factor, Tensor) and factor.dim():

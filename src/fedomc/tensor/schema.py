@@ -1,8 +1,8 @@
-"""What an operator of torch writes to and whether it returns views, read from its schema.
+"""Queries on operator schemas: which arguments an operator writes to, and whether it returns views.
 
 [Note: collectives]
-The schemas of ``torch.distributed``'s operators (``c10d``) do not mark what they write to. By the naming convention of
-torch, those whose name ends with an underscore write to their first argument.
+The schemas of the ``torch.distributed`` operators (``c10d``) do not mark the arguments that they write to. By torch's
+naming convention, operators whose name ends with an underscore write to their first argument.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from fedomc._torch import schema_of, tree_leaves
 
 
 def arguments_by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by the names that the schema gives them."""
+    """Return the arguments of a call, keyed by their names in the schema."""
     return {**dict(zip((argument.name for argument in schema_of(func).arguments), args, strict=False)), **kwargs}
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return what a call of an operator writes to."""
+    """Return the arguments that an operator call writes to."""
     if _is_collective(func):
         return list(tree_leaves(args[0]))
     arguments = schema_of(func).arguments
@@ -39,16 +39,16 @@ def changes_geometry(func: Any) -> bool:
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], variables: Sequence[str]) -> Any:
-    """Run an operator on decoded values, to its end.
+    """Run an operator on decoded values and wait until it has finished writing.
 
     Args:
         func: the operator.
-        args: of dense tensors.
-        kwargs: of dense tensors.
+        args: its positional arguments, with dense tensors.
+        kwargs: its keyword arguments, with dense tensors.
         variables: names of the compressed variables whose decoded values it writes to.
 
     Raises:
-        RuntimeError: a collective that returns before it has written.
+        RuntimeError: the operator is an asynchronous collective, which writes after the call has returned.
     """
     if not (variables and _is_collective(func)):
         return func(*args, **kwargs)

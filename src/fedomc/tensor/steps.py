@@ -1,10 +1,10 @@
-"""How much of each training step arrives in a compressed variable, measured on a sample while it trains.
+"""Measures how much of each training step survives rounding in a compressed variable, on samples during training.
 
 [Note: measuring steps]
-A step asks a variable to move by d, and its codes move by u. What arrives is the share ``<u, d> / <d, d>``: 1 is
-expected of stochastic rounding, and rounding to nearest loses the steps that are smaller than half the distance between
-codes, in silence. What else moves is noise, ``|u - d|**2 / |d|**2``. Both are measured in a single block of values,
-another one each time, at the steps 1, 3, 6, 10, 15, ...: their cost disappears among the steps between.
+A step requests the change d, and the decoded values change by u. The kept share is ``<u, d> / <d, d>``. Its expected
+value is 1 with stochastic rounding, whereas rounding to nearest silently loses steps smaller than half the distance
+between codes. The remainder is noise, of relative energy ``|u - d|**2 / |d|**2``. Both are measured on a single block
+of values, a different one each time, at steps 1, 3, 6, 10, 15, ..., so that the cost is negligible over a training run.
 """
 
 import math
@@ -20,11 +20,11 @@ from fedomc.codec import BLOCK
 from fedomc.methods import Packed
 
 KEPT_ENOUGH = 0.5
-"""Below this share of its steps a variable is warned of."""
+"""Variables that keep a smaller share of their steps than this trigger a warning."""
 
 _ENOUGH_SAMPLES = 5
 _ADVERBS = {"nearest": "to nearest", "stochastic": "stochastically"}
-_NAMED = 3  # variables that a warning names
+_NAMED = 3  # how many variables a warning lists by name
 
 
 class _Sample(NamedTuple):
@@ -34,18 +34,20 @@ class _Sample(NamedTuple):
 
 
 class StepRecord:
-    """What the steps of one variable asked for, and what its codes made of them.
+    """Compares the changes requested by the steps of one variable with the changes of its decoded values.
+
+    In the sums below, d is the requested change and u the actual one.
 
     Attributes:
-        variable: its qualified name.
-        method: the name of the method that is rewritten.
-        rounding: how.
-        steps: how many changes in place there were.
-        samples: how many of them were measured.
-        asked: sum of d * d over the sample.
-        moved: sum of u * d.
-        noise: sum of (u - d)**2.
-        size: sum of the squares of the values before each measured step.
+        variable: the qualified name of the variable.
+        method: the name of the method of the part that steps rewrite.
+        rounding: ``nearest`` or ``stochastic``.
+        steps: the number of in-place changes.
+        samples: the number of measured steps.
+        asked: the sum of d * d over all measured steps.
+        moved: the sum of u * d.
+        noise: the sum of (u - d)**2.
+        size: the sum of the squared values before each measured step.
     """
 
     def __init__(self, variable: str, method: str, rounding: str) -> None:
@@ -58,17 +60,17 @@ class StepRecord:
 
     @property
     def kept(self) -> float:
-        """The share of what was asked for that arrived; 1 if nothing was asked for."""
+        """The share of the requested change that was kept; 1 if no change was requested."""
         return self.moved / self.asked if self.asked else 1.0
 
     @property
     def relative_noise(self) -> float:
-        """The energy of the noise of a step over that of the step; 0 if nothing was asked for."""
+        """The energy of the noise relative to that of the requested change; 0 if no change was requested."""
         return self.noise / self.asked if self.asked else 0.0
 
     @property
     def drift(self) -> float:
-        """How far the noise of all steps so far has carried the values, relative to their size."""
+        """An estimate of the distance by which the noise of all steps has moved the values, relative to their norm."""
         return math.sqrt(self.noise / self.size * self.steps / self.samples) if self.size and self.samples else 0.0
 
     @property
@@ -81,11 +83,11 @@ class StepRecord:
         return self.rounding == "nearest" and self.samples >= _ENOUGH_SAMPLES and self.kept < KEPT_ENOUGH
 
     def begin(self, part: Packed, asked: Callable[[int, int], Tensor]) -> _Sample | None:
-        """Count a step, and look at a block before it if the step is to be measured.
+        """Count a step, and record a block of values before it if this step is to be measured.
 
         Args:
-            part: what is about to be changed.
-            asked: returns the change ``[start, stop)`` that is asked for.
+            part: the part that is about to change.
+            asked: returns the requested change of values ``[start, stop)``.
         """
         if self.samples == _ENOUGH_SAMPLES and not self.warned:
             _warn_of_lost_steps()
@@ -100,7 +102,7 @@ class StepRecord:
         return _Sample(start, before, asked(start, stop))
 
     def end(self, part: Packed, sample: _Sample) -> None:
-        """Look at the block after the step."""
+        """Measure the change of the recorded block after the step."""
         before, asked = sample.before, sample.asked
         change = part.decode(torch.empty_like(before), sample.start).sub_(before)
         found = [asked.dot(asked), change.dot(asked), before.dot(before)]
@@ -119,7 +121,7 @@ _records: "weakref.WeakSet[StepRecord]" = weakref.WeakSet()
 
 
 def _warn_of_lost_steps() -> None:
-    """Give one warning of all variables that lose steps and were not warned of."""
+    """Issue one warning about all variables that lose steps and have not been reported yet."""
     losing = []
     for record in list(_records):
         if record.samples >= _ENOUGH_SAMPLES and not record.warned:

@@ -1,9 +1,9 @@
-"""Views of a compressed tensor, which show its values and write through to its codes.
+"""Views of a compressed tensor, which read its decoded values and write through to its codes.
 
-[Note: views of something that is not there]
-A view of a plain parameter, such as ``p[0]``, is a window on the parameter's memory. A compressed one has no such
-memory, so all its views are windows on one decoded copy. The copy is decoded again when the variable was changed in
-another way, and what an operator writes into a view is encoded at once.
+[Note: views without memory]
+A view of a plain parameter, such as ``p[0]``, shares the parameter's memory. A compressed parameter has no dense memory
+to share, so all its views share one decoded copy. The copy is refreshed if the variable has changed by other means,
+and the writes of an operator to a view are encoded immediately.
 """
 
 import weakref
@@ -21,7 +21,7 @@ from fedomc.tensor.schema import changes_geometry, run, written
 
 
 class _DecodedCopy:
-    """The decoded copy that all views of a variable look at."""
+    """The decoded copy that all views of a variable share."""
 
     def __init__(self, owner: CompressedTensor) -> None:
         self.owner = owner
@@ -29,26 +29,26 @@ class _DecodedCopy:
         self._seen = self._state()
 
     def refresh(self) -> None:
-        """Decode again if the variable was changed in another way."""
+        """Decode again if the variable has changed since the last decoding."""
         if not self._is_current():
             self.restore()
 
     def restore(self) -> None:
-        """Decode again."""
+        """Overwrite the copy with the variable's current values."""
         with torch.no_grad():
             self.values.copy_(self.owner.dequantize())
         self._seen = self._state()
 
     def encode(self) -> None:
-        """Encode the values.
+        """Write the copy's values back to the variable.
 
         Raises:
-            NonFiniteError: a value is NaN or infinite; the variable was not changed.
+            NonFiniteError: a value is NaN or infinite; the variable is unchanged.
         """
         self.owner.rewrite_from(self.values)
 
     def holds(self, x: Any) -> bool:
-        """Tell whether a plain tensor lies in the memory of this copy."""
+        """Tell whether a plain tensor shares the memory of this copy."""
         if type(x) is not Tensor or x.layout is not torch.strided:
             return False
         address = x.untyped_storage().data_ptr()
@@ -58,16 +58,16 @@ class _DecodedCopy:
         return [part.state for part in self.owner.parts]
 
     def _is_current(self) -> bool:
-        """Tell whether no part was changed."""
+        """Tell whether no part has changed since the last decoding."""
         return all(part.state is seen for part, seen in zip(self.owner.parts, self._seen, strict=True))
 
 
 _decoded_copies: "weakref.WeakValueDictionary[int, _DecodedCopy]" = weakref.WeakValueDictionary()
-"""The decoded copy of each base that has views, by the id of the base, which the copy keeps alive."""
+"""The decoded copy of each base with views, keyed by the id of the base, which the copy keeps alive."""
 
 
 def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator that returns views of a compressed tensor, its first argument."""
+    """Run an operator that returns views of its first argument, a compressed tensor."""
     owner = args[0]
     decoded_copy = _decoded_copies.get(id(owner.base))
     if decoded_copy is None:
@@ -77,13 +77,13 @@ def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _viewed(x: Any, decoded_copies: list[_DecodedCopy]) -> Any:
-    """Wrap a plain tensor that lies in the memory of a decoded copy; return everything else as it is."""
+    """Wrap a plain tensor that shares the memory of a decoded copy; return anything else unchanged."""
     decoded_copy = next((each for each in decoded_copies if each.holds(x)), None)
     return x if decoded_copy is None else DecodedView(x, decoded_copy)
 
 
 class DecodedView(Tensor):
-    """A view of a compressed tensor's decoded values; what is written into it is encoded again."""
+    """A view of a compressed tensor's decoded values; writes to it are encoded into the tensor."""
 
     __torch_function__ = without_overrides  # type: ignore[assignment]
     _decoded_copy: _DecodedCopy
@@ -97,16 +97,16 @@ class DecodedView(Tensor):
         return self
 
     def __init__(self, *args: Any) -> None:
-        """Do nothing: ``__new__`` made the tensor."""
+        """Do nothing: ``__new__`` has already built the tensor."""
 
     @property
     def variable(self) -> str:
-        """The name of the variable that this is a view of."""
+        """The name of the viewed variable."""
         return self._decoded_copy.owner.variable
 
     @property
     def data(self) -> Tensor:
-        """The view outside of autograd."""
+        """The view, detached from autograd."""
         return self.detach()
 
     @data.setter
@@ -116,7 +116,7 @@ class DecodedView(Tensor):
         )
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Return a numpy array, which is read-only (what is written to it would be lost) unless with ``force``."""
+        """Return a numpy array, read-only unless ``force`` is set because writes would not reach the codes."""
         return numpy_of(self.current().clone(), force)
 
     def tolist(self) -> Any:
@@ -130,9 +130,9 @@ class DecodedView(Tensor):
         return self.current().__format__(spec) if spec else str(self)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """Copy to a plain tensor of the same values."""
+        """Copy to a plain tensor with the same values."""
         if not self.is_leaf:
-            return super().__deepcopy__(memo)  # type: ignore[no-untyped-call, no-any-return]  # which says why not
+            return super().__deepcopy__(memo)  # type: ignore[no-untyped-call, no-any-return]  # raises
         copy = memo[id(self)] = self.current().clone()
         return copy
 
@@ -145,7 +145,7 @@ class DecodedView(Tensor):
         return self.current().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def current(self) -> Tensor:
-        """Return the view as a plain tensor that shows the variable's present values."""
+        """Return the view as a plain tensor with the variable's current values."""
         self._decoded_copy.refresh()
         return self._plain
 
@@ -153,11 +153,11 @@ class DecodedView(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operator on the plain tensors, then encode what it wrote.
+        """Run an operator on the plain tensors, then encode its writes.
 
         Raises:
-            NonFiniteError: it wrote a NaN or an infinity; no variable and no view was changed.
-            RuntimeError: it would change the geometry of a view.
+            NonFiniteError: the operator wrote NaN or infinity; no variable or view is changed.
+            RuntimeError: the operator would change the shape or strides of a view.
         """
         kwargs = kwargs or {}
         views = {id(x._plain): x for x in tree_leaves((args, kwargs)) if isinstance(x, DecodedView)}
@@ -174,14 +174,14 @@ class DecodedView(Tensor):
                 x._check_geometry(func)
             for decoded_copy in _copies_of(targets):
                 decoded_copy.encode()
-        finally:  # show what the codes made of it, or that nothing was changed
+        finally:  # the views show the rounded values, or the former ones after an error
             for decoded_copy in _copies_of(targets):
                 decoded_copy.restore()
         decoded_copies = _copies_of(list(views.values()))
         return tree_map(lambda x: views[id(x)] if id(x) in views else _viewed(x, decoded_copies), result)
 
     def _check_geometry(self, func: Any) -> None:
-        """Refuse that an operator gave the view another shape, as those with an ``out`` of a wrong shape do."""
+        """Undo and report a change of the view's shape, as by an operator that resizes its ``out`` argument."""
         if self._plain.shape != self.shape:
             values = self._decoded_copy.values
             self._plain = values.as_strided(self.size(), self.stride(), self.storage_offset())

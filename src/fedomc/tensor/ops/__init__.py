@@ -1,7 +1,7 @@
-"""Functions of torch that decode a compressed weight while they run.
+"""Handlers of torch functions that decode a compressed weight only while they run.
 
-``linear``, ``convolution`` and ``embedding`` decode no more of a weight at a time than ``workspace.PANEL_BYTES``; the
-others decode it as a whole (``decoded``). What a module of this package does not know is left to the dispatcher; see
+``linear``, ``convolution`` and ``embedding`` decode at most ``workspace.PANEL_BYTES`` of a weight at a time; the others
+decode the whole weight (``decoded``). Functions without a handler are left to the dispatcher; see
 ``tensor.compressed``.
 """
 
@@ -24,7 +24,7 @@ _LOWER_PRECISION = (
     Tensor.__matmul__,
     Tensor.__rmatmul__,
 )
-"""Functions that autocast runs in its lower precision."""
+"""Functions that autocast runs in lower precision."""
 
 _DECODED_WHOLE = (
     F.bilinear,

@@ -1,4 +1,4 @@
-"""Convolutions whose weight is larger than the bound: by panels of the weight's first dimension."""
+"""Convolutions with large weights, decoded in panels along the weight's first dimension."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +18,14 @@ CONVOLUTIONS: dict[Callable[..., Any], tuple[int, bool]] = {
     F.conv_transpose2d: (2, True),
     F.conv_transpose3d: (3, True),
 }
-"""The functions, how many dimensions each goes over, and whether it is transposed."""
+"""For each function, the number of spatial dimensions and whether the convolution is transposed."""
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution without bias in one group, saving x and the codes of W.
+    """A convolution without bias and with one group, which saves x and the codes of W for the backward pass.
 
-    The first dimension of W is that of the output's channels, so that panels give pieces of the output; transposed, it
-    is that of the input's channels, so that panels take pieces of the input.
+    The first dimension of W indexes output channels, so each panel produces a slice of the output. In a transposed
+    convolution it indexes input channels, so each panel consumes a slice of the input.
     """
 
     @staticmethod
@@ -52,7 +52,7 @@ class _Convolution(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight, how = ctx.weight.load(), ctx.how
         of_x, of_weight, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for a second derivative
+        if torch.is_grad_enabled():  # double backward
             out = with_decoded_weights(torch.ops.aten.convolution, (x, weight, None, *how), {}, x.dtype)
             inputs = [tensor for tensor, of in ((x, of_x), (weight, of_weight)) if of]
             gradients = list(torch.autograd.grad(out, inputs, gradient, create_graph=True))
@@ -74,7 +74,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a convolution by panels where that is worth it, and on the whole weight elsewhere."""
+    """Run a convolution in panels if the weight has more than one, otherwise on the whole weight."""
     dimensions, transposed = CONVOLUTIONS[func]
     x, weight, bias, stride, padding, output_padding, groups, dilation = (
         _transposed_arguments if transposed else _arguments
@@ -82,7 +82,7 @@ def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     sizes = [_each(size, dimensions) for size in (stride, padding, dilation, output_padding)]
     plain = groups == 1 and None not in sizes
     if not (plain and is_compressed(weight) and _fits(x, weight, bias, dimensions, transposed)):
-        return with_autocast(func, args, kwargs)  # which says what is wrong, if anything is
+        return with_autocast(func, args, kwargs)  # reports invalid arguments
     how = (*sizes[:3], transposed, sizes[3], groups)
     dtype = autocast_dtype(weight)
     out: Tensor = _Convolution.apply(x if dtype is None else x.to(dtype), weight, how)  # type: ignore[no-untyped-call]
@@ -105,7 +105,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _each(size: Any, dimensions: int) -> list[int] | None:
-    """Return the size for each dimension, or None for what is neither one integer nor as many."""
+    """Return one size for each dimension, or None if the argument is neither an integer nor that many integers."""
     each = [size] * dimensions if isinstance(size, int) else list(size)
     return each if len(each) == dimensions and all(isinstance(one, int) for one in each) else None
 

@@ -1,4 +1,4 @@
-"""``F.embedding``: only rows that are looked up are decoded."""
+"""``F.embedding``, decoding only the rows that are looked up and small gaps between them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,11 +10,11 @@ from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.ops.decoded import with_decoded_weights
 
 _GAP = 2**14
-"""Values between two rows that take as long to decode as it takes to begin anew."""
+"""The gap between two rows, in values, that takes as long to decode as starting a new range."""
 
 
 class _Embedding(torch.autograd.Function):
-    """Looks up rows of a weight; its gradient needs nothing of the weight."""
+    """Looks up rows of a weight; the backward pass does not need the weight's values."""
 
     @staticmethod
     def forward(ctx: Any, indices: Tensor, weight: CompressedTensor, padding: int, by_frequency: bool) -> Tensor:
@@ -38,7 +38,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def _runs(rows: Tensor, width: int, max_rows: int) -> Iterator[tuple[int, int]]:
-    """Cut sorted rows into stretches without large gaps, of a panel at most."""
+    """Split sorted row indices into ranges without large gaps that span at most one panel."""
     begin, listed = 0, rows.tolist()
     for i in range(1, len(listed) + 1):
         if i == len(listed) or (listed[i] - listed[i - 1]) * width > _GAP or listed[i] - listed[begin] >= max_rows:
@@ -47,9 +47,9 @@ def _runs(rows: Tensor, width: int, max_rows: int) -> Iterator[tuple[int, int]]:
 
 
 def embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run ``F.embedding``; what is rare (``max_norm``, ``sparse``) on the whole weight."""
+    """Run ``F.embedding`` on the rows looked up; rare options (``max_norm``, ``sparse``) decode the whole weight."""
     indices, weight, padding, max_norm, by_frequency, sparse = _arguments(*args, **kwargs)
-    if max_norm is not None:  # writes to the weight, which the dispatcher encodes again
+    if max_norm is not None:  # modifies the weight, which the fallback encodes again
         return func(*args, **kwargs)
     plain = is_compressed(weight) and weight.dim() == 2 and not is_compressed(indices)
     if not plain or sparse or indices.dtype not in (torch.int32, torch.int64):

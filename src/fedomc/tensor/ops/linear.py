@@ -1,4 +1,4 @@
-"""``F.linear``: decoded and multiplied by panels, each as many rows of the weight as fit into the bound."""
+"""``F.linear``, decoding and multiplying the weight in panels of at most ``PANEL_BYTES``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from fedomc.tensor.ops.products import product, project
 
 
 class _Linear(torch.autograd.Function):
-    """``x W^T + b``, saving the codes of W, and x for the gradient of W."""
+    """Computes ``x W^T + b``; saves the codes of W, and x if W needs a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: CompressedTensor, bias: Tensor | None) -> Tensor:
@@ -32,7 +32,7 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])  # [N, out]
-        # For a second derivative torch's own product is needed, whose derivative is known.
+        # Double backward needs torch's own product, which is differentiable.
         times_weight, times_x = (_torch_times_weight, torch.mm) if torch.is_grad_enabled() else (_times_weight, product)
         return (
             times_weight(rows, ctx.weight.load()).view(ctx.shape) if of_x else None,
@@ -57,10 +57,10 @@ def _torch_times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
 
 
 def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run ``F.linear`` by panels where the weight is what is compressed, and as a whole elsewhere."""
+    """Run ``F.linear`` in panels if the weight is compressed and the operands fit, otherwise on whole weights."""
     x, weight, bias = _arguments(*args, **kwargs)
     if not (is_compressed(weight) and _fits(x, weight, bias)):
-        return with_autocast(func, args, kwargs)  # which says what is wrong, if anything is
+        return with_autocast(func, args, kwargs)  # reports invalid arguments
     dtype = autocast_dtype(weight)
     if dtype is None:
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
