@@ -132,7 +132,7 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("transform", ["none", "scaled-affine"])
+@pytest.mark.parametrize("transform", ["none", "scaled"])
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_an_in_place_operator_encodes_its_result(name: str, transform: str, rounding: str) -> None:
     how = {"format": "S1E3M7", "transform": transform, "rounding": rounding, "seed": 4}
@@ -368,7 +368,10 @@ class TestState:
         [(t, s) for t in ("dense", "S1E8M23", "S1E3M7") for s in ("dense", "S1E8M23", "S1E3M7", "S1E2M3")],
     )
     def test_load_state_dict(self, target: str, source: str) -> None:
-        a, b = (m if how == "dense" else compressed(m, how) for m, how in ((model(0), target), (model(1), source)))
+        a, b = (
+            m if how == "dense" else compressed(m, how, rounding="nearest")
+            for m, how in ((model(0), target), (model(1), source))
+        )
         kinds = [type(p) for p in a.parameters()]
         a.load_state_dict(b.state_dict())
         assert [type(p) for p in a.parameters()] == kinds

@@ -38,8 +38,10 @@ def test_the_policy_of_a_variant() -> None:
     assert one.seed == two.seed == 5
     assert one.transform == "affine"
     one, two = (Variant.parse(text).policy(Settings()) for text in ("S1E3M7@0.9", "S1E2M3+S1E3M0"))
-    assert one == fedomc.CompressionPolicy("S1E3M7", fraction=0.9, exclude=("*.bias_u", "*.bias_v"))
-    assert two == fedomc.CompressionPolicy("S1E2M3", "S1E3M0", exclude=("*.bias_u", "*.bias_v"))
+    how = {"exclude": ("*.bias_u", "*.bias_v")}
+    nearest = {"transform": "scaled-affine", "rounding": "nearest"}
+    assert one == fedomc.CompressionPolicy("S1E3M7", fraction=0.9, **nearest, **how)
+    assert two == fedomc.CompressionPolicy("S1E2M3", "S1E3M0", transform="scaled", **how)
     mixed = Variant("S1E2M1").policy(Settings(format_by_name="*.conv.*=S1E2M3 head.*=S1E3M7"))
     assert mixed is not None
     assert [str(mixed.format_of(name)) for name in ("a.conv.b", "head.weight", "c")] == ["S1E2M3", "S1E3M7", "S1E2M1"]

@@ -169,7 +169,9 @@ def encoded_change(value: Tensor, sent: Sent | None, encoding: Encoding, name: s
 
     def change(start: int, stop: int) -> Tensor:
         if update is not None:
-            return update.decode(torch.empty(stop - start, device=update.codes.device), start).cpu()
+            return update.decode(
+                torch.empty(stop - start, dtype=torch.float32, device=update.codes.device), start
+            ).cpu()
         present = flat.decode_range(start, stop) if is_compressed(flat) else flat[start:stop]
         part = present.to("cpu", torch.float32, copy=True)
         if isinstance(sent, Tensor):
