@@ -12,7 +12,6 @@ step of the format, both before and after scaling to the format's units. Such va
 not depend on flush-to-zero modes.
 """
 
-import ctypes
 import functools
 import math
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from torch import Tensor
 from fedomc.codec.elements import FloatElement
 from fedomc.codec.layout import BLOCK, CHUNK, LANES, ROWS, SUMS, words_of
 from fedomc.codec.random import random_bits
-from fedomc.codec.scaling import bounded_exponent, fitting_exponent
+from fedomc.codec.scaling import bounded_exponent, fitting_exponent, float32
 
 _INFINITY_BITS = 0x7F800000
 
@@ -103,7 +102,7 @@ def update(
     bias = _working_bias(element)
     working = element.bias - bias
     scale, offset = scale_offset.tolist()
-    ratio = _float32(math.ldexp(_float32(alpha) / scale, working)) if _is_normal(scale) else math.inf
+    ratio = float32(math.ldexp(float32(alpha) / scale, working)) if _is_normal(scale) else math.inf
     shift = 0 if math.isfinite(ratio) else None
     while shift is not None:
         status.zero_()
@@ -134,7 +133,7 @@ def update(
         shift = fitting if abs(fitting) <= 120 else None
     if shift is not None:
         scale = math.ldexp(scale, -shift)
-        if math.isfinite(_float32(_float32(abs(scale) * element.max_value) + abs(offset))):
+        if math.isfinite(float32(float32(abs(scale) * element.max_value) + abs(offset))):
             out_scale_offset.copy_(torch.tensor([scale, offset], dtype=torch.float32, device="cpu"))
             return
     status.copy_(torch.tensor([_INFINITY_BITS, 1], dtype=torch.int64, device="cpu"))
@@ -181,10 +180,6 @@ def _encode_chunk(
             difference, represented = difference.double(), represented.double()
         found = _sums(difference, represented, blocks)
         sums.copy_(found / found.new_tensor([1, scale, scale, scale, 1]) / scale)
-
-
-def _float32(value: float) -> float:
-    return ctypes.c_float(value).value
 
 
 def _is_normal(value: float) -> bool:
