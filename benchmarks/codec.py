@@ -1,6 +1,6 @@
 """How fast values become codes and codes values, against memcpy of the same tensor and against peers.
 
-    python -m benchmarks.codec [--json out.json] [--seconds 0.3]
+    python -m benchmarks.codec [--json out.json] [--seconds 0.3] [--values 16777216] [--backends native]
 
 Each row is one operation of one backend: ``{format, op, backend, threads, values, mvalues_per_s, memcpy_ratio}``. The
 ratio is the median over rounds of the time of memcpy of the FP32 tensor (one thread, between allocated buffers) by the
@@ -15,7 +15,7 @@ import importlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ FORMATS = ("S1E2M3", "S1E4M3", "S1E3M7", "S1E5M10", "S1E4M14")
 BLOCKWISE = ("INT8", "INT4", "NF4", "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4")
 SIZES = (2**24, 2**17)  # in memory, in the cache
 ROUNDS = 7
+BACKENDS = ("reference", "native", "peers")
 
 Operation = Callable[[], object]
 
@@ -42,11 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--seconds", type=float, default=0.05, help="least time of one measurement")
+    parser.add_argument("--values", nargs="+", type=int, default=list(SIZES), help="values in a tensor")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     options = parser.parse_args()
     threads = sorted({1, torch.get_num_threads()})
-    print(f"memcpy, {', '.join(FORMATS + BLOCKWISE)}; {SIZES} values; {threads} threads: some minutes")
+    print(f"memcpy, {', '.join(FORMATS + BLOCKWISE)}; {options.values} values; {threads} threads: some minutes")
     rows = []
-    for values in SIZES:
+    for values in options.values:
         x = torch.randn(values, generator=torch.Generator().manual_seed(0)) * 0.05
         copy = torch.empty_like(x)
 
@@ -55,7 +58,7 @@ def main() -> None:
 
         for count in threads:
             torch.set_num_threads(count)
-            for format, backend, op, operation in (*ours(x), *blockwise(x), *(peers(x) if count == 1 else ())):
+            for format, backend, op, operation in operations(x, options.backends, count):
                 seconds, ratio = against(memcpy, operation, options.seconds)
                 row = {
                     "format": format, "op": op, "backend": backend, "threads": count, "values": values,
@@ -91,6 +94,15 @@ def timed(operation: Operation, repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
+def operations(x: torch.Tensor, backends: Sequence[str], threads: int) -> Iterator[tuple[str, str, str, Operation]]:
+    """Give all operations as format, backend, name and call; those of peers on one thread alone."""
+    for row in (*ours(x), *blockwise(x)):
+        if row[1] in backends:
+            yield row
+    if threads == 1 and "peers" in backends:
+        yield from peers(x)
+
+
 def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
     """Give the operations of both backends in all formats."""
     backends = [("reference", reference)] + ([("native", native)] if native.extension is not None else [])
@@ -101,7 +113,7 @@ def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
         fmt = FloatFormat.parse(name)
         e, m = fmt.exponent_bits, fmt.mantissa_bits
         words = torch.empty(codec.words_of(x.numel(), fmt.bits), dtype=torch.int32)
-        again = torch.empty_like(words)
+        again, scale = torch.empty_like(words), torch.empty(2)
         k = scaling_exponent(codec.absmax_bits(x), fmt)
         present = (words, torch.tensor([2.0**-k, 0.0]), e, m)
         for backend, at in backends:
@@ -114,7 +126,12 @@ def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
                 "decode_add_difference",
                 partial(at.decode_add_difference, *present, *present, 0.5, out),
             )
-            yield name, backend, "update", partial(at.update, *present, gradient, -1e-4, k, None, again, sums, status)
+            yield (
+                name,
+                backend,
+                "update",
+                partial(at.update, *present, gradient, -1e-4, True, None, again, scale, status),
+            )
 
 
 def blockwise(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
