@@ -30,7 +30,7 @@ from fedomc.methods.blockwise import Blockwise
 from fedomc.methods.floats import scaling_exponent
 
 FORMATS = ("S1E2M3", "S1E4M3", "S1E3M7", "S1E5M10", "S1E4M14")
-BLOCKWISE = ("INT8", "INT4", "NF4", "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4")
+BLOCKWISE = ("INT8", "INT4", "NF4", "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4", "S1E2M3/64", "S1E2M1/64")
 SIZES = (2**24, 2**17)  # in memory, in the cache
 ROUNDS = 7
 BACKENDS = ("reference", "native", "peers")

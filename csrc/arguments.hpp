@@ -82,6 +82,11 @@ Element checked_element(int kind, unsigned e, unsigned m) {
     return {ElementKind::kInteger, e, {}};
   }
   if (kind == 1) return {ElementKind::kNormalFloat, 4, {}};
+  if (kind == 3) {
+    require(e >= 1 && e <= 5 && m <= 6,
+            "an element with a scale by block has 1 to 5 exponent and 0 to 6 mantissa bits");
+    return {ElementKind::kFloat, 1 + e + m, {e, m}};
+  }
   require(kind == 2, "unknown kind of element");
   require((e == 4 && m == 3) || (e == 5 && m == 2) || (e == 3 && m == 2) || (e == 2 && m == 3) || (e == 2 && m == 1),
           "not an element of the OCP specification");
@@ -95,11 +100,11 @@ void check_blockwise(const Words& words, const Scales& scales, const Element& el
   require(block == 32 || block == 64 || block == 128 || block == 256, "blocks of 32, 64, 128 or 256 values alone");
   require(words.size() == words_of(n, element.bits), "words do not match the number of values and the element");
   require(scales.size() == (n + block - 1) / block, "scales do not match the number of values");
-  require(scales.dtype() == (element.kind == ElementKind::kOcp ? nb::dtype<std::uint8_t>() : nb::dtype<float>()),
-          "scales are float32, and of the OCP specification uint8");
+  require(scales.dtype() == (element.is_float() ? nb::dtype<std::uint8_t>() : nb::dtype<float>()),
+          "scales are float32, and of floats uint8");
 }
 
-std::size_t scale_bytes(const Element& element) { return element.kind == ElementKind::kOcp ? 1 : sizeof(float); }
+std::size_t scale_bytes(const Element& element) { return element.is_float() ? 1 : sizeof(float); }
 
 BlockPacked packed_from(const InWords& words, const InScales& scales, const Element& element, std::size_t block,
                         std::size_t at) {

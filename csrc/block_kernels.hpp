@@ -1,4 +1,4 @@
-// The kernels of blockwise methods: integers, NF4 and the OCP floats, with one scale for each block.
+// The kernels of blockwise methods: integers, NF4 and floats, with one scale for each block.
 // See the note on scales in codec/reference_blocks.py.
 #pragma once
 
@@ -64,7 +64,7 @@ struct NormalFloatValues {
   inline F operator()(U code) const { return look_up(kNormalFloat, code); }
 };
 
-struct OcpValues {
+struct FloatValues {
   Represent represent;
   inline F operator()(U code) const { return represent.signed_value<false, true>(code); }
 };
@@ -95,6 +95,16 @@ void decode_rows(const BlockPacked& packed, const ValuesOf& shared, std::size_t 
                    [&](std::size_t i, U code) { store(out + i, values_of(code) * splat(scales[i / kLanes])); });
 }
 
+using DecodeFloats = void (*)(const BlockPacked&, const FloatValues&, std::size_t, std::size_t, float*);
+
+template <unsigned First, unsigned... Index>
+constexpr std::array<DecodeFloats, sizeof...(Index)> float_decoders(std::integer_sequence<unsigned, Index...>) {
+  return {&decode_rows<Index + First, std::uint8_t, FloatValues>...};
+}
+
+// Indexed by the number of bits, starting at 2.
+constexpr auto kDecodeFloats = float_decoders<2>(std::make_integer_sequence<unsigned, 11>{});
+
 // Calls use(decode), where decode(block, count, to) decodes one layout block.
 template <class Use>
 void with_decoder(const BlockPacked& packed, const Element& element, Use use) {
@@ -108,10 +118,9 @@ void with_decoder(const BlockPacked& packed, const Element& element, Use use) {
     return run.template operator()<4, float>(IntegerValues<4>{});
   }
   if (element.kind == ElementKind::kNormalFloat) return run.template operator()<4, float>(NormalFloatValues{});
-  const OcpValues values_of{Represent(element.format, element.format.bias(), 1.0f, 0.0f)};
-  if (element.bits == 8) return run.template operator()<8, std::uint8_t>(values_of);
-  if (element.bits == 6) return run.template operator()<6, std::uint8_t>(values_of);
-  return run.template operator()<4, std::uint8_t>(values_of);
+  const FloatValues values_of{Represent(element.format, element.format.bias(), 1.0f, 0.0f)};
+  const DecodeFloats decode_floats = kDecodeFloats[element.bits - 2];
+  use([&](std::size_t block, std::size_t count, float* to) { decode_floats(packed, values_of, block, count, to); });
 }
 
 void block_decode(const BlockPacked& packed, const Element& element, float* out, std::size_t n, bool streaming) {
@@ -185,32 +194,33 @@ struct RoundNormalFloat {
 };
 
 template <bool Random>
-struct RoundOcp {
+struct RoundFloat {
   std::conditional_t<Random, Stochastic<false>, NearestBySum> round;
 
-  RoundOcp(const Element& element, const Rounding& rounding, std::uint64_t at) : round(element.format, rounding, at) {}
+  RoundFloat(const Element& element, const Rounding& rounding, std::uint64_t at)
+      : round(element.format, rounding, at) {}
 
   inline U operator()(F quotient, std::size_t i) const { return round(quotient, i).code; }
 };
 
 // Chooses and stores the scale for a block's largest magnitude, and returns the divisor for its values.
-float choose_scale(std::uint32_t largest, const Element& element, bool stochastic, float* scale) {
+float choose_scale(std::uint32_t largest, const Element& element, bool, float* scale) {
   const bool nothing = largest < kLeast || largest > kExponent;
   float quotient = cast<float>(largest);
   if (element.kind == ElementKind::kInteger) {
     quotient /= static_cast<float>((1u << (element.bits - 1)) - 1);
     quotient = cast<float>(cast<std::uint32_t>(quotient) & ~0xFFu);
   }
-  (void)stochastic;
   *scale = nothing ? 0.0f : quotient;
   return nothing ? INFINITY : quotient;
 }
 
 float choose_scale(std::uint32_t largest, const Element& element, bool stochastic, std::uint8_t* scale) {
   const bool nothing = largest < kLeast || largest > kExponent;
-  const std::uint32_t limit = element.format.max_code() << (23 - element.format.mantissa_bits);
-  int exponent = static_cast<int>(largest >> 23) - element.format.top_exponent();
-  if (stochastic && (largest & 0x7FFFFFu) > (limit & 0x7FFFFFu)) ++exponent;
+  int exponent = 127 - element.format.fitting_exponent(largest, stochastic);
+  // The specification lets the largest value saturate if it is rounded to nearest.
+  if (element.kind == ElementKind::kOcp && !stochastic)
+    exponent = static_cast<int>(largest >> 23) - element.format.top_exponent();
   const int most = 254 - element.format.top_exponent();  // above it the largest code would overflow float32
   exponent = nothing ? 127 : exponent < 1 ? 1 : exponent > most ? most : exponent;
   *scale = static_cast<std::uint8_t>(exponent);
@@ -256,7 +266,7 @@ void block_encode_with(std::size_t n, const Element& element, const Rounding& ro
   };
   if (element.kind == ElementKind::kInteger) return run.template operator()<RoundInteger, float>();
   if (element.kind == ElementKind::kNormalFloat) return run.template operator()<RoundNormalFloat, float>();
-  return run.template operator()<RoundOcp, std::uint8_t>();
+  return run.template operator()<RoundFloat, std::uint8_t>();
 }
 
 void block_encode(const float* values, std::size_t n, const Element& element, const Rounding& rounding,

@@ -51,7 +51,7 @@ struct Format {
     if (exponent_bits == 8 || magnitude == 0) return 0;
     const int field = static_cast<int>(magnitude >> 23);
     const unsigned dropped = 23 - mantissa_bits;
-    std::uint32_t limit = 0x7FFFFFu >> dropped << dropped;
+    std::uint32_t limit = max_code() << dropped & 0x7FFFFFu;
     if (!stochastic) limit += dropped ? (1u << (dropped - 1)) - 1 : 0;
     const bool exceeds = field && (magnitude & 0x7FFFFFu) > limit;
     return top_exponent() - (field ? field - 127 : -126) - (exceeds ? 1 : 0);
@@ -82,16 +82,18 @@ struct Found {
 };
 
 // The element of a blockwise method, as defined in codec/elements.py.
-enum class ElementKind { kInteger, kNormalFloat, kOcp };
+enum class ElementKind { kInteger, kNormalFloat, kOcp, kFloat };
 
 struct Element {
   ElementKind kind;
   unsigned bits;
-  Format format;  // only for kOcp
+  Format format;  // only for kOcp and kFloat
+
+  constexpr bool is_float() const { return kind == ElementKind::kOcp || kind == ElementKind::kFloat; }
 };
 
 // A range of a blockwise variable that starts at a layout block: codes, and one scale for each `block` values.
-// Scales are float32; for kOcp they are E8M0 exponents of one byte each.
+// Scales are float32; for floats they are E8M0 exponents of one byte each.
 template <class Word, class Scale>
 struct Blockwise {
   Word* words;

@@ -63,6 +63,11 @@ def method(tag: int, header: bytes) -> Method:
         if header not in (b"\1", b"\2"):
             raise Refused
         return Method(f"DRIVE{header[0]}", header[0], 1024, "unsigned")
+    if tag == 7:
+        if len(header) != 3 or not 5 <= header[0] <= 8 or not (1 <= header[1] <= 5 and header[2] <= 6):
+            raise Refused
+        block, e, m = 2 ** header[0], *header[1:]
+        return Method(f"S1E{e}M{m}/{block}", 1 + e + m, block, "sign-magnitude", e, m)
     if tag not in (1, 5) or len(header) != 2:
         raise Refused
     e, m = header
@@ -96,7 +101,7 @@ def element(code: int, how: Method) -> float:
     if how.name.startswith("NF4"):
         return NF4[code]
     value = number(code, how.exponent_bits, how.mantissa_bits)
-    if how.block and abs(value) > OCP_LARGEST[how.name]:
+    if how.name in OCP_LARGEST and abs(value) > OCP_LARGEST[how.name]:
         value = math.copysign(OCP_LARGEST[how.name], value)
     return value
 
@@ -112,9 +117,11 @@ def decode(codes: list[int], second: bytes, how: Method) -> np.ndarray:
                 raise Refused
             values = scale * numbers
             return values + offset if offset != 0 else values
-        if how.name in OCP.values():
+        if how.order == "sign-magnitude":
+            e = how.exponent_bits
+            top = OCP_TOP[how.name] if how.name in OCP_TOP else 2**e - 1 - (2 ** (e - 1) - 1)
             exponents = [u - 127 for u in second]
-            if any(u > 127 or u + OCP_TOP[how.name] > 127 for u in exponents):
+            if any(u > 127 or u + top > 127 for u in exponents):
                 raise Refused
             scales = np.array([2.0**u for u in exponents], dtype=np.float32)
         else:
@@ -285,7 +292,7 @@ def read_frame(data: bytes, sent: list[int] | None = None) -> Frame:
     n = math.prod(shape)
     if math.prod(size or 1 for size in shape) > 2**48:
         raise Refused
-    scales = 8 if not how.block else math.ceil(n / how.block) * (1 if how.name in OCP.values() else 4)
+    scales = 8 if not how.block else math.ceil(n / how.block) * (1 if how.order == "sign-magnitude" else 4)
     sizes = [4 * words(n, how.width), scales] + [8] * (how.name in LEVELS)
     if (
         len(lengths) != len(sizes)

@@ -19,6 +19,10 @@ ELEMENTS = {
     "e3m2": (2, 3, 2),
     "e2m3": (2, 2, 3),
     "e2m1": (2, 2, 1),
+    "s1e2m3": (3, 2, 3),
+    "s1e1m0": (3, 1, 0),
+    "s1e4m3": (3, 4, 3),
+    "s1e5m6": (3, 5, 6),
 }
 LEVELS = native.extension.levels() if native.extension is not None else []
 
@@ -47,7 +51,7 @@ def some_values(n: int) -> Tensor:
 def room(n: int, element: tuple[int, int, int], block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Make words, scales and status."""
     bits = reference_blocks.block_element(*element).bits
-    dtype = torch.uint8 if element[0] == reference_blocks.OCP else torch.float32
+    dtype = torch.uint8 if element[0] in (reference_blocks.OCP, reference_blocks.FLOAT) else torch.float32
     words = torch.full((codec.words_of(n, bits),), -1, dtype=torch.int32)
     return words, torch.ones(-(-n // block), dtype=dtype), torch.zeros(2, dtype=torch.int64)
 

@@ -22,7 +22,7 @@ FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e-38, 1e38, 3.4e38, -3.4e38, float("inf"
 WORDS = ("", "float32", "float64", "int64", "S1E2M3", "S1E3M7", "S9E9M9", "none", "nearest", "nan", "\0", "é" * 40)
 FORMATS = (
     "S1E1M0", "S1E2M1", "S1E2M3", "S1E3M7", "S1E5M10", "S1E8M23", "INT8", "INT4/32", "NF4", "NF4/256",
-    "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP4", "DRIVE1", "DRIVE2",
+    "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP4", "S1E2M3/64", "S1E3M0/32", "DRIVE1", "DRIVE2",
 )  # fmt: skip
 METHODS = (
     (1, b"\2\3"), (1, b"\1\0"), (1, b"\3\7"), (1, b"\x08\x17"), (1, b"\0\3"), (2, b"\5"), (2, b"\6"), (3, b"\6"),

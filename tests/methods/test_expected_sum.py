@@ -18,7 +18,7 @@ from fedomc.methods import FloatFormat, Packed, encode, parse_method
 NUMEL, SEEDS = 4096, 16
 # Not S1E1M0: its one magnitude grows with every step, and what is expected is carried by ever rarer values.
 FLOATS = ("S1E1M2", "S1E2M0", "S1E2M1", "S1E2M3", "S1E3M0", "S1E3M2", "S1E3M7", "S1E4M3", "S1E5M2", "S1E8M7")
-BLOCKWISE = ("INT8", "INT4", "NF4", "MXFP8", "MXFP6", "MXFP4")
+BLOCKWISE = ("INT8", "INT4", "NF4", "MXFP8", "MXFP6", "MXFP4", "S1E2M3/64", "S1E2M1/32", "S1E3M0/64")
 
 
 @functools.cache

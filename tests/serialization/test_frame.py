@@ -22,7 +22,7 @@ FIELDS = (
 )  # fmt: skip
 NAMES = (
     "S1E1M0", "S1E2M3", "S1E3M7", "S1E8M23", "INT8", "INT8/32", "INT4", "INT4/256", "NF4", "NF4/128",
-    "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4",
+    "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4", "S1E2M3/64", "S1E5M6/256", "S1E1M0/32",
 )  # fmt: skip
 
 
@@ -192,6 +192,7 @@ def test_a_forged_header_with_the_right_checksum(fields: dict[str, object], mess
 
 
 S1E2M3, INT8, NF4, MXFP8 = (1, bytes([2, 3])), (2, b"\6"), (4, b"\6"), (5, bytes([4, 3]))
+BLOCK_FLOAT = (7, bytes([6, 2, 3]))
 WORDS = bytes(128)  # of 40 values
 
 
@@ -222,6 +223,8 @@ WORDS = bytes(128)  # of 40 values
         (MXFP8, bytes([255, 127]), {}, "NaN"),
         (MXFP8, bytes([127, 255]), {}, "NaN"),
         (MXFP8, bytes([127, 247]), {}, "range of float32"),
+        (BLOCK_FLOAT, bytes([255]), {}, "NaN"),
+        (BLOCK_FLOAT, bytes([253]), {}, "range of float32"),
         (S1E2M3, bytes(12), {}, "fields of"),
         (S1E2M3, bytes(4), {}, "fields of"),
         (INT8, bytes(8), {}, "fields of"),
@@ -247,7 +250,10 @@ def test_a_forged_method_or_field_with_the_right_checksum(
         frame.from_bytes(data, "x")
 
 
-@pytest.mark.parametrize(("method", "scales"), [(INT8, bytes(4)), (NF4, b"\0\0\x80\xbf"), (MXFP8, bytes([246, 0]))])
+@pytest.mark.parametrize(
+    ("method", "scales"),
+    [(INT8, bytes(4)), (NF4, b"\0\0\x80\xbf"), (MXFP8, bytes([246, 0])), (BLOCK_FLOAT, bytes([252]))],
+)
 def test_what_is_forged_there_is_right_otherwise(method: tuple[int, bytes], scales: bytes) -> None:
     assert frame.from_bytes(written((40,), (WORDS, scales), method)).packed.numel == 40
 
@@ -260,7 +266,7 @@ def test_methods_that_no_frame_can_hold_are_not_written(name: str, monkeypatch: 
         frame.to_bytes(packed, (40,))
 
 
-@pytest.mark.parametrize("method", [S1E2M3, INT8, NF4, MXFP8])
+@pytest.mark.parametrize("method", [S1E2M3, INT8, NF4, MXFP8, BLOCK_FLOAT])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -295,6 +301,8 @@ def test_huge_shapes_allocate_nothing(shape: tuple[int, ...], method: tuple[int,
         ("MXFP8E5M2", bytes([128]), -2 * 57344),
         ("MXFP6", bytes([127]), -7.5),
         ("MXFP4", bytes([126]), -3),
+        ("S1E4M3/32", bytes([127]), -480),
+        ("S1E1M0/32", bytes([127]), -2),
     ],
 )
 def test_what_is_accepted_can_be_used(method: str, scales: bytes, value: float) -> None:
@@ -353,7 +361,7 @@ def test_random_bytes(data: bytes) -> None:
             "difference": st.integers(0, 2),
         },
     ),
-    st.tuples(st.integers(0, 6), st.binary(max_size=16)) | st.sampled_from([S1E2M3, INT8, NF4, MXFP8]),
+    st.tuples(st.integers(0, 8), st.binary(max_size=16)) | st.sampled_from([S1E2M3, INT8, NF4, MXFP8, BLOCK_FLOAT]),
     st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 70), max_size=9),
     st.integers(0, 6),
     st.binary(max_size=12) | st.lists(st.floats(width=32), max_size=4).map(lambda x: struct.pack(f"<{len(x)}f", *x)),

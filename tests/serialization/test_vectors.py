@@ -23,6 +23,7 @@ from fedomc import (
     save_model,
 )
 from fedomc.methods import FloatFormat, Method, Packed, encode, parse_method
+from fedomc.methods.block_floats import BlockFloat
 from fedomc.serialization import frame
 from tests import independent_reader
 from tests.conftest import dense, pack_by_design
@@ -64,7 +65,7 @@ def parameters(expected: Any) -> list[float]:
 
 
 def test_the_vectors_are_there() -> None:
-    assert len(FRAMES) == 44 and (VECTORS / "model.safetensors").exists()
+    assert len(FRAMES) == 48 and (VECTORS / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", FRAMES)
@@ -143,7 +144,8 @@ def test_a_file_for_other_programs_has_the_values_that_are_written_beside_it(tmp
 BLOCKWISE = [f"{name}/{block}" for name in ("INT8", "INT4", "NF4") for block in (32, 64, 128, 256)]
 OCP = ["MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4"]
 FORMATS = st.builds(FloatFormat, st.integers(1, 8), st.integers(0, 23))
-METHODS = FORMATS | st.sampled_from([parse_method(name) for name in BLOCKWISE + OCP])
+BLOCK_FLOATS = st.builds(BlockFloat, st.sampled_from([32, 64, 128, 256]), st.integers(1, 5), st.integers(0, 6))
+METHODS = FORMATS | BLOCK_FLOATS | st.sampled_from([parse_method(name) for name in BLOCKWISE + OCP])
 SHAPES = st.lists(st.integers(0, 5), max_size=4) | st.lists(st.integers(0, 2300), min_size=1, max_size=1)
 TRANSFORMS = st.sampled_from(["none", "affine", "scaled", "scaled-affine"])
 

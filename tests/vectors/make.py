@@ -69,6 +69,14 @@ MXFP8, MXFP8E5M2 = Method("MXFP8", 5, bytes([4, 3]), 8), Method("MXFP8E5M2", 5, 
 MXFP6, MXFP6E3M2 = Method("MXFP6", 5, bytes([2, 3]), 6), Method("MXFP6E3M2", 5, bytes([3, 2]), 6)
 MXFP4 = Method("MXFP4", 5, bytes([2, 1]), 4)
 
+
+def block_floats(block: int, e: int, m: int) -> Method:
+    """Describe floats with a power of two for each block."""
+    return Method(f"S1E{e}M{m}/{block}", 7, bytes([block.bit_length() - 1, e, m]), 1 + e + m)
+
+
+BLOCK_FLOATS = 7
+
 # of an element: its dtype, and its largest finite code
 OCP = {
     "MXFP8": (ml_dtypes.float8_e4m3fn, 0x7E),
@@ -100,6 +108,10 @@ BLOCK_FRAMES = {
     "mxfp4": (MXFP4, 0, (9, 31), (127, 0, 252)),
     "mxfp4-scalar": (MXFP4, 0, (), (128,)),
     "nf4-empty": (NF4[64], 0, (3, 0), ()),
+    "block-floats-six-bits": (block_floats(64, 2, 3), 0, (3, 50), (127, 0, 252)),
+    "block-floats-every-code": (block_floats(32, 4, 3), 1, (256,), (127, 126, 120, 7, 1, 0)),
+    "block-floats-widest": (block_floats(256, 5, 6), 0, (2, 700), (127, 238, 0)),
+    "block-floats-narrowest": (block_floats(128, 1, 0), 0, (300,), (126, 253)),
 }
 
 DRIVE = {width: Method(f"DRIVE{width}", 6, bytes([width]), width, "unsigned") for width in (1, 2)}
@@ -168,12 +180,17 @@ def values_of(codes: Sequence[int], e: int, m: int, factor: float, offset: float
 
 def block_values_of(codes: Sequence[int], method: Method, scales: Sequence[float]) -> np.ndarray:
     """Decode codes that share a scale by block; an OCP scale is given as its bits."""
-    numbers, block = np.array(codes, dtype=np.uint8), 32
+    numbers, block = np.array(codes, dtype=np.int64), 32
     if method.name in OCP:
         dtype, largest = OCP[method.name]
         sign = 1 << (method.width - 1)
         finite = np.array([code & sign | min(code & (sign - 1), largest) for code in codes], dtype=np.uint8)
         elements = finite.view(dtype).astype(np.float32)
+        factors = np.array(scales, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    elif method.tag == BLOCK_FLOATS:
+        logarithm, e, m = method.header
+        block = 2**logarithm
+        elements = values_of(codes, e, m, 1.0, 0.0)
         factors = np.array(scales, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     else:
         block, factors = 2 ** method.header[0], np.array(scales, dtype=np.float32)
@@ -204,20 +221,25 @@ def float_frame(
     return frame_of(float_format(e, m), kind, shape, fields)
 
 
+def has_exponents(method: Method) -> bool:
+    """Say whether scales are powers of two, in a byte each."""
+    return method.name in OCP or method.tag == BLOCK_FLOATS
+
+
 def scales_of(method: Method, count: int, first: Sequence[float] = ()) -> list[float]:
     """Draw the scales of so many values."""
-    ocp = method.name in OCP
-    blocks = -(-count // (32 if ocp else 2 ** method.header[0]))
+    power = has_exponents(method)
+    blocks = -(-count // (32 if method.name in OCP else 2 ** method.header[0]))
     random = np.random.default_rng([method.tag, method.width, count])
     drawn = (
-        random.integers(100, 140, blocks).tolist() if ocp else readable(random.lognormal(-4, 1, blocks).astype("f4"))
+        random.integers(100, 140, blocks).tolist() if power else readable(random.lognormal(-4, 1, blocks).astype("f4"))
     )
     return [*first, *drawn[len(first) :]]
 
 
 def scale_bytes(method: Method, scales: Sequence[float]) -> bytes:
     """Write scales."""
-    return np.array(scales, dtype="u1" if method.name in OCP else "<f4").tobytes()
+    return np.array(scales, dtype="u1" if has_exponents(method) else "<f4").tobytes()
 
 
 def checksum(data: bytes) -> int:

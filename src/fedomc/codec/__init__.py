@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedomc.codec import native, reference, reference_blocks
-from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat
+from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat, OCPElement
 from fedomc.codec.layout import BLOCK, CHUNK, SUMS, words_of
 from fedomc.codec.scaling import bounded_exponent, fitting_exponent
 
@@ -242,7 +242,7 @@ def block_decode(words: Tensor, scales: Tensor, element: BlockElement, block: in
 
     Args:
         words: int32 ``[words_of(n, bits)]``.
-        scales: ``[ceil(n / block)]``: float32, or uint8 for the exponents of the OCP specification (E8M0).
+        scales: ``[ceil(n / block)]``: float32, or uint8 for floats, exponents with a bias of 127 (E8M0).
         element: what a code is.
         block: how many neighbouring values have one scale: 32, 64, 128 or 256.
         out: float32 ``[n]``, contiguous, written.
@@ -319,7 +319,8 @@ def numbers_of(element: BlockElement) -> tuple[int, int, int]:
         return reference_blocks.INTEGER, element.bits, 0
     if isinstance(element, NormalFloat):
         return reference_blocks.NORMAL_FLOAT, 0, 0
-    return reference_blocks.OCP, element.exponent_bits, element.mantissa_bits
+    kind = reference_blocks.OCP if isinstance(element, OCPElement) else reference_blocks.FLOAT
+    return kind, element.exponent_bits, element.mantissa_bits
 
 
 def _sums_table(values: Tensor, wanted: bool) -> Tensor:

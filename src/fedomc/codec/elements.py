@@ -130,5 +130,5 @@ class NormalFloat:
     )
 
 
-BlockElement = OCPElement | IntegerElement | NormalFloat
+BlockElement = FloatElement | OCPElement | IntegerElement | NormalFloat
 """What a blockwise method's codes are."""

@@ -7,11 +7,13 @@ scale covers whole rows, and each block of the layout holds whole scaling blocks
 Re-encoding decoded values must reproduce them exactly, so that a zero step changes nothing. The largest value of a
 block determines its scale and must therefore survive a round trip. In NF4 the scale is that value itself. For integers
 it is that value divided by the largest code, truncated to 16 significant bits; its product with a code is then exact
-in float32, and the largest value loses at most a fraction of ``2**-15``. OCP scales are powers of two. Rounding to
-nearest follows the specification: the largest value is scaled into the top binade, where it may saturate. Stochastic
-rounding must not saturate, as that would bias it, and so uses the next larger scale if the largest value exceeds the
-largest code. A block whose largest value is below ``2**-90`` is encoded as zeros, so that every decoded value is zero
-or a normal float32.
+in float32, and the largest value loses at most a fraction of ``2**-15``. The scales of floats are powers of two, and
+the largest value is scaled into the top binade, or into the one below it if rounding could exceed the largest code (see
+``codec.scaling``). Only the elements of the OCP specification, when rounded to nearest, may saturate in the top binade,
+as the specification says.
+
+A block whose largest value is below ``2**-90`` is encoded as zeros, so that every decoded value is zero or a normal
+float32.
 """
 
 import functools
@@ -20,12 +22,12 @@ import math
 import torch
 from torch import Tensor
 
-from fedomc.codec.elements import BlockElement, IntegerElement, NormalFloat, OCPElement
+from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat, OCPElement
 from fedomc.codec.layout import BLOCK
 from fedomc.codec.random import random_bits
 from fedomc.codec.reference import chunks_of, flushed, magnitudes, pack, round_to, stretch, unpack, values_of
 
-INTEGER, NORMAL_FLOAT, OCP = 0, 1, 2
+INTEGER, NORMAL_FLOAT, OCP, FLOAT = 0, 1, 2, 3
 """The kinds of elements in the operators' arguments; two further numbers give the parameters of each kind."""
 
 LEAST = 2.0**-90
@@ -35,11 +37,17 @@ _MANTISSA_KEPT = -(1 << 8)  # 16 significant bits of a float32
 
 
 def block_element(kind: int, e: int, m: int) -> BlockElement:
-    """Make an element from the operators' arguments: (0, bits, 0), (1, 0, 0), or (2, exponent bits, mantissa bits)."""
+    """Make an element from the operators' arguments.
+
+    Integers are (0, bits, 0), and NF4 is (1, 0, 0). Floats are (2, exponent bits, mantissa bits) if they are elements
+    of the OCP specification, and (3, exponent bits, mantissa bits) otherwise.
+    """
     if kind == INTEGER:
         return IntegerElement(e)
     if kind == NORMAL_FLOAT:
         return NormalFloat()
+    if kind == FLOAT:
+        return FloatElement(e, m)
     return OCPElement(e, m, {(4, 3): 1, (5, 2): 4}.get((e, m), 0))
 
 
@@ -89,7 +97,7 @@ def _decoded(words: Tensor, scales: Tensor, element: BlockElement, block: int, a
 
 
 def scale_values(scales: Tensor) -> Tensor:
-    """Return scales as float32; the uint8 scales of the OCP specification are exponents with a bias of 127."""
+    """Return scales as float32; the uint8 scales of floats are exponents with a bias of 127."""
     if scales.dtype is torch.float32:
         return scales
     exponents = scales.to(torch.int32)
@@ -97,7 +105,7 @@ def scale_values(scales: Tensor) -> Tensor:
 
 
 def _element_values(codes: Tensor, element: BlockElement) -> Tensor:
-    if isinstance(element, OCPElement):
+    if isinstance(element, FloatElement):
         return values_of(codes, element)
     if isinstance(element, IntegerElement):
         return ((codes << (32 - element.bits)) >> (32 - element.bits)).to(torch.float32)
@@ -129,12 +137,14 @@ def _encode_chunk(
 
 def _scales(largest: Tensor, nothing: Tensor, element: BlockElement, stochastic: bool) -> Tensor:
     """Return the scale of each block in its stored form; see the note on scales."""
-    if isinstance(element, OCPElement):
+    if isinstance(element, FloatElement):
         exponent = (largest.view(torch.int32) >> 23) - element.top_exponent
-        if stochastic:
-            limit = torch.tensor(element.max_value, dtype=torch.float32, device=largest.device).view(torch.int32)
-            significand = (largest.view(torch.int32) & 0x7FFFFF) | (limit & (0xFF << 23))
-            exponent += significand > limit
+        if stochastic or not isinstance(element, OCPElement):
+            dropped = 23 - element.mantissa_bits
+            limit = element.max_code << dropped & 0x7FFFFF
+            if not stochastic and dropped:
+                limit += (1 << (dropped - 1)) - 1
+            exponent += (largest.view(torch.int32) & 0x7FFFFF) > limit
         return torch.where(nothing, 127, exponent).clamp_(1, 254 - element.top_exponent).to(torch.uint8)
     scale = largest / element.max_value
     if isinstance(element, IntegerElement):
@@ -143,7 +153,7 @@ def _scales(largest: Tensor, nothing: Tensor, element: BlockElement, stochastic:
 
 
 def _codes(quotients: Tensor, element: BlockElement, seed: int | None, start: int) -> Tensor:
-    if isinstance(element, OCPElement):
+    if isinstance(element, FloatElement):
         return round_to(quotients, element, element.bias, seed, start)
     uniform = None
     if seed is not None:  # 24 random bits, exact in float32

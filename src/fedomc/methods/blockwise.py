@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fedomc import codec
 from fedomc.codec import INFINITY_BITS, Outcome
-from fedomc.codec.elements import BlockElement
+from fedomc.codec.elements import BlockElement, FloatElement
 from fedomc.errors import FormatError
 from fedomc.methods.method import Field, Fields, Method, Source, Writing
+
+_NAN_SCALE = 255
 
 BLOCKS = (32, 64, 128, 256)
 """The permitted numbers of values per scale, all multiples of the 32 values in a row of the bit layout."""
@@ -104,6 +106,39 @@ class Blockwise(Method):
     def bound(self, fields: Fields, numel: int) -> float:
         """Return an upper bound on the magnitude of the values."""
         return float(fields[1].abs().max() * self.largest_magnitude) if numel else 0.0
+
+
+class SharedExponent(Blockwise):
+    """Floats with a power of two for each block: an exponent with a bias of 127, in one byte (E8M0)."""
+
+    code_order: ClassVar[str] = "sign-magnitude"
+    scale_dtype: ClassVar[torch.dtype] = torch.uint8
+
+    @property
+    @abstractmethod
+    def element(self) -> FloatElement:
+        """The float format of the elements."""
+
+    def zeros(self, numel: int, device: torch.device | str) -> Fields:
+        """Make the fields of a variable of zeros, with scales of 1."""
+        codes, scales = super().zeros(numel, device)
+        return codes, scales.fill_(127)
+
+    def validate(self, fields: Fields, numel: int) -> str | None:
+        """Check that no scale is NaN or so large that a code could decode to infinity."""
+        scales = fields[1]
+        if not len(scales):
+            return None
+        largest = int(scales.max())
+        if largest == _NAN_SCALE:
+            return "a scale is NaN"
+        if largest - 127 + self.element.top_exponent > 127:
+            return f"a scale of 2**{largest - 127} takes values beyond the range of float32"
+        return None
+
+    def bound(self, fields: Fields, numel: int) -> float:
+        """Return an upper bound on the magnitude of the values."""
+        return 2.0 ** (int(fields[1].max()) - 127) * self.element.max_value if numel else 0.0
 
 
 class WithBlocks(Blockwise):

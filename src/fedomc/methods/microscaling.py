@@ -8,14 +8,10 @@ rejected in foreign data.
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
-from torch import Tensor
-
 from fedomc.codec.elements import OCPElement
 from fedomc.errors import FormatError
-from fedomc.methods.blockwise import Blockwise
+from fedomc.methods.blockwise import SharedExponent
 from fedomc.methods.interchange import Interchange
-from fedomc.methods.method import Fields
 
 BLOCK = 32
 
@@ -38,11 +34,10 @@ _DTYPES = {
 """The dtype of each format's elements, by its name in safetensors."""
 
 _NAMES = {(element.exponent_bits, element.mantissa_bits): name for name, element in ELEMENTS.items()}
-_NAN_SCALE = 255
 
 
 @dataclass(frozen=True)
-class Microscaling(Blockwise):
+class Microscaling(SharedExponent):
     """Floats of 8, 6 or 4 bits with one power of two for every 32 of them: 8.25, 6.25 or 4.25 bits per value.
 
     Attributes:
@@ -58,9 +53,6 @@ class Microscaling(Blockwise):
     """
 
     tag: ClassVar[int] = 5
-    code_order: ClassVar[str] = "sign-magnitude"
-    scale_dtype: ClassVar[torch.dtype] = torch.uint8
-
     block: int = BLOCK
     exponent_bits: int = 4
     mantissa_bits: int = 3
@@ -101,32 +93,7 @@ class Microscaling(Blockwise):
             raise FormatError(f"an element is described by 2 bytes, not {len(data)}")
         return cls(BLOCK, *data)
 
-    def zeros(self, numel: int, device: torch.device | str) -> Fields:
-        """Make the fields of a variable of zeros, with scales of 1."""
-        codes, scales = super().zeros(numel, device)
-        return codes, scales.fill_(127)
-
-    def validate(self, fields: Fields, numel: int) -> str | None:
-        """Check that no scale is NaN or so large that a code could decode to infinity."""
-        scales = fields[1]
-        if not len(scales):
-            return None
-        largest = int(scales.max())
-        if largest == _NAN_SCALE:
-            return "a scale is NaN"
-        if largest - 127 + self.element.top_exponent > 127:
-            return f"a scale of 2**{largest - 127} takes values beyond the range of float32"
-        return None
-
     @property
     def interchange(self) -> Interchange:
         """The export as elements of an OCP dtype with E8M0 scales."""
         return Interchange(_DTYPES[str(self)], "F8_E8M0", self.code_bits, self.block, self.element.max_code)
-
-    def bound(self, fields: Fields, numel: int) -> float:
-        """Return an upper bound on the magnitude of the values."""
-        return 2.0 ** (int(fields[1].max()) - 127) * self.element.max_value if numel else 0.0
-
-    def scaled(self, fields: Fields, factor: Tensor | float) -> Fields | None:
-        """Return None, because a factor is in general not a power of two."""
-        return None

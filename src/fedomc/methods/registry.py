@@ -6,6 +6,7 @@ To add a method, write a subclass of ``Method`` in a separate module and registe
 import functools
 
 from fedomc.errors import FormatError
+from fedomc.methods.block_floats import BlockFloat
 from fedomc.methods.floats import FloatFormat
 from fedomc.methods.integers import Int4, Int8
 from fedomc.methods.method import Method
@@ -67,8 +68,8 @@ def _parse(text: str) -> Method:
     for method in _BY_TAG.values():
         if (found := method.from_name(text)) is not None:
             return found
-    names = "S1E<exponent bits>M<mantissa bits> as in S1E3M7, INT8, INT4, NF4, MXFP8, MXFP6 or MXFP4; "
-    names += "DRIVE1 or DRIVE2 for an uplink"
+    names = "S1E<exponent bits>M<mantissa bits> as in S1E3M7, the same with a scale for each block as in S1E2M3/64, "
+    names += "INT8, INT4, NF4, MXFP8, MXFP6 or MXFP4; DRIVE1 or DRIVE2 for an uplink"
     raise FormatError(f"{text!r} is not a number format: write {names}")
 
 
@@ -80,5 +81,5 @@ def _from_header(tag: int, data: bytes) -> Method:
     return method.from_header(data)
 
 
-for _method in (FloatFormat, Int8, Int4, NF4, Microscaling, Rotated):
+for _method in (FloatFormat, Int8, Int4, NF4, Microscaling, Rotated, BlockFloat):
     register(_method)
