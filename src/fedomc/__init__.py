@@ -15,13 +15,14 @@ from fedomc.methods import Encoding, FloatFormat, Method
 from fedomc.serialization.model_file import load_model, materialize_, save_model
 from fedomc.tensor.compressed import CompressedTensor
 from fedomc.training.model import ParameterBytes, compress_, decompress_, parameter_bytes
-from fedomc.training.policy import CompressionPolicy, Selection, TieredPolicy
+from fedomc.training.policy import DEFAULT, CompressionPolicy, Selection, TieredPolicy
 from fedomc.training.step_report import StepQuality, StepReport, step_report
 from fedomc.training.stepping import StepInBackward, step_in_backward
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT",
     "CompressedTensor",
     "CompressionPolicy",
     "Encoding",

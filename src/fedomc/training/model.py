@@ -11,17 +11,18 @@ from fedomc.errors import PolicyError
 from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress
 from fedomc.training.lazy import check_initialized
-from fedomc.training.policy import CompressionPolicy
+from fedomc.training.policy import DEFAULT, CompressionPolicy
 
 
-def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionPolicy | str) -> nn.Module:
+def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionPolicy | str = DEFAULT) -> nn.Module:
     """Replace parameters of a model by compressed ones, one after the other, freeing each dense one.
 
     Args:
         model: is changed in place.
         selection: which parameters, and how: a format, such as ``"S1E3M7"``, ``"S1E2M3+S1E2M1"`` in two parts or
             ``"S1E3M7@0.9"`` for nine tenths of the parameters; a policy, for choices that a format leaves open; or the
-            encodings by qualified name that ``CompressionPolicy.select`` returns for a round and a client.
+            encodings by qualified name that ``CompressionPolicy.select`` returns for a round and a client. If omitted,
+            ``DEFAULT`` formats are used.
 
     Returns:
         The model.
@@ -34,9 +35,9 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
         NonFiniteError: a value is NaN or infinite. The variables before it are compressed by then; none is lost.
 
     Example:
-        >>> model = fedomc.compress_(torch.nn.Linear(512, 512), "S1E3M7")
+        >>> model = fedomc.compress_(torch.nn.Linear(512, 512))
         >>> f"{fedomc.parameter_bytes(model).ratio:.0%}"
-        '35%'
+        '38%'
     """
     selection = resolve_selection(model, selection)
     check_initialized(model)

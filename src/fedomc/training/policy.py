@@ -15,6 +15,12 @@ from fedomc.errors import PolicyError
 from fedomc.methods import Encoding, Method, parse_method
 from fedomc.training.lazy import check_initialized
 
+DEFAULT = "S1E4M3+S1E2M1"
+"""The formats that ``compress_`` uses if none are given, in the notation of ``CompressionPolicy.parse``.
+
+Twelve bits a value, eight of which a server sends. ``docs/results/recipes.md`` says in which recipes they were measured.
+"""
+
 
 class Selection(Mapping[str, Encoding]):
     """The variables to compress, by qualified name, with the encoding of each.
@@ -118,7 +124,7 @@ class CompressionPolicy:
 
     def __str__(self) -> str:
         """Return the formats and the fraction, as ``parse`` reads them."""
-        formats = "/".join(str(self.encoding(each)) for each in self.formats)
+        formats = "|".join(str(self.encoding(each)) for each in self.formats)
         return formats + (f"@{self.fraction:g}" if self.fraction < 1 else "")
 
     def __post_init__(self) -> None:
