@@ -18,7 +18,7 @@ from fedomc.training.lazy import check_initialized
 DEFAULT = "S1E4M3+S1E2M1"
 """The formats that ``compress_`` uses if none are given, in the notation of ``CompressionPolicy.parse``.
 
-Twelve bits a value, eight of which a server sends. ``docs/results/recipes.md`` says in which recipes they were measured.
+Twelve bits a value, eight of which a server sends; ``docs/results/recipes.md`` has the recipes that were measured.
 """
 
 
