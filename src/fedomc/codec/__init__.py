@@ -343,8 +343,8 @@ def numbers_of(element: BlockElement) -> tuple[int, int, int]:
     return kind, element.exponent_bits, element.mantissa_bits
 
 
-def _sums_table(values: Tensor, wanted: bool) -> Tensor:
-    chunks = -(-values.numel() // CHUNK) if wanted else 0
+def _sums_table(values: Tensor, requested: bool) -> Tensor:
+    chunks = -(-values.numel() // CHUNK) if requested else 0
     return torch.empty(chunks, SUMS, dtype=torch.float64, device=values.device)
 
 
