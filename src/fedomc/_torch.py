@@ -4,6 +4,7 @@ Whatever torch changes without notice breaks here and nowhere else: ``tests/test
 which fails first and says what changed. What ``import torch`` does not load by itself is loaded at its first use.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointFunction
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import (
@@ -31,8 +33,10 @@ __all__ = [
     "current_node",
     "drop_hooks",
     "forbid_memory_access",
+    "has_constant",
     "has_hooks",
     "has_step_hooks",
+    "in_reentrant_checkpoint",
     "linear_of_onednn",
     "no_overrides",
     "run_next_in_backward",
@@ -123,6 +127,11 @@ def schema_of(operator: Any) -> Any:
     return operator._schema
 
 
+def has_constant(tensor: Any) -> bool:
+    """Return whether a fake tensor stands for a constant, whose values are known."""
+    return tensor.constant is not None
+
+
 def has_hooks(tensor: Tensor) -> bool:
     """Tell whether a leaf has hooks of its gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
@@ -168,6 +177,22 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Return indices and values of a sparse COO tensor, whether it is coalesced or not."""
     return tensor._indices(), tensor._values()
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Return whether the running backward pass was started by the backward pass of a reentrant checkpoint.
+
+    Torch has no query for this, so the call stack is searched for the backward function of the checkpoint.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CHECKPOINT_BACKWARD:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__
 
 
 def linear_of_onednn() -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedomc._torch import tree_map
+from fedomc._torch import in_reentrant_checkpoint, tree_map
 from fedomc.errors import OMCError, PolicyError
 from fedomc.memory.liveness import KINDS, FunctionTracker, MemoryBytes, StorageTracker, VariableTracker
 from fedomc.methods import Encoding
@@ -22,7 +22,7 @@ from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
 from fedomc.training.model import compress_, decompress_
 from fedomc.training.policy import CompressionPolicy
-from fedomc.training.stepping import _in_reentrant_checkpoint, step_in_backward
+from fedomc.training.stepping import step_in_backward
 
 FORMATS = ("FP32", "S1E4M14", "S1E3M7", "S1E2M3+S1E2M1")
 FP32, AS_IS = "FP32", "as is"
@@ -228,7 +228,7 @@ def _step_shapes(
     """Step a model without values in its backward pass; of a gradient nothing is left."""
 
     def complete(optimizer: Optimizer, parameter: Tensor) -> None:
-        if _in_reentrant_checkpoint():
+        if in_reentrant_checkpoint():
             raise RuntimeError("no step can be made inside a reentrant checkpoint: pass use_reentrant=False to it")
         if clip_norm is not None:
             nn.utils.clip_grad_norm_([parameter], clip_norm)

@@ -10,7 +10,6 @@ skip the variable, a distributed wrapper average zeros, all silently. So what is
 without values that raises when it is used, and that makes room when the next gradient comes.
 """
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import unserializable_hook
 
-from fedomc._torch import has_step_hooks, tree_leaves, without_overrides
+from fedomc._torch import has_step_hooks, in_reentrant_checkpoint, tree_leaves, without_overrides
 from fedomc.errors import PolicyError
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
@@ -112,7 +110,7 @@ class StepInBackward:
     def _complete(self, index: int) -> None:
         if self._accumulating:
             return
-        if _in_reentrant_checkpoint():
+        if in_reentrant_checkpoint():
             name = self._variables[index][0]
             self._release(index)
             raise RuntimeError(
@@ -259,16 +257,3 @@ def _check_all_stepped(model: nn.Module, args: Any) -> None:
                 f"{name} requires a gradient and is not stepped in backward: it was replaced, moved or unfrozen after "
                 "step_in_backward. Call remove() on what that returned, and step_in_backward again"
             )
-
-
-def _in_reentrant_checkpoint() -> bool:
-    """Tell whether this backward pass was started by the backward pass of a reentrant checkpoint."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT_BACKWARD:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-_CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__
