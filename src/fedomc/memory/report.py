@@ -104,7 +104,9 @@ def memory_report(
     training = _Training(loss or _own_loss, optimizer_class, in_backward, clip_norm, kwargs)
     encodings = {_label(each): _encodings(model, each) for each in formats}
     if len(encodings) < len(formats):
-        raise PolicyError(f"two formats of {', '.join(map(_label, formats))} have one name: report on one at a time")
+        raise PolicyError(
+            f"two of the formats {', '.join(map(_label, formats))} have the same name: report on one at a time"
+        )
     inputs = (
         dict(batch) if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
     )
@@ -141,7 +143,9 @@ def _own_loss(output: Any) -> Tensor:
     result = getattr(output, "loss", None)
     result = output if result is None else result
     if not isinstance(result, Tensor) or result.numel() != 1:
-        raise OMCError(f"a {type(output).__name__} has no scalar loss: pass loss=, which makes one of the output")
+        raise OMCError(
+            f"a {type(output).__name__} has no scalar loss: pass loss=, a function that computes it from the output"
+        )
     return result
 
 
@@ -229,7 +233,7 @@ def _step_shapes(
 
     def complete(optimizer: Optimizer, parameter: Tensor) -> None:
         if in_reentrant_checkpoint():
-            raise RuntimeError("no step can be made inside a reentrant checkpoint: pass use_reentrant=False to it")
+            raise RuntimeError("a reentrant checkpoint cannot be stepped in backward: pass use_reentrant=False to it")
         if clip_norm is not None:
             nn.utils.clip_grad_norm_([parameter], clip_norm)
         optimizer.step()

@@ -84,7 +84,7 @@ class Source:
             stop = min(start + self.step, self.numel)
             values = self.produce(start, stop)
             if values.shape != (stop - start,):
-                raise RuntimeError(f"{stop - start} new values expected from {start} on, got {tuple(values.shape)}")
+                raise RuntimeError(f"expected {stop - start} new values from {start} on, but got {tuple(values.shape)}")
             yield start, values
 
     def absmax_bits(self) -> int:
