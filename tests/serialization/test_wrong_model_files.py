@@ -91,7 +91,10 @@ WRONG = {
         with_tensor(W, torch.zeros(64, 40)),
         r"inner\.0\.weight is torch\.float32 .* must be the bytes of a frame",
     ),
-    "bytes in two dimensions": (with_tensor(W, reframed("S1E2M3").view(2, -1)), r"inner\.0\.weight is .* must be the bytes"),
+    "bytes in two dimensions": (
+        with_tensor(W, reframed("S1E2M3").view(2, -1)),
+        r"inner\.0\.weight is .* must be the bytes",
+    ),
     "other format": (with_tensor(W, reframed("S1E3M7")), r"inner\.0\.weight: .* S1E3M7.* S1E2M3"),
     "other kind": (with_tensor(W, reframed("S1E2M3", frame.UPDATE)), r"inner\.0\.weight: .* kind 1"),
     "other frame shape": (with_tensor(W, reframed("S1E2M3", shape=(40, 64))), r"inner\.0\.weight: .* \(40, 64\)"),

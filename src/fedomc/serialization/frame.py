@@ -93,7 +93,7 @@ def to_bytes(
     Raises:
         PayloadError: more than 8 dimensions.
         FormatError: a method with more than 8 fields or 16 bytes of header.
-        PolicyError: entropy coding is wanted, but zstd is not installed.
+        PolicyError: entropy coding is requested, but zstandard is not installed.
     """
     if len(shape) > MAX_DIMENSIONS:
         raise PayloadError(f"{name} has {len(shape)} dimensions, but a frame can have at most {MAX_DIMENSIONS}")
