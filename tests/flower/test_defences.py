@@ -332,7 +332,7 @@ def test_a_client_that_is_not_adapted_is_told_what_to_do(flower_log: pytest.LogC
     assert re.search(r"left out node 2: .*legacy app.*@app\.train\(\) of flwr\.clientapp", flower_log.text)
     flower_log.clear()
     assert strategy.aggregate_evaluate(1, replies) is None
-    assert "fedomc.flower.install and answer" in flower_log.text
+    assert "fedomc.flower.install and reply" in flower_log.text
 
 
 def test_mods_that_count_bytes_are_right_on_either_side() -> None:

@@ -154,7 +154,7 @@ def test_the_message_names_what_it_needs_and_a_consumed_one_keeps_that() -> None
         strategy, arrays = OMCStrategy(FedAvg(), policy), collect(build())
         message, _ = strategy.configure_train(1, arrays, ConfigRecord(), Nodes(2))  # type: ignore[arg-type]
         config = from_config(message.content[CONFIG])
-        selection = policy.select(build(), round=1, client="1")
+        selection = policy.select(build(), round=1, client=str(message.metadata.dst_node_id))
         assert config.unquantized == frozenset(selection.unquantized if kept else ())
         with torch.device("meta"):
             model = build()
