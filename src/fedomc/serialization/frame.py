@@ -172,7 +172,7 @@ def from_bytes(
         )
     begin = _begin(ndim, count, header_size)
     if len(view) < begin:
-        raise PayloadError(f"{name} is cut off within its header of {begin} bytes")
+        raise PayloadError(f"{name}: the frame is cut off within its header of {begin} bytes")
     sizes = _SIZES[ndim + count].unpack_from(view, _HEADER.size)
     dimensions, lengths = sizes[:ndim], sizes[ndim:]
     method = _method(view, tag, _HEADER.size + 8 * (ndim + count), header_size, begin, name)
