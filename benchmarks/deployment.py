@@ -1,13 +1,14 @@
-"""What each process of a real deployment takes: peak memory with compressed parameters against FP32.
+"""Measures the peak memory of each process of a real deployment, with compressed parameters and with FP32.
 
-    python -m benchmarks.deployment [--json out.json] [--rounds 1] [--formats S1E3M7@0.9 S1E2M3+S1E2M1]
+    python -m benchmarks.deployment [--json out.json] [--rounds 1] [--formats S1E3M7@0.9 S1E2M3+S1E2M1] [--model large]
 
-The application's large model (about 115 M parameters), a SuperLink with TLS and two SuperNodes as processes of this
-machine; a round is one local step on one utterance by each client, FedAdam on the server, then a measurement on the
-test set. Each format has processes of its own. Rows ``{format, process, peak_rss_bytes, ratio, plain_ratio}``: the
-highest peak (``VmHWM``) that any process of that kind reached, imports included, and what part it is of two baselines:
-``FP32``, the same code with nothing compressed, and ``FP32, plain``, whose client is that of Flower's examples
-(``flower_client.py``). Every message to a client starts a ClientApp, so that is the peak of the largest.
+The deployment has the application's large model (about 115 M parameters), or the size that ``--model`` names, and a
+SuperLink with TLS and two SuperNodes as processes of this machine. In a round each client makes one local step on one
+utterance, the server applies FedAdam and then evaluates the model on the test set. Each format has processes of its
+own. Rows ``{format, process, peak_rss_bytes, ratio, plain_ratio}``: the highest peak (``VmHWM``, which includes
+imports) that any process of that kind reached, and its ratio to two baselines: ``FP32``, the same code without
+compression, and ``FP32, plain``, with a client in the manner of Flower's examples (``flower_client.py``). Every message
+to a client starts a ClientApp; its peak is that of the largest of them.
 """
 
 import argparse
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="of training")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="as the application's; FP32 always runs")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one format")
+    parser.add_argument("--model", default="large", help="size of the application's model: large or tiny")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that all processes are ended
     formats = list(dict.fromkeys((PLAIN, SAME, *options.formats)))
@@ -52,7 +54,7 @@ def main() -> None:
     peaks: dict[str, dict[str, int]] = {}
     for format in formats:
         began = time.monotonic()
-        peaks[format] = run(format, options.rounds, options.timeout)
+        peaks[format] = run(format, options.rounds, options.timeout, options.model)
         print(f"{format} done in {time.monotonic() - began:.0f} s", flush=True)
         rows = [
             {
@@ -71,14 +73,14 @@ def main() -> None:
         print(line)
 
 
-def run(format: str, rounds: int, timeout: float) -> dict[str, int]:
+def run(format: str, rounds: int, timeout: float, model: str) -> dict[str, int]:
     """Run one deployment; give the peak of each kind of process in bytes."""
     peaks = dict.fromkeys(PROCESSES.values(), 0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with Loopback(folder, NODES, {"OMP_NUM_THREADS": "1"}) as loopback:
             settings = {
-                "model": "'large'",
+                "model": f"'{model}'",
                 "formats": f"'{format.partition(',')[0]}'",
                 "split": "'iid'",
                 "clients": NODES,

@@ -31,5 +31,5 @@ def train(message: Message, context: Context) -> Message:
     torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
     optimizer.step()
     held = sum(parameter.nbytes for parameter in network.parameters())
-    metrics = MetricRecord({"num-examples": len(utterances), "loss": float(loss), "parameter-bytes": held})
+    metrics = MetricRecord({"num-examples": len(utterances), "loss": float(loss.detach()), "parameter-bytes": held})
     return Message(RecordDict({"arrays": ArrayRecord(network.state_dict()), "metrics": metrics}), reply_to=message)

@@ -1,6 +1,6 @@
 """Whether models that nobody here wrote train as they should when compressed: no speed, but bits, losses and bytes.
 
-    python -m benchmarks.models [--json out.json]
+    python -m benchmarks.models [--json out.json] [--models GPT2LMHeadModel torch.nn.LSTM]
 
 A row is a model in a format: ``{model, parameters, format, loss_fp32, loss_lossless, bit_identical, largest_difference,
 loss_first, loss_last, fp32_last, parameter_bytes, predicted_bytes, fp32_bytes, wrong}``. The first figures say whether
@@ -43,10 +43,12 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for the rows")
+    names = [architecture.name for architecture in ARCHITECTURES]
+    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     options = parser.parse_args()
     rows = []
     print(f"{'model':32}{'parameters':>11} lossless   {'format':14}{'loss':>16}{'FP32':>8}{'bytes':>9}{'of FP32':>9}")
-    for architecture in ARCHITECTURES:
+    for architecture in (one for one in ARCHITECTURES if one.name in options.models):
         try:
             found = measure(architecture)
         except Exception as error:  # of one model: the others are measured all the same

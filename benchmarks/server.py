@@ -1,14 +1,15 @@
-"""What aggregation takes of the server: peak memory by size of the cohort, and time against memcpy.
+"""Measures the server's cost of aggregation: peak memory by the size of the cohort, and time against memcpy.
 
     python -m benchmarks.server [--json out.json] [--rounds 3] [--clients 4 16 64] [--formats S1E3M7@0.9]
+        [--model large]
 
-A round of ``OMCStrategy(FedAvg())`` with the application's large model (about 115 M parameters), one thread. The
-replies are made here, one after the other as a network would deliver them, each in memory of its own. Rows ``{format,
-clients, peak_rss_bytes, seconds, memcpy_ratio}``: the peak is that of the process above its level before the server's
-model is there, the seconds are of the whole of ``aggregate_train`` without the making of replies, and the ratio is that
-of memcpy of the FP32 model for each client, measured between any two replies, to them: more than 1 is faster than
-memcpy. Each row is the median of runs in processes of their own. ``peak_ratio`` is against the
-smallest cohort.
+Each row is a round of ``OMCStrategy(FedAvg())`` with the application's large model (about 115 M parameters), or the
+size that ``--model`` names, on one thread. The replies are made here one after the other, as a network would deliver
+them, each in its own memory. Rows ``{format, clients, peak_rss_bytes, seconds, memcpy_ratio, peak_ratio}``: the peak is
+that of the process above its level before the server's model exists; the seconds are those of ``aggregate_train``
+without making the replies; ``memcpy_ratio`` is the time of a memcpy of the FP32 model for each client, measured between
+the replies, divided by the seconds, so a value above 1 is faster than memcpy; ``peak_ratio`` is relative to the
+smallest cohort. Each row is the median of runs in separate processes.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from benchmarks.training import memory, values
 
 FORMATS = ("S1E2M3+S1E2M1", "S1E3M7@0.9", "FP32")
 CLIENTS = (4, 16, 64)
+LEAST_CLIENTS = 2
 VOCABULARY = 1024
 STRATEGY = "the name of Flower's, such as FedAdam, or a DifferentialPrivacy...FixedClipping, around FedAvg"
 BUFFER = 2**26  # bytes: larger than the caches
@@ -39,17 +41,20 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS), help="sizes of the cohort")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="of the clients, as the application's")
     parser.add_argument("--strategy", default="FedAvg", help=STRATEGY)
+    parser.add_argument("--model", default="large", help="size of the application's model: large or tiny")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if min(options.clients) < LEAST_CLIENTS:
+        parser.error(f"--clients {min(options.clients)}: Flower's strategies wait for {LEAST_CLIENTS} clients or more")
     if options.worker:
-        print(json.dumps(run(**json.loads(options.worker))))
+        print(json.dumps(run(**json.loads(options.worker), size=options.model)))
         return
     jobs = [{"format": f, "clients": c, "strategy": options.strategy} for f in options.formats for c in options.clients]
     print(f"{len(jobs)} rows x {options.rounds} rounds, 5 to 60 seconds each, about 3 GB of memory", flush=True)
     runs: list[list[dict[str, Any]]] = [[] for _ in jobs]
     for number in range(1, options.rounds + 1):
         for job, found in zip(jobs, runs, strict=True):
-            command = [sys.executable, "-m", "benchmarks.server", "--worker", json.dumps(job)]
+            command = [sys.executable, "-m", "benchmarks.server", "--model", options.model, "--worker", json.dumps(job)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
             if done.returncode:
                 sys.exit(done.stderr)
@@ -85,7 +90,7 @@ class Nodes:
         return list(range(1, self.clients + 1))
 
 
-def run(format: str, clients: int, strategy: str) -> dict[str, float]:
+def run(format: str, clients: int, strategy: str, size: str) -> dict[str, float]:
     """Aggregate one round."""
     import logging
 
@@ -107,7 +112,7 @@ def run(format: str, clients: int, strategy: str) -> dict[str, float]:
         setattr(TaskIdentity, name, 1)
     policy = None if format == "FP32" else fedomc.CompressionPolicy.parse(format)
     one, other = torch.zeros(BUFFER // 4), torch.ones(BUFFER // 4)
-    model = build("large", VOCABULARY)
+    model = build(size, VOCABULARY)
     private = strategy.startswith("DifferentialPrivacy")  # which refuses counters
 
     def drawn() -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,14 +1,15 @@
-"""What a training step of a large model takes: memory and time, against FP32, bfloat16 and torchao's int8.
+"""Measures the memory and time of a training step of a large model, against FP32, bfloat16 and torchao's int8.
 
-    python -m benchmarks.training [--json out.json] [--rounds 5] [--steps 4] [--variants fp32 S1E3M7]
+    python -m benchmarks.training [--json out.json] [--rounds 5] [--steps 4] [--variants fp32 S1E3M7] [--model large]
 
-The model is the application's FastConformer-Large (about 115 M parameters, CTC head), the batch one utterance of four
-seconds, one thread. Each variant runs in a process of its own, again in every round, so that what else the machine
-does falls on all of them. Rows ``{variant, checkpointing, parameters, parameter_bytes, peak_rss_bytes,
-step_seconds_median, speed_ratio}``: the peak is that of the process above its level after the imports, and the ratio
-is the median over rounds of the time of ``fp32`` by the variant's; more than 1 is faster.
+The model is the application's FastConformer-Large with a CTC head (about 115 M parameters), or the size that
+``--model`` names. The batch is one utterance of four seconds, and one thread is used. Each variant runs in a process of
+its own in every round, so that other load on the machine affects all variants alike. Rows ``{variant, checkpointing,
+parameters, parameter_bytes, peak_rss_bytes, step_seconds_median, speed_ratio}``: the peak is that of the process above
+its level after the imports, and the ratio is the median over rounds of the time of ``fp32`` divided by that of the
+variant; a value above 1 is faster.
 
-A second table shows how cost grows: a stack of linear layers of hidden size 256 to 2048.
+A second table shows how the cost grows with size: stacks of linear layers of hidden sizes 256 to 2048.
 """
 
 import argparse
@@ -52,32 +53,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a run, after one that is not")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="fp32 always runs")
     parser.add_argument("--no-sizes", action="store_true", help="without the second table")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="hidden sizes of the second table")
+    parser.add_argument("--model", default="large", help="size of the application's model: large or tiny")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(run(**json.loads(options.worker), steps=options.steps)))
+        print(json.dumps(run(**json.loads(options.worker), steps=options.steps, size=options.model)))
         return
     variants = list(dict.fromkeys(("fp32", *options.variants)))
     large = [{"variant": v, "checkpointing": c} for c in (False, True) for v in variants]
-    stacks = [{"variant": v, "hidden": h} for h in SIZES for v in variants if v in IN_TABLE_OF_SIZES]
+    stacks = [{"variant": v, "hidden": h} for h in options.sizes for v in variants if v in IN_TABLE_OF_SIZES]
     jobs = large + ([] if options.no_sizes else stacks)
     print(f"{len(jobs)} set-ups x {options.rounds} rounds, 5 to 15 seconds each, up to 1.5 GB of memory", flush=True)
+    worker = [sys.executable, "-m", "benchmarks.training", "--steps", str(options.steps), "--model", options.model]
     runs: dict[str, list[dict[str, Any] | None]] = {json.dumps(job): [] for job in jobs}
     for number in range(1, options.rounds + 1):
         for job in jobs:
             key = json.dumps(job)
-            done = subprocess.run(  # noqa: S603
-                [sys.executable, "-m", "benchmarks.training", "--worker", key, "--steps", str(options.steps)],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
+            done = subprocess.run([*worker, "--worker", key], capture_output=True, text=True, check=False)  # noqa: S603
             if done.returncode:
                 print(f"{key} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
             runs[key].append(None if done.returncode else json.loads(done.stdout.splitlines()[-1]))
         print(f"round {number} of {options.rounds} done", flush=True)
         rows = [found for job in jobs if (found := row(job, runs))]
         if options.json:  # after each round: a run may be stopped
-            options.json.write_text(json.dumps({"rounds": number, "rows": rows}, indent=2))
-    for line in table(rows):
+            settings = {"rounds": number, "model": options.model}
+            options.json.write_text(json.dumps({**settings, "rows": rows}, indent=2))
+    for line in table(rows, options.model):
         print(line)
 
 
@@ -103,11 +105,11 @@ def row(job: dict[str, Any], runs: dict[str, list[dict[str, Any] | None]]) -> di
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+def table(rows: list[dict[str, Any]], model: str) -> Iterator[str]:
     """Give the lines of both tables."""
     yield f"{'':<34} {'parameters':>18} {'peak':>16} {'step':>9} {'speed':>7}"
     for r in rows:
-        name = f"linear {r['hidden']}" if "hidden" in r else "checkpointed" if r["checkpointing"] else "large"
+        name = f"linear {r['hidden']}" if "hidden" in r else "checkpointed" if r["checkpointing"] else model
         yield (
             f"{name:<15}{r['variant']:<19} {r['parameter_bytes'] / 1e6:>8.1f} MB {r['parameter_ratio']:>6.1%} "
             f"{r['peak_rss_bytes'] / 1e6:>7.0f} MB {r['peak_ratio']:>5.0%} {r['step_seconds_median']:>7.3f} s "
@@ -118,11 +120,11 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 # ---- one variant, in its own process -------------------------------------------------------------------------------
 
 
-def run(variant: str, steps: int, checkpointing: bool = False, hidden: int = 0) -> dict[str, Any]:
+def run(variant: str, steps: int, checkpointing: bool = False, hidden: int = 0, size: str = "large") -> dict[str, Any]:
     """Train a few steps; report the median time of one and the peak of memory."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    step, parameters, held, start = prepare(variant, checkpointing, hidden)
+    step, parameters, held, start = prepare(variant, checkpointing, hidden, size)
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
@@ -136,7 +138,7 @@ def run(variant: str, steps: int, checkpointing: bool = False, hidden: int = 0) 
     }
 
 
-def prepare(variant: str, checkpointing: bool, hidden: int) -> tuple[Callable[[], None], int, int, int]:
+def prepare(variant: str, checkpointing: bool, hidden: int, size: str) -> tuple[Callable[[], None], int, int, int]:
     """Build the model and its step; give also the count and bytes of its parameters and the memory before them."""
     if hidden:
         with torch.device("meta"):
@@ -145,7 +147,7 @@ def prepare(variant: str, checkpointing: bool, hidden: int) -> tuple[Callable[[]
     else:
         from fedomc_speech.model import build
 
-        model = build("large", VOCABULARY)
+        model = build(size, VOCABULARY)
         if checkpointing:
             model.encoder.gradient_checkpointing_enable({"use_reentrant": False})
         batch = torch.randn(1, FRAMES, model.mels)

@@ -1,19 +1,20 @@
-"""What travels between a server and a client of the application's large model, and how fast it becomes bytes.
+"""Measures the bytes between a server and a client of the application's large model, and the speed of encoding them.
 
-    python -m benchmarks.transport [--json out.json] [--weights large.safetensors] [--rounds 7]
+    python -m benchmarks.transport [--json out.json] [--weights large.safetensors] [--rounds 7] [--model large]
 
-The weights are those of FastConformer-Large (115 M parameters) after some steps of AdamW on the corpus `digits`, which
-the application synthesises: real features and a real loss, some minutes on one core. With `--weights` they are kept in
-a file and taken from it the next time. Then, for each format, a client is filled from a message, trains a few steps on
-one speaker's utterances and replies, with and without entropy coding; both ways every byte of frames and dense
-arrays is counted, headers included.
+The weights are those of FastConformer-Large (115 M parameters), or of the size that `--model` names, after some steps
+of AdamW on the corpus `digits`, which the application synthesises: real features and a real loss, a few minutes on one
+core. With `--weights` they are stored in a file and loaded from it the next time. For each format, a client is then
+filled from a message, trains a few steps on one speaker's utterances and replies, with and without entropy coding. In
+both directions every byte of frames and dense arrays is counted, including headers.
 
 Rows `{format, unquantized_format, entropy_coding, direction, bytes, ratio, encode_mb_s, decode_mb_s, zstd_ratio}`: the
-bytes of the whole payload and their share of the FP32 payload's; MB of FP32 values a second to bytes (downwards with
-transformation and quantization) and back; and the median over rounds of the time of `zstd -1` on the FP32 bytes by that
-of encoding, in turn: more than 1 is faster. Speeds are those of the compressed variables of one encoder layer, on one
-thread. Upward rows also have `change`, the norm of the client's change by that of the weights. Peers are `zstd -1` and
-`gzip` of the FP32 bytes and float16: NVFlare's filter where nvflare is installed, else the plain cast that it makes.
+bytes of the whole payload and their share of the FP32 payload; the speeds of encoding (for the downlink with
+transformation and quantization) and decoding, in MB of FP32 values per second; and the median over rounds of the time
+of `zstd -1` on the FP32 bytes divided by that of encoding, measured in turn: a value above 1 is faster. The speeds are
+those of the compressed variables of one encoder layer, on one thread. Rows of the uplink also have `change`, the norm
+of the client's change relative to that of the weights. For comparison there are `zstd -1` and `gzip` of the FP32 bytes
+and float16: NVFlare's filter if nvflare is installed, otherwise the cast that it performs.
 """
 
 import argparse
@@ -46,7 +47,8 @@ from fedomc_speech.corpus.base import Utterance
 from fedomc_speech.tokens import Tokenizer, tokenizer_for
 
 EXCLUDED = ("*.bias_u", "*.bias_v")
-SPEED_LAYER = "encoder.layers.5."
+SPEED_LAYERS = {"large": "encoder.layers.5.", "tiny": "encoder.layers.1."}
+"""The layer of each model whose variables are timed."""
 BATCH = 4
 
 Operation = Callable[[], object]
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--client-rate", type=float, default=1e-4, help="learning rate of a client")
     parser.add_argument("--formats", nargs="+", help="those to measure; all by default")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each speed")
+    parser.add_argument("--model", choices=SPEED_LAYERS, default="large", help="size of the application's model")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with corpus.progress_bar() as progress:
@@ -104,14 +107,17 @@ def main() -> None:
         f"{'':<22}{'others':<9}{'coded':<10}{'':<6}{'bytes':>14}{'of FP32':>10}"
         f"{'encode':>13}{'decode':>13}{'against zstd -1':>17}"
     )
-    layer = [p.detach() for name, p in weights.named_parameters() if name.startswith(SPEED_LAYER) and p.dim() > 1]
-    baseline = Baseline([as_bytes(value) for value in layer], options.rounds)
+    prefix = SPEED_LAYERS[options.model]
+    layer = [p.detach() for name, p in weights.named_parameters() if name.startswith(prefix) and p.dim() > 1]
+    baseline = Baseline([as_bytes(value) for value in layer], options.rounds, prefix)
     rows = []
     for row in peers(weights, layer, baseline, fp32):
         rows.append(row)
         show(row)
     share = corpus.split(loaded.train, "speaker")[0]
-    client = Client(share, tokenizer, options.client_optimizer, options.client_rate, options.client_steps)
+    client = Client(
+        share, tokenizer, options.client_optimizer, options.client_rate, options.client_steps, options.model
+    )
     for way in (way for way in WAYS if not options.formats or way.format in options.formats):
         for row in measured(way, weights, client, baseline, fp32):
             rows.append(row)
@@ -151,10 +157,10 @@ def key(row: dict[str, Any]) -> tuple[str, str, str]:
 def trained(options: argparse.Namespace, loaded: corpus.Corpus, tokenizer: Tokenizer) -> model.SpeechModel:
     """Give the trained model: from the file of weights, or trained now."""
     if options.weights and options.weights.exists():
-        network = model.build("large", tokenizer.vocab_size)
+        network = model.build(options.model, tokenizer.vocab_size)
         print(f"weights from {options.weights}")
         return fedomc.load_model(network, options.weights)  # type: ignore[return-value]
-    network = model.build("large", tokenizer.vocab_size, seed=0)
+    network = model.build(options.model, tokenizer.vocab_size, seed=0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-4, fused=True)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=20)
     began, losses = time.monotonic(), []
@@ -200,6 +206,7 @@ class Client:
     optimizer: str
     rate: float
     steps: int
+    model: str
 
     def train(self, network: model.SpeechModel) -> None:
         """Train in place, compressed as it is."""
@@ -217,7 +224,7 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
     """Send a model to a client and back, with and without entropy coding."""
     packed = {zipped: message(way, weights, zipped) for zipped in (False, True)}
-    network = model.build("large", weights.head.out_features)
+    network = model.build(client.model, weights.head.out_features)
     install(network, packed[True])
     client.train(network)
     change = changed(weights, network)
@@ -286,7 +293,7 @@ def speed(
     """Measure the compressed variables of one layer: values to bytes down, packed codes to bytes up, and back."""
     arrays: Mapping[str, Array] = sent["arrays"]  # type: ignore[assignment]
     trained_, values = dict(network.named_parameters()), dict(weights.named_parameters())
-    names = [name for name in arrays if name.startswith(SPEED_LAYER) and arrays[name].stype == STYPE]
+    names = [name for name in arrays if name.startswith(baseline.prefix) and arrays[name].stype == STYPE]
     names = [name for name in names if isinstance(trained_[name], fedomc.CompressedTensor)]
     known = {name: read_packed(arrays[name], name, copy=False).packed for name in names}
     assert isinstance(way.policy.format, fedomc.FloatFormat)
@@ -328,7 +335,8 @@ def speed(
 class Baseline:
     """``zstd -1`` of the FP32 bytes of a layer, timed in turn with whatever is measured."""
 
-    def __init__(self, data: list[bytes], rounds: int) -> None:
+    def __init__(self, data: list[bytes], rounds: int, prefix: str) -> None:
+        self.prefix = prefix
         self._data, self._rounds = data, rounds
         self._size = sum(map(len, data))
 

@@ -1,9 +1,10 @@
-"""The private names of torch that fedomc needs, each behind a name of its own.
+"""The only module that uses private names of torch; each is wrapped in a function or name of its own.
 
-Whatever torch changes without notice breaks here and nowhere else: ``tests/test__torch.py`` has a test of each name,
-which fails first and says what changed. What ``import torch`` does not load by itself is loaded at its first use.
+A change that torch makes without notice can thus break only this module. ``tests/test__torch.py`` tests each name; it
+fails first and says what changed. Modules that ``import torch`` does not load are loaded when they are first used.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointFunction
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import (
@@ -31,8 +33,10 @@ __all__ = [
     "current_node",
     "drop_hooks",
     "forbid_memory_access",
+    "has_constant",
     "has_hooks",
     "has_step_hooks",
+    "in_reentrant_checkpoint",
     "linear_of_onednn",
     "no_overrides",
     "run_next_in_backward",
@@ -56,7 +60,7 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def __getattr__(name: str) -> Any:
-    """Load the tensors without values, which take their time, when they are asked for."""
+    """Import the fake tensors, which takes time, when one of their names is first used."""
     if name not in _FAKE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from torch._subclasses import fake_tensor
@@ -65,11 +69,11 @@ def __getattr__(name: str) -> Any:
 
 
 without_overrides = torch._C._disabled_torch_function_impl
-"""The ``__torch_function__`` of a subclass of ``Tensor`` whose functions all go to the dispatcher."""
+"""The ``__torch_function__`` for a subclass of ``Tensor`` that leaves all functions to the dispatcher."""
 
 
 def no_overrides() -> AbstractContextManager[Any]:
-    """Return a context in which functions of torch go to the dispatcher, past ``__torch_function__``."""
+    """Return a context in which functions of torch bypass ``__torch_function__`` and go to the dispatcher."""
     context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return context
 
@@ -77,7 +81,7 @@ def no_overrides() -> AbstractContextManager[Any]:
 def wrapper_tensor(
     cls: type[AnyTensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device, requires_grad: bool
 ) -> AnyTensor:
-    """Make a tensor of a subclass that has a shape, dtype and device, and no memory."""
+    """Make a tensor of a subclass, with a shape, dtype and device but without memory."""
     tensor: AnyTensor = Tensor._make_wrapper_subclass(
         cls, tuple(shape), dtype=dtype, device=device, requires_grad=requires_grad
     )
@@ -85,26 +89,26 @@ def wrapper_tensor(
 
 
 def forbid_memory_access(tensor: Tensor) -> None:
-    """Make it an error to ask a tensor without memory for its address, in place of a crash.
+    """Make access to the address of a tensor without memory an error instead of a crash.
 
-    Kernels that look at memory without the dispatcher's help, such as those of collectives on lists of lists, then
-    raise RuntimeError.
+    Kernels that access memory without going through the dispatcher, such as those of collectives on lists of lists,
+    then raise RuntimeError.
     """
     torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
 def transforms_are_active() -> bool:
-    """Tell whether a transform of ``torch.func`` or the forward mode of autograd is active."""
+    """Return whether a transform of ``torch.func`` or the forward mode of autograd is active."""
     return bool(torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def uncompiled(reason: str) -> Callable[[Function], Function]:
-    """Keep ``torch.compile`` out of a function and of what it calls.
+    """Exclude a function, and everything that it calls, from ``torch.compile``.
 
-    The decorator ``torch.compiler.disable`` does the same, and loads the compiler at once.
+    The decorator ``torch.compiler.disable`` does the same, but imports the compiler immediately.
 
     Args:
-        reason: the reason of the graph break.
+        reason: the reason to report for the graph break.
     """
 
     def mark(function: Function) -> Function:
@@ -123,53 +127,74 @@ def schema_of(operator: Any) -> Any:
     return operator._schema
 
 
+def has_constant(tensor: Any) -> bool:
+    """Return whether a fake tensor stands for a constant, whose values are known."""
+    return tensor.constant is not None
+
+
 def has_hooks(tensor: Tensor) -> bool:
-    """Tell whether a leaf has hooks of its gradient."""
+    """Return whether a leaf has hooks on its gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def has_step_hooks(tensor: Tensor) -> bool:
-    """Tell whether a leaf has hooks that run when its gradient was accumulated."""
+    """Return whether a leaf has hooks that run after its gradient has been accumulated."""
     return bool(tensor._post_accumulate_grad_hooks)
 
 
 def drop_hooks(tensor: Tensor) -> None:
-    """Drop the sets of hooks of a leaf, also empty ones."""
+    """Remove the hook dictionaries of a leaf, even if they are empty."""
     tensor._backward_hooks = tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
 
 def use_count(tensor: Tensor) -> int:
-    """Count the references to a tensor in C++, which ``torch.utils.swap_tensors`` wants to be one."""
+    """Return the number of C++ references to a tensor, which ``torch.utils.swap_tensors`` requires to be one."""
     return int(Tensor._use_count(tensor))  # type: ignore[attr-defined]
 
 
 def run_next_in_backward(tensor: Tensor) -> None:
-    """Let the node of a tensor in the graph run before all others that are ready, in the backward pass."""
+    """Make the backward pass run a tensor's graph node before all other nodes that are ready."""
     tensor.grad_fn._set_sequence_nr(2**63 - 1)  # type: ignore[union-attr]
 
 
 def saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """Return the innermost pair of ``torch.autograd.graph.saved_tensors_hooks`` that is in effect, if any."""
+    """Return the innermost active pair of ``torch.autograd.graph.saved_tensors_hooks``, if any."""
     hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks
 
 
 def current_node() -> Any:
-    """Return the node of the graph whose backward function runs in this thread, or None."""
+    """Return the graph node whose backward function is running in this thread, or None."""
     return torch._C._current_autograd_node()
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """Return a number that no other living storage has, whether it has memory or not."""
+    """Return a number that identifies a storage among all that exist, whether or not it has memory."""
     return int(storage._cdata)
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return indices and values of a sparse COO tensor, whether it is coalesced or not."""
+    """Return the indices and values of a sparse COO tensor, whether or not it is coalesced."""
     return tensor._indices(), tensor._values()
 
 
+def in_reentrant_checkpoint() -> bool:
+    """Return whether the running backward pass was started by the backward pass of a reentrant checkpoint.
+
+    Torch has no query for this, so the call stack is searched for the backward function of the checkpoint.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CHECKPOINT_BACKWARD:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__
+
+
 def linear_of_onednn() -> Any:
-    """Return the operator ``(x, weight, bias, "none", [], "")`` by which oneDNN computes ``x W^T + b``, if any."""
+    """Return oneDNN's operator for ``x W^T + b``, called with ``(x, weight, bias, "none", [], "")``, if it exists."""
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]

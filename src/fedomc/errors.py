@@ -2,28 +2,28 @@
 
 
 class OMCError(ValueError):
-    """Something that fedomc was given cannot be used; the message names it and the way out."""
+    """The base class: fedomc cannot use an input; the message names the input and says what to do instead."""
 
 
 class FormatError(OMCError):
-    """A number format that does not exist or is out of range."""
+    """A number format does not exist or is out of range."""
 
 
 class PolicyError(OMCError):
-    """A compression policy that is impossible, or that fits no variable of the model."""
+    """A compression policy is impossible, or applies to no variable of the model."""
 
 
 class NonFiniteError(OMCError):
-    """A NaN or an infinity where a finite value must be: no code of any format stands for it."""
+    """A value is NaN or infinite, which no code of any format represents."""
 
 
 class PayloadError(OMCError):
-    """Bytes from outside that are not a valid compressed variable or do not fit the model."""
+    """Bytes from outside are not a valid compressed variable, or do not fit the model."""
 
 
 class RoundsFailedError(OMCError):
-    """Round after round no client sent a usable reply."""
+    """In too many consecutive rounds, no client sent a usable reply."""
 
 
 class FolderLockedError(OMCError):
-    """A folder that one process at a time may write to, and another process does."""
+    """Another process is already writing to a folder that only one process may write to."""

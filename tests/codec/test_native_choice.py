@@ -28,7 +28,7 @@ class TestChoice:
         broken = "import sys; sys.modules['fedomc.codec._native'] = None\n" + self.code
         result = run(broken, FEDOMC_NATIVE="auto")
         assert result.stdout.split() == ["reference", "reference"]
-        assert result.stderr.count("much slower reference serves") == 1
+        assert result.stderr.count("much slower reference is used") == 1
         assert run(broken, FEDOMC_NATIVE="0").stderr == ""
         assert (
             "ImportError" in run(broken, FEDOMC_NATIVE="1").stderr

@@ -344,11 +344,11 @@ def test_a_round_ends_with_the_good_clients_and_names_the_others(flower_log: pyt
     assert wrapped.traffic[-1].received == 3
     for node, why in {
         2: "weight",
-        3: "weight: shape",
+        3: "weight has shape",
         4: "bias has a value",
         5: "no reply",
         6: "out of memory",
-        7: "the reply's variables",
+        7: "the reply has other variables",
         8: "steps",
     }.items():
         assert f"left out node {node}: {why}" in flower_log.text

@@ -66,7 +66,7 @@ def test_a_folder_of_another_initial_model_is_not_taken_silently(
         start("FedAvg", 2, tmp_path, initial=model(scale=0.1))
     assert "another initial model" not in flower_info.text
     start("FedAvg", 3, tmp_path, initial=model(scale=0.1))
-    assert f"the run in {tmp_path} began with another initial model than the one given" in flower_info.text
+    assert f"the run in {tmp_path} began with another initial model, so the given one is not used" in flower_info.text
     flower_info.clear()
     start("FedAvg", 3, tmp_path)  # with its own
     assert "another initial model" not in flower_info.text

@@ -202,7 +202,7 @@ def claiming(shape: tuple[int, ...]) -> bytes:
         (lambda m: replaced(m, W, Array("float32", (64, 40), "pickle", b"\x80\x04N.")), "unknown"),
         (lambda m: replaced(m, W, Array("float32", (64, 40), "numpy.ndarray", b"\x80\x04N." * 999)), "not a numpy"),
         (lambda m: replaced(m, W, Array("float32", (2**40, 2**20), "numpy.ndarray", b"")), "shape"),
-        (lambda m: replaced(m, W, Array("float32", (64, 40), "numpy.ndarray", claiming((64, 2**50)))), "claims"),
+        (lambda m: replaced(m, W, Array("float32", (64, 40), "numpy.ndarray", claiming((64, 2**50)))), "describe"),
         (lambda m: RecordDict({"arrays": m["arrays"]}), "no 'fedomc'"),
         (lambda m: RecordDict({}), "0 array records"),
     ],

@@ -292,9 +292,9 @@ WRONG_ORDERS = {
     "clipping around compressed training": ("client, fixed", packed_client(fixedclipping_mod), "after omc_mod"),
     "local noise around omc_mod": ("local", client(LocalDpMod(C, 1.0, 1.0, 1e-5), omc_mod), "after omc_mod"),
     "local noise around compressed training": ("local", packed_client(LocalDpMod(C, 1.0, 1.0, 1e-5)), "after omc_mod"),
-    "secure aggregation outside": ("local", client(secaggplus_mod, omc_mod), "legacy strategies alone"),
-    "SecAgg inside": ("local", client(omc_mod, secagg_mod), "legacy strategies alone"),
-    "secure aggregation inside": ("local", client(omc_mod, secaggplus_mod), "legacy strategies alone"),
+    "secure aggregation outside": ("local", client(secaggplus_mod, omc_mod), "only for its legacy strategies"),
+    "SecAgg inside": ("local", client(omc_mod, secagg_mod), "only for its legacy strategies"),
+    "secure aggregation inside": ("local", client(omc_mod, secaggplus_mod), "only for its legacy strategies"),
 }
 
 
@@ -328,11 +328,11 @@ def test_a_client_that_is_not_adapted_is_told_what_to_do(flower_log: pytest.LogC
     says = "Unsupported serialization type .* read it with fedomc.flower.install or fedomc.flower.omc_mod"
     assert re.search(says, str(replies[0].error.reason))
     assert strategy.aggregate_train(1, replies)[0] is None
-    assert re.search(r"left out node 1: .*fedomc\.flower\.install and answer with .*omc_mod", flower_log.text)
+    assert re.search(r"left out node 1: .*fedomc\.flower\.install and reply with .*omc_mod", flower_log.text)
     assert re.search(r"left out node 2: .*legacy app.*@app\.train\(\) of flwr\.clientapp", flower_log.text)
     flower_log.clear()
     assert strategy.aggregate_evaluate(1, replies) is None
-    assert "fedomc.flower.install and answer" in flower_log.text
+    assert "fedomc.flower.install and reply" in flower_log.text
 
 
 def test_mods_that_count_bytes_are_right_on_either_side() -> None:
@@ -408,7 +408,7 @@ def test_a_hostile_reply_costs_no_more_than_itself(defence: str, flower_log: pyt
     replies[2].content["arrays"] = swapped
     result, _ = strategy.aggregate_train(1, replies)
     assert sorted(watched.added) == [2, 3, 4] and result is not None
-    assert "left out node 1: what it changed is not finite" in flower_log.text
+    assert "left out node 1: its change, or the sum of its change and the model, is not finite" in flower_log.text
     assert list(watched.added[3]) == list(arrays)
     bias = watched.added[3]["bias"] - arrays["bias"].numpy()
     assert 0 < np.linalg.norm(bias) <= C * (1 + 1e-5)

@@ -437,7 +437,7 @@ def test_the_inner_strategys_own_start_runs_compressed(tmp_path: Path) -> None:
     plain = OMCStrategy(FedAvg(fraction_evaluate=0.0), policy(fraction=1.0)).start(grid, collect(build()), num_rounds=2)
     assert {n: a.data for n, a in inner.arrays.items()} == {n: a.data for n, a in plain.arrays.items()}
     wrapped.checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(fedomc.PolicyError, match=r"Best has a start of its own: override start in a subclass"):
+    with pytest.raises(fedomc.PolicyError, match=r"Best has its own start: override start in a subclass"):
         wrapped.start(grid, collect(build()))
 
 

@@ -60,7 +60,7 @@ def test_rounds_without_a_usable_reply_end_the_run(
         return
     with pytest.raises(RoundsFailedError, match=when) as caught:
         run(failing, rounds, **kwargs)
-    assert "4 that were asked" in str(caught.value) and "failed_rounds=None" in str(caught.value)
+    assert "4 selected" in str(caught.value) and "failed_rounds=None" in str(caught.value)
 
 
 def test_a_short_run_of_failed_rounds_alone_fails_at_its_end() -> None:
@@ -78,7 +78,7 @@ def test_lost_steps_are_warned_of_once(flower_log: pytest.LogCaptureFixture) -> 
     with flower_log.at_level(logging.WARNING):
         for number, kept in enumerate((0.11, 0.13, 0.12, 0.12, 0.12, 0.12, 0.97), start=1):
             supervision.add(number, 4, 4, MetricRecord({STEP_KEPT: kept}))
-    assert "round 5: of the clients' training steps 12% arrive" in flower_log.text
+    assert "round 5: only 12% of the clients' training steps take effect" in flower_log.text
     assert "round 4" not in flower_log.text and "round 6" not in flower_log.text
 
 

@@ -346,7 +346,7 @@ def test_what_is_only_for_sending_is_not_held(name: str) -> None:
         lambda: CompressionPolicy("S1E3M7", format_by_name={"*.weight": name}),
         lambda: CompressedTensor.from_dense(randn(4, 5), name),
     ):
-        with pytest.raises(fedomc.PolicyError, match=f"{name} is for what is sent.*write it behind >"):
+        with pytest.raises(fedomc.PolicyError, match=f"{name} can only be used for the uplink.*write it after >"):
             refused()
 
 

@@ -60,13 +60,16 @@ def of_differences() -> bytes:
 
 W = NAMES[3]
 HOSTILE: dict[str, tuple[Callable[[DXO], None], str]] = {
-    "garbage": (put(W, b"garbage"), rf"site-3 sent {W}: 7 bytes are too few"),
+    "garbage": (put(W, b"garbage"), rf"site-3 sent {W}: 7 bytes are not enough"),
     "another magic": (put(W, b"\x80\x04cos" * 99), rf"site-3 sent {W}: not a compressed variable"),
     "nothing": (put(W, b""), rf"{W}: 0 bytes"),
     "NaN": (put(W, np.full((48, 40), np.nan, "f")), rf"site-3 sent {W} with a value that is NaN"),
     "infinity": (put("layers.0.bias", np.full(48, np.inf, "f")), r"site-3 sent layers.0.bias with a value that is NaN"),
     "another shape": (put(W, np.zeros((40, 48), "f")), rf"{W} of shape \(40, 48\), but \(48, 40\) was sent"),
-    "another shape, compressed": (put(W, of_other_shape()), rf"{W}: .*has shape \(48, 41\), \(48, 40\) expected"),
+    "another shape, compressed": (
+        put(W, of_other_shape()),
+        rf"{W}: .*has shape \(48, 41\), but \(48, 40\) is expected",
+    ),
     "differences": (put(W, of_differences()), rf"{W} as a frame of kind 1, but .*WEIGHTS have kind 0"),
     "compressed counter": (
         put("norm.count", frame.to_bytes(frame.Packed.zeros(fedomc.FloatFormat(3, 7), 1, "cpu"), ())),

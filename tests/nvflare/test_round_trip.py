@@ -128,7 +128,7 @@ def test_a_client_may_train_compressed_tensors(server: FLContextManager, how: di
 
 @pytest.mark.parametrize(
     ("update_format", "kind", "error"),
-    [("S1E2M3", DataKind.WEIGHTS, "w is in two parts"), (None, DataKind.WEIGHT_DIFF, "w is in one part")],
+    [("S1E2M3", DataKind.WEIGHTS, "w has two parts"), (None, DataKind.WEIGHT_DIFF, "w has one part")],
 )
 def test_a_compressed_tensor_that_does_not_fit_what_is_sent(update_format: str | None, kind: str, error: str) -> None:
     value = fedomc.CompressedTensor.from_dense(randn(64, 64), "S1E3M7", update_format=update_format)

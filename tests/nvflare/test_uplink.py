@@ -95,5 +95,5 @@ def test_a_trained_variable_of_another_shape_is_named(server: FLContextManager) 
     chosen, client = policy(fraction=1.0), FLContextManager(identity_name="site-1", job_id="job")
     sent = send(server_out(chosen), message({"w": randn(*SHAPE)}), "site-1", server)
     client_in().process(sent, context_of("site-1", "server", client))
-    with pytest.raises(fedomc.PayloadError, match=r"^w goes back as torch.float32 \(40, 48\)"):
+    with pytest.raises(fedomc.PayloadError, match=r"^w is returned as torch.float32 \(40, 48\)"):
         client_out(chosen).process(message({"w": randn(*SHAPE).t()}), context_of("site-1", "server", client))

@@ -273,7 +273,7 @@ UNREADABLE = {
     "INT8": (lambda: built("INT8"), r"INT8: embedding\.weight.*MXFP8"),
     "NF4 base": (lambda: built("NF4+MXFP8"), r"NF4: embedding\.weight"),
     "some": (mixed, r"NF4: embedding\.weight; S1E4M3: inner\.0\.weight, inner\.2\.weight"),
-    "update": (moved, r"embedding\.weight, inner\.0\.weight.*a base and an update.*decompress_"),
+    "update": (moved, r"the base and the update of embedding\.weight, inner\.0\.weight.*decompress_"),
     "scales' name": (lambda: named_like_scales(False), "weight_scale is a variable.*scales of weight.*rename"),
     "scales' alias": (lambda: named_like_scales(True), "weight_scale is a variable.*scales of weight.*rename"),
 }
@@ -349,20 +349,20 @@ WRONG: dict[str, tuple[Change, str]] = {
     "flat scales": (entry("eight_scale", shape=[12]), r"eight_scale: F8_E8M0\(12,\)"),
     "scales of bytes": (entry("eight_scale", dtype="U8"), r"eight_scale: U8"),
     "scales by row": (entry("ragged_scale", shape=[2, 1]), r"ragged_scale: F8_E8M0\(2, 1\)"),
-    "no scales": (without("eight_scale"), "eight_scale missing"),
-    "no elements": (without("eight"), "eight missing"),
+    "no scales": (without("eight_scale"), "lacks eight_scale"),
+    "no elements": (without("eight"), "lacks eight"),
     "NaN": (byte("eight", 5, 0x7F), "eight: an element is NaN or infinite"),
     "negative NaN": (byte("eight", 5, 0xFF), "eight: an element is NaN or infinite"),
     "infinity": (byte("wide", 5, 0x7C), "wide: an element is NaN or infinite"),
     "scale of NaN": (byte("eight_scale", 3, 255), "eight: a scale is NaN"),
     "scale too large": (byte("eight_scale", 3, 247), "eight: a scale of 2"),
-    "last element of six bits": (byte("ragged", -1, 4), "ragged: what fills its last block is not zero"),
+    "last element of six bits": (byte("ragged", -1, 4), "ragged: the padding of its last block is not zero"),
     "format of no dtype": (field("eight", format="S1E3M7"), r"eight: safetensors has no dtype for S1E3M7"),
     "other format": (field("eight", format="MXFP8E5M2"), r"eight: F8_E4M3"),
     "other shape": (field("eight", shape=[64, 6]), r"eight: F8_E4M3|eight_scale"),
     "shape of another model": (
         both(field("eight", shape=[3, 128]), entry("eight", shape=[3, 128]), entry("eight_scale", shape=[3, 4])),
-        r"eight: shape \(3, 128\)",
+        r"eight has shape \(3, 128\)",
     ),
     "huge shape": (field("eight", shape=[2**52, 2**52]), "eight: shape .* is too large"),
     "huge shape of nothing": (
@@ -370,10 +370,10 @@ WRONG: dict[str, tuple[Change, str]] = {
              entry("nothing_scale", shape=[0, 2**40, 2**35])),
         "nothing: shape .* is too large",
     ),
-    "an update": (field("eight", update_format="S1E2M1", draws=[1, 1]), "eight with an update"),
+    "an update": (field("eight", update_format="S1E2M1", draws=[1, 1]), "the updates of eight"),
     "neither true nor false": (content(interchange=1), "interchange=1"),
     "frames": (content(interchange=False), "eight_scale.* unknown"),
-    "a dense variable": (entry("bias", dtype="I32"), "bias: dtype"),
+    "a dense variable": (entry("bias", dtype="I32"), "bias has dtype"),
     "no name": (content(variables={}), "unknown"),
 }  # fmt: skip
 
@@ -413,7 +413,7 @@ def test_frames_are_not_taken_for_elements(path: Path) -> None:
     header = json.loads(data[8 : 8 + length])
     content(interchange=True)(header, bytearray())
     path.write_bytes(signed(header, data[8 + length :]))
-    with pytest.raises(PayloadError, match="missing"):
+    with pytest.raises(PayloadError, match="lacks"):
         load_model(model, path)
 
 

@@ -67,7 +67,7 @@ def test_what_was_sent_dense_is_no_frame_and_what_is_wrong_is_named() -> None:
     assert reply_frame(randn(*SHAPE), None, config, "w") is None
     assert reply_frame(randn(*SHAPE), None, None, "w") is None
     for value in (randn(3, 3), randn(*SHAPE).double()):
-        with pytest.raises(fedomc.PayloadError, match=r"^w goes back as torch\.float"):
+        with pytest.raises(fedomc.PayloadError, match=r"^w is returned as torch\.float"):
             reply_frame(value, sent(frame.VARIABLE, "S1E2M3"), config, "w")
     with pytest.raises(fedomc.PayloadError, match=r"^w .* names no format"):
         reply_frame(randn(*SHAPE), sent(frame.DENSE, "S1E5M10"), config, "w")
@@ -159,7 +159,7 @@ def test_an_update_in_the_uplinks_method_is_not_rounded_again() -> None:
 def test_what_an_uplink_leaves_alone_and_what_is_wrong() -> None:
     config = UplinkConfig(Encoding.parse("S1E3M7>DRIVE1"), unquantized=frozenset({"w"}))
     assert reply_frame(randn(10), None, config, "bias") is None
-    with pytest.raises(fedomc.PayloadError, match=r"^w goes back as torch\.float32 \(3, 3\)"):
+    with pytest.raises(fedomc.PayloadError, match=r"^w is returned as torch\.float32 \(3, 3\)"):
         reply_frame(randn(3, 3), randn(*SHAPE), config, "w")
     for came in (randn(*SHAPE), sent(frame.VARIABLE, "S1E3M7")):
         with pytest.raises(fedomc.NonFiniteError, match=r"^w "):

@@ -267,9 +267,9 @@ def test_a_pattern_that_matches_nothing_is_an_error(kwargs: dict[str, object], m
 
 @pytest.mark.parametrize("kwargs", [{"include": ["*bias*"]}, {"exclude": ["*"]}, {"fraction": 0.0}])
 def test_nothing_to_compress_is_an_error(kwargs: dict[str, object]) -> None:
-    with pytest.raises(PolicyError, match="no variable"):
+    with pytest.raises(PolicyError, match=r"none of \d+ variables can be compressed|no variable to compress"):
         CompressionPolicy("S1E3M7", **kwargs).select(SHAPES)
-    with pytest.raises(PolicyError, match="no variable"):
+    with pytest.raises(PolicyError, match=r"none of \d+ variables can be compressed|no variable to compress"):
         CompressionPolicy("S1E3M7").select({"bias": (5,)})
 
 

@@ -1,8 +1,8 @@
-"""The codec: values <-> packed bits, for whole variables or any stretch of them that starts at a block.
+"""Converts between float32 values and packed codes, for whole variables or stretches that begin at a block boundary.
 
-This is the seam between what a code means and how fast it is made. Each operation is a ``torch.library`` operator, so
-that the dispatcher chooses the backend: the C++ kernels for CPU tensors, the reference in PyTorch operations for all
-others. Both give the same bits, for any number of threads.
+Methods call these functions without knowing which backend runs them. Each function is a ``torch.library`` operator, so
+the dispatcher chooses the backend: the C++ kernels for CPU tensors, and the reference, written in PyTorch operations,
+for all others. Both produce the same bits for any number of threads.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ __all__ = [
 INFINITY_BITS = 0x7F800000
 """The bits of a float32 infinity; the magnitude bits of every finite value are smaller."""
 
-_STATUS = 2  # the bits of the largest magnitude, and whether any value changed
+_STATUS = 2  # elements of a status tensor: the bits of the largest magnitude, and whether any value changed
 
 _SCHEMAS = {
     "absmax": "(Tensor values, Tensor(a!) out) -> ()",
@@ -73,19 +73,19 @@ for _name, _schema in _SCHEMAS.items():
     _library.impl(_name, getattr(_module, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     if native.extension is not None:
         _library.impl(_name, getattr(native, _name), "CPU")  # type: ignore[no-untyped-call]
-    # All results are written to arguments: there is nothing to make for tensors without values.
+    # All results are written to arguments, so there is nothing to allocate for fake tensors.
     torch.library.register_fake(f"fedomc::{_name}", lambda *args: None, lib=_library)
 
 _operators = torch.ops.fedomc
 
 
 class Outcome(NamedTuple):
-    """What a pass over values found.
+    """The result of encoding or updating values.
 
     Attributes:
-        absmax_bits: the float32 bits of the largest magnitude: ``INFINITY_BITS`` or more if a value is not finite, and
-            then what was written means nothing.
-        changed: whether any value differs from what was decoded; always true where nothing was decoded.
+        absmax_bits: the float32 bits of the largest magnitude. They are ``INFINITY_BITS`` or more if a value is not
+            finite; the output is then undefined.
+        changed: whether any value differs from the decoded one; always true if nothing was decoded.
     """
 
     absmax_bits: int
@@ -93,25 +93,25 @@ class Outcome(NamedTuple):
 
 
 def backend(device: torch.device | str) -> str:
-    """Name what serves a device: ``native`` or ``reference``."""
+    """Return the name of the backend that serves a device: ``native`` or ``reference``."""
     return "native" if torch.device(device).type == "cpu" and native.extension is not None else "reference"
 
 
 def absmax_bits(values: Tensor) -> int:
-    """Return the float32 bits of the largest magnitude of float32 ``[n]``; 0 for no values."""
+    """Return the float32 bits of the largest magnitude in float32 ``[n]``; 0 if there are no values."""
     out = torch.zeros(1, dtype=torch.int64, device=values.device)
     _operators.absmax(values, out)
     return int(out)
 
 
 def decode(words: Tensor, scale_offset: Tensor, element: FloatElement, out: Tensor) -> Tensor:
-    """Decode ``scale * Q + offset``.
+    """Decode ``scale * Q + offset``, where Q is the value of a code.
 
     Args:
-        words: int32 ``[words_of(n, bits)]``.
-        scale_offset: float32 ``[2]``; (1, 0) keeps every bit.
+        words: the packed codes, int32 ``[words_of(n, bits)]``.
+        scale_offset: float32 ``[2]``; with (1, 0), the values of the codes are decoded exactly.
         element: the number format.
-        out: float32 ``[n]``, contiguous, written.
+        out: float32 ``[n]``, contiguous; it is overwritten.
 
     Returns:
         ``out``.
@@ -129,7 +129,10 @@ def decode_sum(
     update_element: FloatElement,
     out: Tensor,
 ) -> Tensor:
-    """Decode a base and add its update in one pass; arguments as in ``decode``, for each of the two."""
+    """Decode the sum of a base and its update in one pass.
+
+    The arguments are those of ``decode``, for the base and for the update.
+    """
     base, update = (each.exponent_bits for each in (element, update_element))
     _operators.decode_sum(
         words, scale_offset, base, element.mantissa_bits,
@@ -139,7 +142,7 @@ def decode_sum(
 
 
 def decode_add(words: Tensor, scale_offset: Tensor, element: FloatElement, weight: float, out: Tensor) -> Tensor:
-    """Add ``weight * (scale * Q + offset)`` to ``out``; arguments as in ``decode``."""
+    """Add ``weight * (scale * Q + offset)`` to ``out``; the other arguments are those of ``decode``."""
     _operators.decode_add(words, scale_offset, element.exponent_bits, element.mantissa_bits, weight, out)
     return out
 
@@ -154,7 +157,10 @@ def decode_add_difference(
     weight: float,
     out: Tensor,
 ) -> Tensor:
-    """Add ``weight`` times the difference of two decoded variables to ``out``; arguments as in ``decode``."""
+    """Add ``weight`` times the difference of two decoded variables to ``out``.
+
+    The other arguments are those of ``decode``, for each of the two variables.
+    """
     _operators.decode_add_difference(
         words, scale_offset, element.exponent_bits, element.mantissa_bits, subtrahend_words, subtrahend_scale_offset,
         subtrahend_element.exponent_bits, subtrahend_element.mantissa_bits, weight, out,
@@ -163,7 +169,7 @@ def decode_add_difference(
 
 
 def add_difference(values: Tensor, subtrahend: Tensor, weight: float, out: Tensor) -> Tensor:
-    """Add ``weight * (values - subtrahend)`` to ``out`` in one pass; all are float32 ``[n]``, contiguous."""
+    """Add ``weight * (values - subtrahend)`` to ``out`` in one pass; all tensors are contiguous float32 ``[n]``."""
     _operators.add_difference(values, subtrahend, weight, out)
     return out
 
@@ -178,19 +184,20 @@ def encode(
     seed: int | None = None,
     sums: bool = True,
 ) -> tuple[Tensor, Outcome]:
-    """Encode ``Q(2**exponent * V)`` into ``words``.
+    """Encode the values V as ``Q(2**exponent * V)``, where Q rounds to a code.
 
     Args:
         values: float32 ``[n]``, contiguous.
         element: the number format.
-        exponent: the k of the scaling: from ``top_exponent - 127`` to ``120 - bias - mantissa_bits``, or 0.
-        words: int32 ``[words_of(n, bits)]``, written.
-        start: where the values stand in their variable, a multiple of ``BLOCK``: the counter of stochastic rounding.
-        seed: of stochastic rounding, 63 bits; None rounds to nearest, ties to the even code.
-        sums: whether the sums for the least-squares fit are wanted.
+        exponent: the exponent of the scaling, from ``top_exponent - 127`` to ``120 - bias - mantissa_bits``, or 0.
+        words: the packed codes, int32 ``[words_of(n, bits)]``; overwritten.
+        start: the index of the first value within its variable, a multiple of ``BLOCK``. It is the counter of the
+            random generator.
+        seed: the seed of stochastic rounding, up to 63 bits; None rounds to nearest, ties to the even code.
+        sums: whether to compute the sums for the least-squares fit.
 
     Returns:
-        The sums of each chunk, float64 ``[chunks, 5]`` (``[0, 5]`` if not wanted), and what was found.
+        The sums of each chunk, float64 ``[chunks, 5]`` (``[0, 5]`` without ``sums``), and the outcome.
     """
     table, status = _sums_table(values, sums), _status(values)
     _operators.encode(values, element.exponent_bits, element.mantissa_bits, exponent, seed, start, words, table, status)
@@ -209,25 +216,27 @@ def update(
     rescale: bool = True,
     seed: int | None = None,
 ) -> Outcome:
-    """Encode the decoded values plus ``alpha * gradient`` into ``out``, with no dense copy of them.
+    """Add ``alpha * gradient`` to the decoded values and encode the result, without a dense copy of the values.
 
-    The values are rounded in units of the present scale, on top of the present offset, so that what the gradient does
-    not move keeps its code exactly. The scale changes by powers of two alone, where the largest value asks for it.
+    The values are rounded in units of the present scale, relative to the present offset, so a value that the gradient
+    does not move keeps its code exactly. The scale changes only by powers of two, and only if the largest value
+    requires it.
 
     Args:
-        words: int32 ``[words_of(n, bits)]``.
-        scale_offset: float32 ``[2]``, of the present values.
-        element: the number format, of the result too.
+        words: the present codes, int32 ``[words_of(n, bits)]``.
+        scale_offset: the present scale and offset, float32 ``[2]``.
+        element: the number format of both the present and the new codes.
         gradient: float32 ``[n]``, contiguous.
-        alpha: its factor.
-        out: int32 like ``words``, written; not ``words`` itself, which a second pass on another scale reads again.
-        out_scale_offset: float32 ``[2]``, written; not ``scale_offset`` itself.
-        rescale: whether the scale may change; otherwise values beyond the largest code saturate.
-        seed: of stochastic rounding; None rounds to nearest.
+        alpha: the factor of the gradient.
+        out: the new codes, int32 like ``words``; overwritten. It must not be ``words`` itself, which is read again if
+            a second pass with another scale is needed.
+        out_scale_offset: the new scale and offset, float32 ``[2]``; overwritten. It must not be ``scale_offset``.
+        rescale: whether the scale may change; otherwise, values beyond the largest code saturate.
+        seed: the seed of stochastic rounding; None rounds to nearest.
 
     Returns:
-        What was found; the largest magnitude is in units of the codes. It is infinite, too, where the scale does not
-        allow an update, such as zero: the values are to be encoded afresh then.
+        The outcome, with the largest magnitude in units of the codes. It is also infinite if the present scale, such
+        as zero, does not allow an update; the caller then has to encode the values anew.
     """
     status = _status(gradient)
     _operators.update(
@@ -238,14 +247,14 @@ def update(
 
 
 def block_decode(words: Tensor, scales: Tensor, element: BlockElement, block: int, out: Tensor) -> Tensor:
-    """Decode ``scale * Q``, with a scale for each block of values.
+    """Decode ``scale * Q``, where Q is the value of a code and each block of values has its own scale.
 
     Args:
-        words: int32 ``[words_of(n, bits)]``.
-        scales: ``[ceil(n / block)]``: float32, or uint8 for floats, exponents with a bias of 127 (E8M0).
-        element: what a code is.
-        block: how many neighbouring values have one scale: 32, 64, 128 or 256.
-        out: float32 ``[n]``, contiguous, written.
+        words: the packed codes, int32 ``[words_of(n, bits)]``.
+        scales: ``[ceil(n / block)]``, float32, or for float elements uint8 exponents with a bias of 127 (E8M0).
+        element: the element format of the codes.
+        block: the number of neighbouring values that share a scale: 32, 64, 128 or 256.
+        out: float32 ``[n]``, contiguous; it is overwritten.
 
     Returns:
         ``out``.
@@ -264,7 +273,7 @@ def block_encode(
     start: int = 0,
     seed: int | None = None,
 ) -> Outcome:
-    """Encode values and write codes and scales; arguments as in ``encode`` and ``block_decode``."""
+    """Encode values as codes with a scale per block; the arguments are those of ``encode`` and ``block_decode``."""
     status = _status(values)
     _operators.block_encode(values, *numbers_of(element), block, seed, start, words, scales, status)
     return _outcome(status)
@@ -282,31 +291,39 @@ def block_update(
     *,
     seed: int | None = None,
 ) -> Outcome:
-    """Encode the decoded values plus ``alpha * gradient`` into ``out`` and ``out_scales``, with no dense copy."""
+    """Add ``alpha * gradient`` to the decoded values and encode the result, without a dense copy of the values.
+
+    The arguments are those of ``update`` and ``block_decode``; ``out`` and ``out_scales`` are overwritten.
+    """
     status = _status(gradient)
     _operators.block_update(words, scales, *numbers_of(element), block, gradient, alpha, seed, out, out_scales, status)
     return _outcome(status)
 
 
 def unpack(words: Tensor, numel: int, bits: int) -> Tensor:
-    """Take the codes out of their words.
+    """Extract codes from packed words.
 
     Args:
         words: int32 ``[words_of(numel, bits)]``.
-        numel: how many codes.
-        bits: of a code.
+        numel: the number of codes.
+        bits: the number of bits of a code.
 
     Returns:
-        int32 ``[numel]``: the bits of each code, none above them.
+        The codes, int32 ``[numel]``, with all bits above the lowest ``bits`` cleared.
     """
     return reference.unpack(words, -(-numel // BLOCK), bits).view(-1)[:numel]
 
 
 def pack(codes: Tensor, bits: int, words: Tensor) -> Tensor:
-    """Put codes into words; arguments as ``unpack`` has them.
+    """Pack codes into words; the inverse of ``unpack``.
+
+    Args:
+        codes: int32 ``[n]``, each below ``2**bits``.
+        bits: the number of bits of a code.
+        words: int32 ``[words_of(n, bits)]``; overwritten.
 
     Returns:
-        ``words``, written.
+        ``words``.
     """
     blocks = -(-codes.numel() // BLOCK)
     reference.pack(torch.nn.functional.pad(codes, (0, blocks * BLOCK - codes.numel())), bits, words)
@@ -314,7 +331,10 @@ def pack(codes: Tensor, bits: int, words: Tensor) -> Tensor:
 
 
 def numbers_of(element: BlockElement) -> tuple[int, int, int]:
-    """Write an element as the operators take it; ``reference_blocks.block_element`` is the inverse."""
+    """Return an element format as the numbers (kind, e, m) that the operators take.
+
+    ``reference_blocks.block_element`` is the inverse.
+    """
     if isinstance(element, IntegerElement):
         return reference_blocks.INTEGER, element.bits, 0
     if isinstance(element, NormalFloat):
@@ -323,8 +343,8 @@ def numbers_of(element: BlockElement) -> tuple[int, int, int]:
     return kind, element.exponent_bits, element.mantissa_bits
 
 
-def _sums_table(values: Tensor, wanted: bool) -> Tensor:
-    chunks = -(-values.numel() // CHUNK) if wanted else 0
+def _sums_table(values: Tensor, requested: bool) -> Tensor:
+    chunks = -(-values.numel() // CHUNK) if requested else 0
     return torch.empty(chunks, SUMS, dtype=torch.float64, device=values.device)
 
 

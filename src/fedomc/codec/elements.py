@@ -1,4 +1,4 @@
-"""Element formats: what the bits of one code are, whatever scale stands beside it."""
+"""Element formats: the value that the bits of a single code represent, before any scale is applied."""
 
 import functools
 from dataclasses import dataclass
@@ -13,15 +13,16 @@ MAX_EXPONENT_BITS, MAX_MANTISSA_BITS = 8, 23
 class FloatElement:
     """A low-precision float: one sign bit, then exponent bits, then mantissa bits.
 
-    The element format of the OCP Microscaling specification, generalised: bias ``2**(e-1) - 1``, subnormals, both
-    zeros, and every code is finite. For ``e = 8`` the top exponent is unused, so that every code is a finite float32.
+    This generalizes the element formats of the OCP Microscaling specification: the bias is ``2**(e-1) - 1``, there are
+    subnormals and both zeros, and every code is finite. For ``e = 8`` the top exponent is unused, so that every code is
+    a finite float32.
 
     Attributes:
-        exponent_bits: 1 to 8.
-        mantissa_bits: 0 to 23.
+        exponent_bits: the number of exponent bits e, 1 to 8.
+        mantissa_bits: the number of mantissa bits m, 0 to 23.
 
     Raises:
-        FormatError: a size out of range.
+        FormatError: the number of exponent or mantissa bits is out of range.
     """
 
     exponent_bits: int
@@ -38,7 +39,7 @@ class FloatElement:
 
     @functools.cached_property
     def bits(self) -> int:
-        """Bits of a code, sign included: 2 to 32."""
+        """The number of bits of a code, including the sign: 2 to 32."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
@@ -48,7 +49,7 @@ class FloatElement:
 
     @functools.cached_property
     def max_code(self) -> int:
-        """The largest code of a positive value."""
+        """The code of the largest value."""
         top_field = min(2**self.exponent_bits - 1, 254)
         return int(((top_field + 1) << self.mantissa_bits) - 1)
 
@@ -59,7 +60,7 @@ class FloatElement:
 
     @functools.cached_property
     def max_value(self) -> float:
-        """The largest magnitude; values beyond it saturate to it."""
+        """The largest magnitude, at which values saturate."""
         step = 2.0 ** (self.top_exponent - self.mantissa_bits)
         return float(((1 << self.mantissa_bits) + (self.max_code & ((1 << self.mantissa_bits) - 1))) * step)
 
@@ -71,26 +72,27 @@ class FloatElement:
 
 @dataclass(frozen=True)
 class OCPElement(FloatElement):
-    """A float of the OCP specification, which keeps some of the largest codes for infinities and NaN.
+    """A float of the OCP specification, which reserves some of the largest codes for infinity and NaN.
 
     Attributes:
-        reserved: how many codes above the largest finite one: 1 in E4M3 (NaN), 4 in E5M2 (infinity and NaN).
+        reserved: the number of positive codes above the largest finite one: 1 in E4M3 (NaN), 4 in E5M2 (infinity and
+            NaN), 0 in the others.
     """
 
     reserved: int = 0
 
     @functools.cached_property
     def max_code(self) -> int:
-        """The largest code of a finite positive value."""
+        """The code of the largest finite value."""
         return int((1 << (self.exponent_bits + self.mantissa_bits)) - 1 - self.reserved)
 
 
 @dataclass(frozen=True)
 class IntegerElement:
-    """A signed integer in two's complement, used symmetrically: from ``-max_value`` to ``max_value``.
+    """A signed integer in two's complement, restricted to the symmetric range ``-max_value`` to ``max_value``.
 
     Attributes:
-        bits: of a code, 2 to 8.
+        bits: the number of bits of a code, 2 to 8.
     """
 
     bits: int
@@ -103,9 +105,9 @@ class IntegerElement:
 
 @dataclass(frozen=True)
 class NormalFloat:
-    """The 16 values of NF4: quantiles of a normal distribution, scaled to -1..1, zero among them.
+    """The 16 values of NF4: quantiles of a normal distribution, scaled to the range -1 to 1, including zero.
 
-    The values are those of QLoRA (Dettmers et al., arXiv 2305.14314, appendix E), in ascending order of the codes.
+    They are the values of QLoRA (Dettmers et al., arXiv 2305.14314, appendix E), in ascending order of the codes.
     """
 
     bits: ClassVar[int] = 4
@@ -131,4 +133,4 @@ class NormalFloat:
 
 
 BlockElement = FloatElement | OCPElement | IntegerElement | NormalFloat
-"""What a blockwise method's codes are."""
+"""The element format of a blockwise method."""

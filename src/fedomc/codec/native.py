@@ -1,6 +1,10 @@
-"""The kernels in C++, for CPU tensors; ``FEDOMC_NATIVE=0`` keeps to the reference, ``1`` insists on the kernels.
+"""The codec's C++ kernels for CPU tensors, as operator implementations.
 
-Tensors are handed over as DLPack capsules: asking them through ``__dlpack__`` takes longer than a small kernel.
+The environment variable ``FEDOMC_NATIVE`` selects them: ``auto``, the default, uses the kernels if they can be loaded,
+``1`` requires them, and ``0`` uses the reference instead.
+
+Tensors are passed as DLPack capsules made by ``to_dlpack``, because a call of ``__dlpack__`` takes longer than a small
+kernel.
 """
 
 import importlib
@@ -13,28 +17,31 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 
-def load(wanted: str) -> ModuleType | None:
-    """Load the extension.
+def load(setting: str) -> ModuleType | None:
+    """Load the extension with the kernels.
 
     Args:
-        wanted: ``0`` (do not), ``1`` (raise if it cannot be loaded) or ``auto`` (warn then).
+        setting: ``0`` does not load it, ``1`` raises an error if it cannot be loaded, and ``auto`` only warns then.
+
+    Returns:
+        The extension, or None if the reference is to be used.
 
     Raises:
-        ImportError: it cannot be loaded, and ``1`` was wanted.
-        ValueError: ``wanted`` is something else.
+        ImportError: the extension cannot be loaded and the setting is ``1``.
+        ValueError: the setting is none of the three.
     """
-    if wanted not in ("0", "1", "auto"):
-        raise ValueError(f"FEDOMC_NATIVE={wanted!r}: use 0, 1 or auto")
-    if wanted == "0":
+    if setting not in ("0", "1", "auto"):
+        raise ValueError(f"FEDOMC_NATIVE={setting!r} is not a valid setting: use 0, 1 or auto")
+    if setting == "0":
         return None
     try:
         return importlib.import_module("fedomc.codec._native")
     except ImportError as error:
-        if wanted == "1":
+        if setting == "1":
             raise
         warnings.warn(
-            f"fedomc's native codec cannot be loaded ({error}); the much slower reference serves. "
-            "Install fedomc where a C++ compiler is, or set FEDOMC_NATIVE=0 to say that this is meant",
+            f"fedomc's native codec cannot be loaded ({error}); the much slower reference is used instead. "
+            "Reinstall fedomc with a C++ compiler available, or set FEDOMC_NATIVE=0 to silence this warning",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -42,7 +49,7 @@ def load(wanted: str) -> ModuleType | None:
 
 
 extension = load(os.environ.get("FEDOMC_NATIVE", "auto"))
-"""The extension, or None where the reference serves."""
+"""The extension, or None if the reference is used."""
 
 
 def absmax(values: Tensor, out: Tensor) -> None:

@@ -120,14 +120,14 @@ def update(
                 values = flushed(values * 2.0**shift)
             rounded = _pad(round_to(values, element, bias, seed, at), -(-part.numel() // BLOCK) * BLOCK)
             pack(rounded, element.bits, stretch(out, element.bits, at, part))
-        largest = int(status[0])
-        if largest >= _INFINITY_BITS:
+        absmax = int(status[0])
+        if absmax >= _INFINITY_BITS:
             return
         fitting = 0
-        if rescale and e < 8 and largest:
+        if rescale and e < 8 and absmax:
             present = 1 - math.frexp(scale)[1]
-            wanted = present + fitting_exponent(largest, element, stochastic=seed is not None) + working
-            fitting = bounded_exponent(wanted, element) - present
+            target = present + fitting_exponent(absmax, element, stochastic=seed is not None) + working
+            fitting = bounded_exponent(target, element) - present
         if fitting == shift:
             break
         shift = fitting if abs(fitting) <= 120 else None

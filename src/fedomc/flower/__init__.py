@@ -1,4 +1,4 @@
-"""Flower: messages with compressed variables, and a strategy that sends every client a payload of its own."""
+"""The integration with Flower: messages with compressed variables, and a strategy that compresses for each client."""
 
 from fedomc.flower.client import collect, install, step_metrics
 from fedomc.flower.grid import StreamingGrid

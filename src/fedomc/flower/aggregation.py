@@ -1,22 +1,23 @@
-"""From replies to a model: a running mean in bounded memory, or all replies at once for strategies that need them all.
+"""Aggregates replies into a model: as a running mean in bounded memory, or all at once if a strategy needs them all.
 
-[Note: what is added up, and how exactly]
-The server holds FP32 values V; a client is sent S (V itself or its codes' values Q(V)), trains, and returns R. Plain
-averaging (``weights``, the paper) makes the mean of the R the new model, and with it the error Q(V) - V, which is the
-same for every client and larger than a round's update. ``delta`` takes V + (R - S) for R: the error of the broadcast
-cancels, and what remains is the rounding of the client's own steps. With two parts the client returns R - S itself, the
-update.
+[Note: sums of changes]
+The server holds FP32 values V. A client is sent S, which is either V or its rounded values Q(V), trains and returns R.
+Plain averaging (``weights``, as in the paper) takes the mean of all R as the new model. This includes the broadcast's
+error Q(V) - V, which is the same for all clients and larger than the update of a round. ``delta`` averages V + (R - S)
+instead: the broadcast's error cancels, and only the rounding of the client's own steps remains. With two parts, the
+client returns the update R - S itself.
 
-Both are the mean of R - S plus something that the server has. So only the R - S are added up, and float32 rounds on
-their scale, about a hundredth of a weight's: 4 bytes a parameter keep more of the result than float64 sums of the R
-would, since the result is float32. The part of the error that grows with the number of replies is held down by moving
-every ``BATCH`` of them into a float64 total, which smaller cohorts never allocate. With u = 2**-24, n replies, positive
-weights w, d = R - S, b = min(n, BATCH), and mean|.| weighted, the result differs from the exact one by at most
+In both cases the result is the mean of R - S plus something that the server already has. Only R - S is therefore
+summed, so float32 rounds on the scale of the changes, about a hundredth of that of the weights. With 4 bytes per
+parameter this is more accurate than float64 sums of R would be, because the result is float32 anyway. To bound the part
+of the error that grows with the number of replies, the sum is moved to a float64 total after every ``BATCH`` replies;
+smaller cohorts never allocate this total. Let u = 2**-24, n the number of replies, w their positive weights, d = R - S,
+b = min(n, BATCH), and mean|.| the weighted mean. The result then differs from the exact one by at most
 
     (b + 8) u mean|d| + u |result|                for ``delta``, and
     (b + 8) u mean|d| + 8 u (|V| + mean|S|)       for ``weights``,
 
-in whatever order they arrive, as long as nothing is subnormal: two orders differ by no more than twice that.
+for any order of the replies, as long as no value is subnormal. Two orders differ by at most twice that.
 """
 
 import functools
@@ -38,17 +39,17 @@ from fedomc.methods import Packed
 AGGREGATES = ("delta", "weights")
 
 BATCH = 64
-"""How many replies are summed in float32 before they go into a float64 total."""
+"""The number of replies that are summed in float32 before the sum is moved to a float64 total."""
 
 _AVERAGING = (FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad)
-"""The strategies of Flower whose own ``aggregate_train`` needs only the mean of the replies."""
+"""The strategies of Flower whose ``aggregate_train`` needs only the mean of the replies."""
 
 _HEADROOM = 40
-"""The weights may add up to 2**40 times the first one before all sums have to be scaled down."""
+"""The weights may sum to 2**40 times the first one before all sums have to be scaled down."""
 
 
 def averages(strategy: Strategy) -> bool:
-    """Tell whether a strategy needs only the weighted mean of the replies' arrays."""
+    """Return whether a strategy needs only the weighted mean of the replies' arrays."""
     if not isinstance(strategy, FedAvg) or "aggregate_train" in vars(strategy):
         return False
     above = type(strategy).__mro__[: type(strategy).__mro__.index(FedAvg)]
@@ -56,17 +57,17 @@ def averages(strategy: Strategy) -> bool:
 
 
 def is_the_mean(strategy: Strategy) -> bool:
-    """Tell whether the mean is a strategy's result, as with ``FedAvg`` and ``FedProx``."""
+    """Return whether a strategy's result is the mean itself, as with ``FedAvg`` and ``FedProx``."""
     return averages(strategy) and type(strategy).aggregate_train is FedAvg.aggregate_train
 
 
 class Mean:
-    """A running weighted mean of replies, which takes 4 bytes a parameter, or 12 from ``BATCH`` replies on.
+    """A running weighted mean of replies, with 4 bytes per parameter, or 12 if there are more than ``BATCH`` replies.
 
     Args:
-        broadcast: what was sent.
-        of_weights: whether the mean is of the weights that the clients returned; otherwise it is the server's weights
-            plus the mean of what the clients changed.
+        broadcast: the model as it was sent to the clients.
+        of_weights: whether to average the weights that the clients returned; otherwise, the mean change of the clients
+            is added to the server's weights.
     """
 
     def __init__(self, broadcast: Broadcast, *, of_weights: bool) -> None:
@@ -80,9 +81,10 @@ class Mean:
         self._sent: dict[tuple[str, int], tuple[Packed, float]] = {}
 
     def add(self, replies: Sequence[tuple[Mapping[str, ReplyVariable], float]]) -> None:
-        """Add replies with their weights, one variable of all of them after the other; nothing of them is kept.
+        """Add replies with their weights, one variable at a time; no reference to the replies is kept.
 
-        Adding several at a time is faster: the sums, which are most of the memory traffic, are read and written once.
+        Adding several replies together is faster, because the sums, which dominate the memory traffic, are read and
+        written only once.
         """
         replies = [(reply, weight) for reply, weight in replies if weight > 0]
         if not replies:
@@ -92,7 +94,7 @@ class Mean:
             self._choose_unit(together)
         if self._count + len(replies) > BATCH:
             self._move()
-        # The kernels take float32: the weight that counts is the one that they see.
+        # The kernels take float32 weights, so the total must contain the rounded weights.
         replies = [(reply, float(np.float32(weight / self._unit))) for reply, weight in replies]
         for name in replies[0][0]:
             if name not in self._sums:
@@ -107,11 +109,11 @@ class Mean:
         self._count += len(replies)
 
     def scale(self, factor: float) -> None:
-        """Multiply the weight of everything that was added by a factor from 0 to 1."""
+        """Multiply the weight of all replies added so far by a factor from 0 to 1."""
         self._rescale(factor, 2.0 ** (math.frexp(self.weight * self._unit * factor)[1] + _HEADROOM))
 
     def result(self) -> ArrayRecord:
-        """Return the mean as arrays each of which gives its values once; computing them uses up its sum."""
+        """Return the mean as lazy arrays; the values of each can be read only once, because this consumes its sum."""
         record = ArrayRecord()
         for name in self._broadcast.arrays:
             values = self._broadcast.dense(name)
@@ -119,7 +121,7 @@ class Mean:
         return record
 
     def arrays(self) -> ArrayRecord:
-        """Return the mean as plain arrays, in the dtypes of the model; this uses up all sums."""
+        """Return the mean as plain arrays in the dtypes of the model; this consumes all sums."""
         record = ArrayRecord()
         for name, array in self._broadcast.arrays.items():
             record[name] = dense_array(in_dtype(self._take(name), array.dtype))
@@ -159,11 +161,11 @@ class Mean:
         self._count = 0
 
     def _choose_unit(self, weight: float) -> None:
-        """Choose a power of two that all weights together stay below: then no sum leaves the range of float32."""
+        """Choose a unit of the weights, a power of two above their sum, so that no sum exceeds the range of float32."""
         self._rescale(1.0, 2.0 ** (math.frexp(self.weight * self._unit + weight)[1] + _HEADROOM))
 
     def _rescale(self, factor: float, unit: float) -> None:
-        """Multiply all weights by a factor and count them in another unit, in one step that no sum underflows in."""
+        """Multiply all weights by a factor and change their unit, in a single step so that no sum underflows."""
         ratio = factor * self._unit / unit
         for tensor in (*self._sums.values(), *self._totals.values()):
             tensor.mul_(ratio)
@@ -173,11 +175,11 @@ class Mean:
 
 
 def decoded(broadcast: Broadcast, reply: Mapping[str, ReplyVariable], *, of_weights: bool) -> ArrayRecord:
-    """Return the arrays of a reply in the model's order; each is decoded when it is asked for its values.
+    """Return the arrays of a reply in the order of the model; each is decoded when its values are read.
 
-    Until then a reply takes no more memory than its bytes. Strategies that look at one variable at a time
-    (``FedMedian``, ``FedTrimmedAvg``) hold that variable of all replies in FP32; those that stack models (``Krum``,
-    ``MultiKrum``, ``Bulyan``) hold all models in FP32, more than once.
+    Until then, a reply takes no more memory than its bytes. Strategies that process one variable at a time
+    (``FedMedian``, ``FedTrimmedAvg``) hold this variable of all replies in FP32; those that stack models (``Krum``,
+    ``MultiKrum``, ``Bulyan``) hold several FP32 copies of all models.
     """
     record = ArrayRecord()
     for name in broadcast.arrays:
@@ -191,7 +193,7 @@ def decoded(broadcast: Broadcast, reply: Mapping[str, ReplyVariable], *, of_weig
 
 
 def _values(variable: ReplyVariable, server: Values, of_weights: bool) -> Values:
-    """Decode the weights of a reply, or the server's weights plus what the client changed."""
+    """Decode the weights of a reply, or the server's weights plus the client's change."""
     if not variable.is_update and (of_weights or not isinstance(variable.sent, Packed)):
         values = variable.read()
         if not isinstance(values, Packed):

@@ -1,4 +1,4 @@
-"""Between Flower's ``Array`` and values: a compressed variable travels as an ``Array`` whose data is a frame."""
+"""Converts between values and Flower's ``Array``; a compressed variable is sent as an ``Array`` that holds a frame."""
 
 import functools
 import io
@@ -19,12 +19,12 @@ from fedomc.serialization import frame
 STYPE = "fedomc.frame: read it with fedomc.flower.install or fedomc.flower.omc_mod"
 """The serialization type of an ``Array`` that holds a compressed variable.
 
-A client that knows nothing of compression fails with Flower's error "Unsupported serialization type", and the type is
-the only part of it that can say what to do.
+A client that does not know fedomc fails with Flower's error "Unsupported serialization type". The type is the only part
+of that message that can tell its user what to do.
 """
 
 STRETCH = 8 * codec.CHUNK
-"""How many values of a variable are worked on at a time, for one sum or several: they stay in the processor's cache."""
+"""The number of values of a variable that are processed at a time, so that they stay in the processor's cache."""
 
 Values = np.ndarray[Any, Any]
 
@@ -34,8 +34,8 @@ Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
     """Return the records of one kind in a message's content, by name.
 
-    Flower's own ``array_records``, ``config_records`` and ``metric_records`` are views in reference cycles: whatever
-    they have seen stays in memory, with the whole content, until the garbage collector runs.
+    Flower's own ``array_records``, ``config_records`` and ``metric_records`` create reference cycles, which keep the
+    whole content in memory until the garbage collector runs.
     """
     return {key: record for key, record in content.items() if isinstance(record, kind)}
 
@@ -58,13 +58,14 @@ def framed_array(data: bytes, shape: tuple[int, ...]) -> Array:
 
 
 def read_packed(array: Array, name: str, *, copy: bool, sent: Packed | None = None) -> frame.Frame:
-    """Read the frame in an ``Array`` whose shape was found to be that of the receiver's own variable.
+    """Read the frame in an ``Array`` whose shape has been checked against the receiver's own variable.
 
     Args:
-        array: the array. Its shape decides how much memory is allocated, so check it first.
-        name: the variable's name, for errors.
-        copy: whether the codes get memory of their own; otherwise they may lie in the array's data.
-        sent: what the sender of the frame had been sent, to which its codes may be a difference.
+        array: the array. Its shape determines how much memory is allocated, so it must be checked first.
+        name: the variable's name, for error messages.
+        copy: whether to copy the codes; otherwise they may be views of the array's data.
+        sent: the codes that the sender of the frame had received; those in the frame may be stored as differences to
+            them.
 
     Raises:
         PayloadError: the data is not a frame of the array's shape.
@@ -73,12 +74,12 @@ def read_packed(array: Array, name: str, *, copy: bool, sent: Packed | None = No
 
 
 def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
-    """View the values of a plain ``Array`` where they lie in its data; they must not be written.
+    """View the values of a plain ``Array`` in its data, without a copy; they must not be modified.
 
     Args:
         array: the array.
-        name: the variable's name, for errors.
-        check: whether the values must be finite.
+        name: the variable's name, for error messages.
+        check: whether to check that all values are finite.
 
     Raises:
         PayloadError: the data is not a numpy array of the array's shape, or a value is NaN or infinite.
@@ -90,9 +91,9 @@ def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
         begin = 10 + int.from_bytes(data[8:10], "little")
         shape, columns_first, dtype = _read_header(data[:begin])
     except Exception as error:
-        raise PayloadError(f"{name}: not a numpy array: {error}") from error
+        raise PayloadError(f"{name}: the data is not a numpy array: {error}") from error
     if shape != tuple(array.shape) or dtype.kind not in "fiub" or not dtype.isnative:
-        raise PayloadError(f"{name}: the data claims {dtype} {shape}, its array says {array.dtype} {array.shape}")
+        raise PayloadError(f"{name}: the data describe {dtype} {shape}, but the array {array.dtype} {array.shape}")
     if math.prod(shape) * dtype.itemsize != len(data) - begin:
         raise PayloadError(f"{name}: {len(data)} bytes do not hold {dtype} {shape}")
     values = np.frombuffer(data, dtype, offset=begin).reshape(shape, order="F" if columns_first else "C")
@@ -104,12 +105,12 @@ def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
 
 
 def flat_tensor(values: Values) -> Tensor:
-    """View values as a flat tensor, which must not be written: the values may lie in a message."""
+    """View values as a flat tensor; it must not be modified, because the values may be part of a message."""
     return from_dlpack(values.reshape(-1))
 
 
 def dense_array(values: Values) -> Array:
-    """Put values into a plain ``Array``, with one copy where Flower's constructor makes three."""
+    """Put values into a plain ``Array`` with a single copy; Flower's constructor makes three."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
     data = b"".join((header.getvalue(), np.asarray(values, order="C").reshape(-1).view(np.uint8).data))
@@ -117,7 +118,7 @@ def dense_array(values: Values) -> Array:
 
 
 def in_dtype(values: Values, dtype: str) -> Values:
-    """Convert values to a dtype; to whole numbers by rounding."""
+    """Convert values to a dtype; conversion to integers rounds."""
     target = np.dtype(dtype)
     if values.dtype == target:
         return values
@@ -125,7 +126,7 @@ def in_dtype(values: Values, dtype: str) -> Values:
 
 
 class LazyArray(Array):
-    """An ``Array`` that computes its values whenever they are asked for; it is never sent."""
+    """An ``Array`` that computes its values every time they are read; it is never sent."""
 
     def __init__(self, dtype: object, shape: tuple[int, ...], values: Callable[[], Values]) -> None:
         super().__init__(str(dtype), tuple(shape), "fedomc.lazy", b"")
@@ -142,9 +143,9 @@ def _all_finite(values: Values) -> bool:
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
-@functools.lru_cache(maxsize=256)  # a model has few shapes, and parsing one takes longer than checking its values
+@functools.lru_cache(maxsize=256)  # a model has few shapes, and parsing a header takes longer than checking values
 def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("version 1.0 expected")
+        raise ValueError("its format is not version 1.0")
     return np.lib.format.read_array_header_1_0(file)

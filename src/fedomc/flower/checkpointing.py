@@ -1,4 +1,4 @@
-"""Between a run and its checkpoints: everything that the next round depends on."""
+"""Converts the state of a run, which is everything that the next round depends on, to checkpoints and back."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from fedomc.serialization.checkpointing import Checkpoint
 from fedomc.training.policy import CompressionPolicy, TieredPolicy
 
 _DERIVED = "current_arrays"
-"""The attribute in which Flower's strategies keep the model itself; they set it anew in each round."""
+"""The attribute in which Flower's strategies keep the model itself; they assign it in every round."""
 
 _HISTORIES = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
 """The attributes of a ``Result`` that hold metrics by round."""
@@ -31,11 +31,11 @@ class RunState:
     """The state of a run after a round.
 
     Attributes:
-        round: the round's number.
+        round: the number of the last finished round.
         arrays: the model.
-        initial: the digest of the model that the run began with.
-        traffic: bytes by round.
-        result: metrics by round.
+        initial: the digest of the initial model.
+        traffic: the bytes of each round.
+        result: the metrics of each round.
     """
 
     round: int
@@ -55,17 +55,17 @@ def digest(arrays: ArrayRecord) -> str:
 
 
 def to_checkpoint(state: RunState, inner: Strategy, settings: Mapping[str, Any]) -> Checkpoint:
-    """Write the state of a run: model, optimizer state, settings, traffic, metrics and Python's random state.
+    """Make a checkpoint of a run: model, optimizer state, settings, traffic, metrics and Python's random state.
 
-    The optimizer state is every attribute of the innermost strategy that is an array, or a list or dict of arrays by
-    name: ``m_t``, ``v_t``, ``momentum_vector``. Of differential privacy it is the budget that was spent and the norm of
-    an adaptive strategy; the noise is not repeated. Whatever else changes between rounds, such as a learning rate, is
-    up to the caller.
+    The optimizer state consists of all attributes of the innermost strategy that are arrays, or lists or dicts of
+    arrays, such as ``m_t``, ``v_t`` and ``momentum_vector``. For differential privacy, the spent budget and the norm of
+    an adaptive strategy are stored; the noise is drawn anew. Anything else that changes between rounds, such as a
+    learning rate, must be restored by the caller.
 
     Args:
         state: the state after a round.
         inner: the wrapped strategy.
-        settings: what ``settings_of`` returned; a run goes on only with the same ones.
+        settings: the result of ``settings_of``; a run can only be resumed with the same settings.
     """
     kinds: dict[str, dict[str, np.ndarray[Any, Any]]] = {
         "model": {name: view_dense(array, name) for name, array in state.arrays.items()}
@@ -94,26 +94,28 @@ def to_checkpoint(state: RunState, inner: Strategy, settings: Mapping[str, Any])
 def from_checkpoint(
     checkpoint: Checkpoint, inner: Strategy, settings: Mapping[str, Any], arrays: ArrayRecord
 ) -> RunState:
-    """Read the state of a run, and set that of the strategy and of Python's random numbers.
+    """Read the state of a run, and restore that of the strategy and of Python's random generator.
 
     Args:
         checkpoint: the checkpoint.
         inner: the wrapped strategy.
-        settings: what ``settings_of`` returned.
-        arrays: a model with the names, shapes and dtypes of the one in the checkpoint.
+        settings: the result of ``settings_of``.
+        arrays: a model with the same names, shapes and dtypes as the one in the checkpoint.
 
     Raises:
-        PayloadError: the checkpoint is of another model or other settings, or misses something.
+        PayloadError: the checkpoint has another model or other settings, or is incomplete.
     """
     stored = checkpoint.arrays.get("model", {})
     described = {name: (array.shape, str(array.dtype)) for name, array in stored.items()}
     if described != {name: (tuple(array.shape), array.dtype) for name, array in arrays.items()}:
-        raise PayloadError("the checkpoint is of another model: start again in another folder")
+        raise PayloadError("the checkpoint has another model: use another folder to start a new run")
     try:
         progress = checkpoint.progress
         former = progress["configured"]
         if former != json.loads(json.dumps(dict(settings))):
-            raise PayloadError(f"the checkpoint was made with {former}, not {settings}: start again in another folder")
+            raise PayloadError(
+                f"the checkpoint was made with {former}, not {settings}: use another folder to start a new run"
+            )
         random_state = _random_state(progress["random"])
         state = RunState(
             int(progress["round"]), ArrayRecord(), str(progress["initial"]), [Traffic(**r) for r in progress["traffic"]]
@@ -133,7 +135,7 @@ def from_checkpoint(
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, PayloadError):
             raise
-        raise PayloadError(f"the checkpoint misses something: {error!r}") from None
+        raise PayloadError(f"the checkpoint is incomplete: {error!r}") from None
     random.setstate(random_state)
     for attribute, value in optimizer.items():
         setattr(innermost(inner), attribute, value)
@@ -143,17 +145,17 @@ def from_checkpoint(
 
 
 def _random_state(stored: Any) -> tuple[Any, ...]:
-    """Return the state of Python's generator as ``random.setstate`` takes it.
+    """Return the stored state of Python's generator in the form that ``random.setstate`` takes.
 
     Raises:
-        PayloadError: it is not such a state.
+        PayloadError: it is not a valid state.
     """
     try:
         version, numbers, gauss = stored
         if gauss is not None and type(gauss) is not float:
-            raise TypeError(f"{gauss!r} is no number")
+            raise TypeError(f"{gauss!r} is not a number")
         state = version, tuple(numbers), gauss
-        generator = random.Random()  # noqa: S311  (another than the one that Flower draws from)
+        generator = random.Random()  # noqa: S311  (not the one that Flower draws from)
         generator.setstate(state)
         if generator.getstate() != state:
             raise ValueError("a number is out of range")
@@ -163,7 +165,7 @@ def _random_state(stored: Any) -> tuple[Any, ...]:
 
 
 def settings_of(inner: Strategy, aggregate: str, policy: CompressionPolicy | TieredPolicy | None) -> dict[str, Any]:
-    """Describe the settings that a run must keep when it goes on from a checkpoint."""
+    """Describe the settings that must not change when a run is resumed from a checkpoint."""
     described: Any = None
     if isinstance(policy, TieredPolicy):
         described = {"default": policy.default, **{name: _described(each) for name, each in policy.tiers.items()}}
@@ -178,7 +180,7 @@ def _described(policy: CompressionPolicy | None) -> dict[str, Any] | None:
         return None
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     texts = {name: str(fields[name]) for name in ("format", "update_format", "uplink")}
-    encoding = policy.encoding()  # which has the defaults that depend on the formats
+    encoding = policy.encoding()  # resolves the defaults that depend on the formats
     texts |= {"transform": encoding.transform, "rounding": encoding.rounding}
     by_name = [[pattern, str(fmt)] for pattern, fmt in dict(policy.format_by_name).items()]  # the first match counts
     return {
@@ -200,7 +202,7 @@ def _from_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[int, MetricRecord]
 
 def _arrays(value: object) -> dict[str, np.ndarray[Any, Any]] | None:
     items = dict(enumerate(value)) if isinstance(value, list) else value if isinstance(value, dict) else {"": value}
-    known = np.ndarray | np.generic  # numpy makes scalars of arrays without dimensions
+    known = np.ndarray | np.generic  # numpy turns arrays without dimensions into scalars
     arrays = {str(name): np.asarray(array) for name, array in items.items() if isinstance(array, known)}
     return arrays if arrays and len(arrays) == len(items) else None
 

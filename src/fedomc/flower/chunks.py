@@ -1,4 +1,4 @@
-"""Arrays that hold their data as the chunks that Flower sends, so that sending them makes no copy."""
+"""Arrays that store their data as the chunks that Flower sends, so that sending them needs no copy."""
 
 from typing import Any
 
@@ -8,14 +8,13 @@ from fedomc.flower._flower import ArrayChunk, held_chunks, hold_chunks
 
 
 class ChunkedArray(Array):
-    """An ``Array`` that keeps its data as the contents of the objects that Flower sends of it.
+    """An ``Array`` that stores its data only as the serialized objects that Flower sends for it.
 
-    Before a client's Flower sends a reply it makes the contents of all its objects, each of them a copy of the data
-    behind a header, and it holds both the reply and the contents until the last one has gone out. This array holds the
-    contents alone.
+    Before Flower sends a client's reply, it serializes all its objects, each as a copy of the data with a header, and
+    holds both the reply and these copies until the last one has been sent. This array holds only the serialized form.
 
-    To Flower and to any reader it is like any other ``Array``: it travels, is pickled and is copied as a plain one.
-    Each access to ``data`` joins the chunks anew.
+    It otherwise behaves like any other ``Array``, and is sent, pickled and copied as a plain one. Each access to
+    ``data`` joins the chunks again.
     """
 
     def __init__(self, plain: Array) -> None:
@@ -32,19 +31,19 @@ class ChunkedArray(Array):
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
     def deflate(self) -> bytes:
-        """Return the content of a plain array with the same chunks: a content names the class of its object."""
+        """Return the serialized form of a plain array with the same chunks, since it names the class of its object."""
         plain = Array(self.dtype, self.shape, self.stype, b"")
         hold_chunks(plain, self.slice_array(), keep_data=True)
         return plain.deflate()
 
 
 class _Chunk(ArrayChunk):
-    """A chunk of an array's data that is a view of the content of the object that is sent."""
+    """A chunk of an array's data, stored as a view of its own serialized form."""
 
     def __init__(self, plain: Any) -> None:
         self._content: bytes = plain.deflate()
         super().__init__(memoryview(self._content)[len(self._content) - len(plain.data) :])
 
     def deflate(self) -> bytes:
-        """Return the content, which was made when the chunk was."""
+        """Return the serialized form, which was made with the chunk."""
         return self._content

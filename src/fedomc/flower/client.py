@@ -1,4 +1,4 @@
-"""On a client: fill a model from a message, and collect what the reply carries."""
+"""The client's side: fills a model from a message, and collects the arrays of the reply."""
 
 import ctypes
 import sys
@@ -22,33 +22,35 @@ from fedomc.training.module_state import ModuleState, OwnedValue, some
 from fedomc.training.step_report import step_report
 
 _LEAST_TRIM = 32 * 2**20
-"""Bytes: where less was freed, the C library is not asked to return memory to the system."""
+"""The number of freed bytes below which the C library is not asked to return memory to the system."""
 
 
 def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = False) -> nn.Module:
     """Fill a model from a message; compressed variables stay packed, and no FP32 copy of them is made.
 
     Args:
-        model: the model, which may lie on the meta device; its parameters and persistent buffers are replaced. Buffers
-            that are not part of the state_dict must have values already: no message carries them.
+        model: the model, which may be on the meta device; its parameters and persistent buffers are replaced. Buffers
+            that are not part of the state_dict must already have values, because no message contains them.
         message: the message, with one ``ArrayRecord`` of all parameters and persistent buffers, and with the
             ``fedomc`` config record if variables are compressed.
         consume: release the message's bytes as they are read, so that message and model are never both in memory.
-            The bytes that ``collect`` will need stay: with an uplink, those of variables in one part and of those
-            that partial quantization left in FP32.
+            Bytes that ``collect`` will need are kept: with an uplink method, those of variables in one part and of
+            those that partial quantization left in FP32.
 
     Returns:
         The model.
 
     Raises:
-        PayloadError: a variable is missing, unknown, damaged or of another shape. The model is unchanged, but a message
-            that was to be consumed may be empty.
+        PayloadError: a variable is missing, unknown, damaged or has another shape. The model is unchanged, but with
+            ``consume`` the message may be empty.
     """
     arrays, config = _content(message)
     state = ModuleState.of(model)
     tied = [name for name in arrays if name in state.aliases]
     if tied:
-        raise PayloadError(f"{some(tied)} is tied to another variable and travels under one name: send collect(model)")
+        raise PayloadError(
+            f"{some(tied)} is tied to another variable and must be sent under one name only: send collect(model)"
+        )
     state.check_names(arrays.keys())
     parameters = {name for name, tensor in state.tensors.items() if isinstance(tensor, nn.Parameter)}
     items = _consumed(message, parameters, config) if consume else iter(arrays.items())
@@ -63,26 +65,26 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
 def collect(model: nn.Module, message: Message | RecordDict | None = None, *, consume: bool = False) -> ArrayRecord:
     """Return a model's parameters and persistent buffers as arrays; compressed variables stay packed.
 
-    Of a variable in two parts only the update travels: the base is what the receiver sent.
+    Of a variable in two parts, only the update is returned, because the receiver already has the base.
 
     Args:
         model: the model, plain or compressed.
-        message: the message that the model was filled from. With it the arrays travel as its sender asked for, see
-            ``serialization.uplink.reply_frame``: as changes in the method of an uplink, entropy coded, and variables
-            that were sent compressed but are dense in the model go back compressed.
-        consume: release each parameter once it is written, so that model and arrays are never both in memory, and hold
-            the arrays in the form in which Flower sends them, so that sending makes no copy. Afterwards the parameters
-            lie on the meta device and have no gradients; ``install`` can fill the model again.
+        message: the message that the model was filled from. If it is given, the arrays are encoded as the server
+            requested, see ``serialization.uplink.reply_frame``: as changes by an uplink method, or entropy coded.
+            Variables that were received compressed but are dense in the model are then compressed again.
+        consume: release each parameter once it is written, so that model and arrays are never both in memory, and
+            store the arrays in the form in which Flower sends them, so that sending makes no copy. Afterwards, the
+            parameters are on the meta device and have no gradients; ``install`` can fill the model again.
 
     Returns:
         The arrays by qualified name; tied parameters appear once.
 
     Raises:
-        NonFiniteError: a variable that is encoded here has a value or a change that is NaN or infinite.
-        PayloadError: a variable has a dtype that numpy does not have; the message is damaged or of another model, or
-            what is needed of it was released.
-        PolicyError: the sender asked for entropy coding, but zstandard is not installed; or a parameter of a model that
-            is to be consumed is stepped in backward.
+        NonFiniteError: a variable that has to be encoded has a value or a change that is NaN or infinite.
+        PayloadError: a variable has a dtype that numpy does not support; or the message is damaged, belongs to another
+            model, or no longer has the bytes that are needed.
+        PolicyError: the server requests entropy coding, but zstandard is not installed; or, with ``consume``, a
+            parameter is stepped in backward.
     """
     sent, config = ({}, None) if message is None else _content(message)
     state = ModuleState.of(model).tensors
@@ -106,13 +108,13 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
 
 
 def step_metrics(model: nn.Module) -> dict[str, float]:
-    """Tell the server how much of the training steps arrived, as metrics of a reply; see ``fedomc.step_report``.
+    """Return metrics for the reply that say how much of the training steps took effect; see ``fedomc.step_report``.
 
     Args:
-        model: the trained model; before it is given to ``collect(consume=True)``.
+        model: the trained model, before ``collect(consume=True)``.
 
     Returns:
-        ``fedomc.step-kept`` and ``fedomc.step-noise``; nothing if no step was measured, as of a model in FP32.
+        ``fedomc.step-kept`` and ``fedomc.step-noise``; an empty dict if no step was measured, as for an FP32 model.
     """
     report = step_report(model)
     return {STEP_KEPT: report.total.kept, STEP_NOISE: report.total.noise} if report.variables else {}
@@ -122,15 +124,15 @@ def _content(message: Message | RecordDict) -> tuple[Mapping[str, Array], Uplink
     content = message.content if isinstance(message, Message) else message
     records = list(records_of(content, ArrayRecord).values())
     if len(records) != 1:
-        raise PayloadError(f"the message has {len(records)} array records, one expected")
+        raise PayloadError(f"the message has {len(records)} array records, but exactly one is expected")
     config = records_of(content, ConfigRecord).get(CONFIG)
     return records[0], None if config is None else from_config(config)
 
 
 def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> Tensor | OwnedValue:
-    """Read a variable; dense values may lie in the message, and are neither copied nor checked here."""
+    """Read a variable; dense values may be views of the message, and are not checked here."""
     if tuple(array.shape) != tuple(old.shape):
-        raise PayloadError(f"{name}: shape {tuple(array.shape)}, but the model's is {tuple(old.shape)}")
+        raise PayloadError(f"{name} has shape {tuple(array.shape)}, but {tuple(old.shape)} in the model")
     if array.stype != STYPE:
         try:
             return flat_tensor(view_dense(array, name, check=False)).view(tuple(array.shape))
@@ -138,15 +140,15 @@ def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> 
             raise PayloadError(f"{name}: {error}") from None
     if config is None:
         raise PayloadError(f"{name} is compressed, but the message has no {CONFIG!r} config record")
-    # A base is never rewritten and may lie in the message; a variable in one part needs memory of its own.
+    # A base is never rewritten, so it may be a view of the message; a variable in one part needs its own memory.
     parsed = read_packed(array, name, copy=config.encoding.update_format is None)
     if parsed.kind == frame.UPDATE:
-        raise PayloadError(f"{name} is only an update: a model cannot be filled from it")
+        raise PayloadError(f"{name} contains only an update, from which a model cannot be filled: send the variable")
     if parsed.kind != frame.DENSE:
         return CompressedTensor.from_packed(parsed.packed, config.encoding, parsed.shape, name)
     if parsed.packed.method != config.unquantized_format:
         raise PayloadError(
-            f"{name} is {parsed.packed.method}, but unquantized_format={config.unquantized_format} in the message"
+            f"{name} is in {parsed.packed.method}, but the message says unquantized_format={config.unquantized_format}"
         )
     values = torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu")
     return OwnedValue(parsed.packed.decode(values).view(parsed.shape))
@@ -155,11 +157,11 @@ def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> 
 def _consumed(
     message: Message | RecordDict, parameters: Collection[str], config: UplinkConfig | None
 ) -> Iterator[tuple[str, Array]]:
-    """Yield a message's arrays and release them one by one; the arrays in the message have no data from now on."""
+    """Yield a message's arrays and release them one by one; their data are removed from the message."""
     content = message.content if isinstance(message, Message) else message
     ((key, record),) = records_of(content, ArrayRecord).items()
     pending = deque(record.items())
-    if isinstance(message, Message):  # other messages may share the content and the record, which stay as they are
+    if isinstance(message, Message):  # other messages may share the content and the record, so replace, do not modify
         message.content = content = RecordDict(dict(content.items()))
     content[key] = _without_data(record, parameters, config)
     del record
@@ -176,7 +178,7 @@ def _without_data(record: Mapping[str, Array], parameters: Collection[str], conf
 
 
 def _needed_by_collect(array: Array, name: str, parameter: bool, config: UplinkConfig | None) -> bool:
-    """Tell whether ``collect`` reads what this array holds: to write a difference to it, or the format that it had."""
+    """Return whether ``collect`` will read this array, for a difference to its values or for its format."""
     if config is None or array.stype != STYPE:
         return config is not None and config.asks_for_change(name)
     dense = not parameter or config.unquantized_format is not None  # buffers are dense in the model
@@ -184,14 +186,14 @@ def _needed_by_collect(array: Array, name: str, parameter: bool, config: UplinkC
 
 
 def _differs_from_codes(config: UplinkConfig) -> bool:
-    """Tell whether what goes back of a variable in one part is written as a difference to its codes."""
+    """Return whether a variable in one part is sent back as a difference to the received codes."""
     return config.entropy_coding or config.uplink is not None
 
 
 def _written(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> Array:
-    """Write a variable as it is to travel; the array is what was sent of it."""
+    """Encode a variable for the reply; the array is the one that was received for it."""
     if array is not None and tuple(array.shape) != tuple(tensor.shape):
-        raise PayloadError(f"{name}: shape {tuple(tensor.shape)}, but {tuple(array.shape)} was sent")
+        raise PayloadError(f"{name} has shape {tuple(tensor.shape)}, but was received with {tuple(array.shape)}")
     data = reply_frame(tensor, _sent(tensor, name, array, config), config, name)
     if data is not None:
         return framed_array(data, tuple(tensor.shape))
@@ -202,15 +204,15 @@ def _written(tensor: Tensor, name: str, array: Array | None, config: UplinkConfi
 
 
 def _sent(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> Sent | None:
-    """Read what was sent of a variable, if what goes back depends on it."""
+    """Read a variable from the received array if the reply depends on it; otherwise return None."""
     if array is None or config is None or (array.stype != STYPE and not config.asks_for_change(name)):
         return None
     if is_compressed(tensor) and (tensor.update is not None or not _differs_from_codes(config)):
         return None
     if not array.data:
         raise PayloadError(
-            f"{name}: install(consume=True) has released what was sent, which is needed now that the variable is no "
-            "longer compressed: install without consume, or collect before you decompress the model"
+            f"{name} is no longer compressed, so its reply needs the received bytes, which install(consume=True) has "
+            "released: install without consume, or call collect before decompressing the model"
         )
     if array.stype != STYPE:
         return flat_tensor(view_dense(array, name, check=False)).view(tuple(array.shape))
@@ -218,12 +220,11 @@ def _sent(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig |
 
 
 def _trim_memory(freed: int) -> None:
-    """Have the C library return freed memory to the system; glibc alone keeps so much that it matters.
+    """Have the C library return freed memory to the system; only glibc keeps enough of it to matter.
 
-    A message arrives in pieces of all sizes, and its blocks lie between others that were allocated before and after it:
-    without this a client's process stays larger by more than the message (by 240 of 1000 MB, with 190 MB of message).
-    A few megabytes are left alone, as training takes them again: returning them would cost a visit with a small model
-    an eighth of its time.
+    A message arrives in pieces of many sizes, interleaved with other allocations. Without trimming, a client's process
+    stays larger by more than the size of the message: by 240 of 1000 MB for a message of 190 MB. A few megabytes are
+    not returned, because training needs them again; returning them would cost a small model an eighth of its round.
     """
     if freed >= _LEAST_TRIM and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

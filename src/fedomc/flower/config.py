@@ -1,4 +1,4 @@
-"""The record with which a server tells a client how to encode its reply."""
+"""The config record by which a server tells a client how to encode its reply."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def to_config(
     unquantized_format: Method | None = None,
     unquantized: Sequence[str] = (),
 ) -> ConfigRecord:
-    """Write what ``from_config`` reads as an ``UplinkConfig``."""
+    """Make the record that ``from_config`` reads; the arguments are the attributes of ``UplinkConfig``."""
     record = ConfigRecord({**frame.encoding_fields(encoding), "entropy_coding": entropy_coding})
     if unquantized_format is not None:
         record["unquantized_format"] = str(unquantized_format)
@@ -34,7 +34,7 @@ def from_config(config: Mapping[str, Any]) -> UplinkConfig:
     """Read the record of a message.
 
     Raises:
-        PayloadError: a field is missing or wrong.
+        PayloadError: a field is missing or invalid.
     """
     try:
         entropy_coding, unquantized = config.get("entropy_coding", False), config.get("unquantized_format")
@@ -42,7 +42,7 @@ def from_config(config: Mapping[str, Any]) -> UplinkConfig:
             raise PayloadError(f"entropy_coding={entropy_coding!r} is neither true nor false")
         names = config.get("unquantized", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise PayloadError(f"unquantized={names!r} is no list of names")
+            raise PayloadError(f"unquantized={names!r} is not a list of names")
         encoding = frame.read_encoding(config)
         format = None if unquantized is None else parse_method(unquantized)
         return UplinkConfig(encoding, entropy_coding, format, frozenset(names))

@@ -1,20 +1,21 @@
-"""Flower's defences together with compression: their right order, and what is refused. The guide: docs/defences.md.
+"""Combines Flower's defences with compression in the right order, and refuses wrong orders; see docs/defences.md.
 
 [Note: where to clip]
-Differential privacy needs a bound on what one client can change: the norm of its update is clipped to C, and noise in
-proportion to C is added to the mean. Whatever happens to an update between the clipping and the sum must not make it
-longer. Rounding does: a client that clips and then encodes sends an update whose norm is up to C plus that of the
-rounding errors, which grow with the number of parameters and, in one part, with the size of the weights, not with C.
-So the update is clipped after it was decoded:
+Differential privacy requires a bound on the change that one client can make: the norm of its update is clipped to C,
+and noise proportional to C is added to the mean. Between clipping and summation, nothing may increase the norm of an
+update. Rounding does: if a client clips and then encodes, the norm of its update is up to C plus that of the rounding
+errors. These grow with the number of parameters and, in one part, with the size of the weights, not with C. Updates are
+therefore clipped after decoding:
 
-- the strategies that clip on the server are wrapped by ``OMCStrategy``, never the other way round: they get
-  V + (R - S), FP32, and clip its difference to V, which is what the client changed of what it was sent, R - S. That is
-  ``delta``; with ``weights`` they would clip R - V, in which S - V, the broadcast's error, outweighs the update;
-- what a client clipped itself, in FP32, before ``omc_mod`` encoded it, is clipped by the server once more, to the same
-  C. This takes away what rounding added, and nothing of an update that is not longer than C.
+- Strategies that clip on the server must be wrapped by ``OMCStrategy``, never the other way round. They are given
+  V + (R - S) in FP32 and clip its difference to V, which is the client's change R - S. This requires ``delta``; with
+  ``weights`` they would clip R - V, in which the broadcast's error S - V outweighs the update.
+- Updates that a client clipped in FP32, before ``omc_mod`` encoded them, are clipped again by the server, to the same
+  C. This removes the part that rounding added, and does not change updates whose norm is at most C.
 
-Noise is added to the FP32 mean, and nothing is rounded between the two. The next round's encoding, like the encoding of
-what ``LocalDpMod`` made noisy, sees private values only through the noise: it takes nothing from the guarantee.
+Noise is added to the FP32 mean, and nothing is rounded in between. The encoding of the next broadcast, and that of
+values to which ``LocalDpMod`` has added noise, depends on private values only through the noise, so it does not weaken
+the guarantee.
 """
 
 import math
@@ -39,9 +40,9 @@ from fedomc.flower.downlink import Broadcast
 GUIDE = "see docs/defences.md"
 
 NO_SECURE_AGGREGATION = (
-    "Flower has secure aggregation for its legacy strategies alone, and it sums integers, which packed floats with a "
-    "scale of each client's own are not: use OMCStrategy without it, or a legacy strategy with it and compress the "
-    f"model in the client's memory alone (compress_, then decompress_); {GUIDE}"
+    "Flower supports secure aggregation only for its legacy strategies, and it sums integers, not packed codes with a "
+    "different scale for each client: use OMCStrategy without it, or use it with a legacy strategy and compress the "
+    f"model only in the client's memory (compress_, then decompress_); {GUIDE}"
 )
 
 _OnClients = (
@@ -56,11 +57,11 @@ _Adaptive = (
 Clipping = _OnClients | _OnServer
 
 _LEAST = 1e-12
-"""Squares of shorter updates may vanish in float32, in which Flower takes the norm that it then divides by."""
+"""The norm below which the squares of an update may underflow in Flower's float32 norm, by which it divides."""
 
 
 def layers(strategy: Strategy) -> Iterator[Strategy]:
-    """Yield a strategy, the one that it wraps, and so on."""
+    """Yield a strategy, the strategy that it wraps, and so on."""
     inner: object = strategy
     while isinstance(inner, Strategy):
         yield inner
@@ -68,18 +69,18 @@ def layers(strategy: Strategy) -> Iterator[Strategy]:
 
 
 def innermost(strategy: Strategy) -> Strategy:
-    """Return the strategy at the end of ``layers``, which is the one that aggregates."""
+    """Return the last of the ``layers``, which is the strategy that aggregates."""
     *_, last = layers(strategy)
     return last
 
 
 def clipping_of(strategy: Strategy) -> Clipping | None:
-    """Return the layer that clips, or None."""
+    """Return the layer that clips updates, or None."""
     return next((layer for layer in layers(strategy) if isinstance(layer, Clipping)), None)
 
 
 def adaptive_clipping_of(strategy: Strategy) -> _Adaptive | None:
-    """Return the layer that clips to a norm which changes from round to round, or None."""
+    """Return the layer that clips updates to a norm that it adapts in every round, or None."""
     return next((layer for layer in layers(strategy) if isinstance(layer, _Adaptive)), None)
 
 
@@ -90,48 +91,48 @@ def accountant_of(strategy: Strategy) -> PrivacyAccountant | None:
 
 
 def check_aggregate(inner: Strategy, aggregate: str) -> None:
-    """Refuse an aggregation in which something else is clipped than what a client changed.
+    """Check that a strategy that clips is given the clients' changes rather than their weights.
 
     Raises:
-        PolicyError: the strategy clips, and is to be given the clients' weights.
+        PolicyError: the strategy clips, and ``aggregate`` is not ``delta``.
     """
     if aggregate != "delta" and clipping_of(inner) is not None:
         raise PolicyError(
-            f"aggregate={aggregate!r} with {type(clipping_of(inner)).__name__}: the error of the broadcast would be "
-            f"clipped along with what the client changed, and outweigh it; use aggregate='delta' ({GUIDE})"
+            f"aggregate={aggregate!r} with {type(clipping_of(inner)).__name__} would clip the error of the broadcast "
+            f"along with the client's change, which it outweighs: use aggregate='delta' ({GUIDE})"
         )
 
 
 def check_model(inner: Strategy, arrays: ArrayRecord) -> None:
-    """Refuse variables that cannot be clipped.
+    """Check that all variables can be clipped if the strategy clips.
 
     Raises:
-        PolicyError: the strategy clips, and a variable is of whole numbers.
+        PolicyError: the strategy clips, and a variable has an integer dtype.
     """
     for name, array in arrays.items():
         if np.dtype(array.dtype).kind != "f" and clipping_of(inner) is not None:
             raise PolicyError(
-                f"{name} is {array.dtype}, which {type(clipping_of(inner)).__name__} can neither clip nor add noise "
-                f"to: keep it out of the messages, or use a layer without counters, such as GroupNorm ({GUIDE})"
+                f"{name} is {array.dtype}, and {type(clipping_of(inner)).__name__} can neither clip it nor add noise: "
+                f"leave it out of the messages, or use a layer without counters, such as GroupNorm ({GUIDE})"
             )
 
 
 def check_nesting(inner: Strategy) -> None:
-    """Refuse to be called by a strategy that clips: it would be given packed replies, the damaged ones among them.
+    """Check that no strategy that clips wraps ``OMCStrategy``, because it would be given packed, unchecked replies.
 
-    A strategy is told nothing of what wraps it, so this looks at who called.
+    A strategy does not know what wraps it, so the call stack is searched.
 
     Args:
-        inner: the wrapped strategy, which may itself be a caller: if its ``start`` runs.
+        inner: the wrapped strategy, which is itself a caller if its own ``start`` is running.
 
     Raises:
-        PolicyError: ``OMCStrategy`` is inside a strategy that clips.
+        PolicyError: a strategy that clips wraps ``OMCStrategy``.
     """
     outer = find_caller(lambda owner: isinstance(owner, Clipping) and vars(owner) is not vars(inner))
     if outer is not None:
         name = type(outer).__name__
         raise PolicyError(
-            f"{name}(OMCStrategy(...)) would clip packed replies: turn it round, "
+            f"{name}(OMCStrategy(...)) would clip packed replies: reverse the order to "
             f"OMCStrategy({name}(FedAvg(), ...), policy) ({GUIDE})"
         )
 
@@ -139,17 +140,17 @@ def check_nesting(inner: Strategy) -> None:
 def bounded(inner: Strategy, broadcast: Broadcast, arrays: ArrayRecord) -> ArrayRecord:
     """Return a decoded reply whose update the strategy can handle; see the note on where to clip.
 
-    What a client clipped is clipped again. What the server is to clip is left to the strategy, but an update of norm 0
-    is changed by next to nothing, because Flower divides by the norm. Nobody is left out for an update of norm 0: then
-    who is counted would depend on private data.
+    If clients clip, the update is clipped again. If the server clips, that is left to the strategy, but an update of
+    norm 0 is changed minimally, because Flower divides by the norm. Such a reply is not left out, because the set of
+    replies that count would then depend on private data.
 
     Args:
-        inner: the wrapped strategy; if it does not clip, the reply is returned as it is.
-        broadcast: what was sent.
-        arrays: the server's weights plus what the client changed, decoded when they are asked for.
+        inner: the wrapped strategy; if it does not clip, the reply is returned unchanged.
+        broadcast: the model as it was sent.
+        arrays: the server's weights plus the client's change, as lazy arrays.
 
     Raises:
-        PayloadError: the update is so large that it is not finite when it is added.
+        PayloadError: the update, or its sum with the model, is not finite.
     """
     clipping = clipping_of(inner)
     if clipping is None:
@@ -157,38 +158,39 @@ def bounded(inner: Strategy, broadcast: Broadcast, arrays: ArrayRecord) -> Array
     with np.errstate(over="ignore"):
         norm = math.hypot(*(float(np.linalg.norm(_change(broadcast, arrays, name))) for name in arrays))
     if not math.isfinite(norm):
-        raise PayloadError("what it changed is not finite, or not when it is added to the model")
+        raise PayloadError("its change, or the sum of its change and the model, is not finite")
     if isinstance(clipping, _OnServer):
         return arrays if norm >= _LEAST else _nudged(arrays)
     return arrays if norm <= clipping.clipping_norm else _scaled(broadcast, arrays, clipping.clipping_norm / norm)
 
 
 def explained(error: Error) -> str:
-    """Return the reason of a client's error, with what to do about it if it comes from how the app is put together."""
+    """Return the reason of a client's error, with advice if the cause is the way in which the app is set up."""
     reason = str(error.reason)
     if mentions_secure_aggregation(reason):
         return f"{reason} ({NO_SECURE_AGGREGATION})"
     if mentions_legacy_content(reason):
         return (
-            f"{reason} (the client is a legacy app, client_fn or NumPyClient, which OMCStrategy cannot send to: write "
-            "it with @app.train() of flwr.clientapp.ClientApp)"
+            f"{reason} (the client is a legacy app with client_fn or NumPyClient, which OMCStrategy does not support: "
+            "write it with @app.train() of flwr.clientapp.ClientApp)"
         )
     if STYPE in reason:
         return (
             f"{reason} (the client reads compressed arrays as plain ones: fill its model with fedomc.flower.install "
-            "and answer with fedomc.flower.collect, or leave its code as it is in ClientApp(mods=[omc_mod, ...]); mods "
-            f"that look at arrays come after omc_mod, and not around a client that trains compressed; {GUIDE})"
+            "and reply with fedomc.flower.collect, or leave its code unchanged and use ClientApp(mods=[omc_mod, ...]). "
+            "Mods that read arrays must come after omc_mod, and cannot be used with a client that trains compressed; "
+            f"{GUIDE})"
         )
     if is_mod_failure(error.code):
         return (
-            f"{reason} (mods that look at arrays come after omc_mod, ClientApp(mods=[omc_mod, ...]), and not around a "
-            f"client that trains compressed; {GUIDE})"
+            f"{reason} (mods that read arrays must come after omc_mod, as in ClientApp(mods=[omc_mod, ...]), and "
+            f"cannot be used with a client that trains compressed; {GUIDE})"
         )
     return reason
 
 
 def _change(broadcast: Broadcast, arrays: ArrayRecord, name: str) -> Values:
-    """Return the difference to the server's values, float64 and flat."""
+    """Return the difference to the server's values, as a flat float64 array."""
     change = arrays[name].numpy().astype(np.float64).reshape(-1)
     change -= broadcast.dense(name).reshape(-1)
     return change
@@ -211,7 +213,7 @@ def _scaled(broadcast: Broadcast, arrays: ArrayRecord, factor: float) -> ArrayRe
 
 
 def _nudged(arrays: ArrayRecord) -> ArrayRecord:
-    """Return the arrays with one value changed in its last place."""
+    """Return the arrays with the last bit of a single value changed."""
     record = ArrayRecord()
     for name, array in arrays.items():
         record[name] = array

@@ -1,4 +1,4 @@
-"""What each client is sent in a round: one model, of which every variable is encoded once in each format."""
+"""The server's downlink: the model that clients are sent in a round, with each variable encoded once per format."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fedomc.training.policy import CompressionPolicy
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A variable in one format: as it travels, its codes, and the sums of squares of their error and of the values."""
+    """A variable in one format: its array, its codes, and the sums of squares of the error and of the values."""
 
     array: Array
     packed: Packed
@@ -25,24 +25,23 @@ class _Piece:
 
 
 class Broadcast:
-    """One round's model: its FP32 values, each variable encoded once in each format, and what each node was sent.
+    """The model of a round: its FP32 values, its encoded variables, and a record of what each node was sent.
 
     Args:
         arrays: the model.
         policy_of: returns the policy of a node; None sends FP32.
-        server_round: the round's number.
-        client_name: names a node for the random draws.
+        server_round: the number of the round.
+        client_name: returns the name of a node that is used for random draws.
         entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
         unquantized_format: the format of the variables that partial quantization leaves unquantized; None is FP32.
-        former: the broadcast before this one. If it was of the same model, which lies in the same arrays, what it
-            encoded is taken from it: evaluation sends the model that the next round trains.
+        former: the previous broadcast. If it has the same arrays, its encoded variables are reused, because evaluation
+            sends the same model as the next round of training.
 
     Attributes:
         arrays: the model.
-        round: the round's number.
+        round: the number of the round.
         nodes: the nodes that were sent the model.
-        errors: for each variable that was compressed, the sum of squares of the compression error, and that of its
-            values.
+        errors: for each compressed variable, the sums of squares of its compression error and of its values.
     """
 
     def __init__(
@@ -73,10 +72,10 @@ class Broadcast:
         self._record_names: dict[int, list[str]] = {}
 
     def compress(self, message: Message) -> None:
-        """Replace the model in a message by the payload of the client that the message goes to.
+        """Replace the model in a message by the payload for the client that receives it.
 
         Raises:
-            PolicyError: the message does not contain the model that the strategy was given.
+            PolicyError: the message does not contain the strategy's model.
         """
         node = message.metadata.dst_node_id
         self.nodes.add(node)
@@ -95,7 +94,10 @@ class Broadcast:
         for name, array in self.arrays.items():
             payload[name] = pieces[name].array if name in pieces else array
         if not models:
-            raise PolicyError("the inner strategy sends no model of the variables it was given: nothing to compress")
+            raise PolicyError(
+                "there is nothing to compress: no array record that the inner strategy sends has exactly the variables "
+                "of the model. Have its configure_train send the arrays that it is given"
+            )
         content = RecordDict(dict(message.content.items()))
         for key in models:
             content[key] = payload
@@ -108,17 +110,17 @@ class Broadcast:
         message.content = content
 
     def dense(self, name: str) -> Values:
-        """Return the server's values of a variable; they must not be written."""
+        """Return the server's values of a variable; they must not be modified."""
         if name not in self._dense:
             self._dense[name] = view_dense(self.arrays[name], name, check=False)
         return self._dense[name]
 
     def packed(self, node: int) -> dict[str, Packed]:
-        """Return the variables that a node was sent compressed."""
+        """Return the variables that were sent to a node in compressed form."""
         return self._sent.get(node, {})
 
     def uplink_of(self, node: int, name: str) -> Method | None:
-        """Return the method in which a node was asked for the change of a variable; None if for what it holds."""
+        """Return the method in which a node must send the change of a variable; None if it sends what it holds."""
         method, names = self._uplinks.get(node, (None, frozenset[str]()))
         return method if name in names else None
 
@@ -127,7 +129,7 @@ class Broadcast:
         return self._record_names.get(node) or ["arrays"]
 
     def _pieces_for(self, policy: CompressionPolicy, client: str | int) -> dict[str, _Piece]:
-        """Return the variables that a client is sent compressed, as arrays and as codes."""
+        """Return the variables that are sent to a client in compressed form."""
         selection = policy.select(self._shapes, round=self.round, client=client)
         shared = {fmt: policy.encoding(fmt, round=self.round) for fmt in policy.formats}
         pieces = {name: self._piece(name, shared[how.format], frame.VARIABLE) for name, how in selection.items()}
@@ -139,7 +141,7 @@ class Broadcast:
         return pieces
 
     def _piece(self, name: str, how: Encoding, kind: int) -> _Piece:
-        """Encode a variable, once for all clients that are sent it in this format."""
+        """Encode a variable, only once for all clients that receive it in this format."""
         key = (name, kind, how.format, how.transform)
         piece = self._pieces.get(key) or self._former_pieces.get(key)
         if piece is None:
@@ -152,23 +154,23 @@ class Broadcast:
         return piece
 
     def release_former(self) -> None:
-        """Release what the former broadcast encoded and this one does not send."""
+        """Release variables that the former broadcast encoded and that this one does not send."""
         self._former_pieces = {}
 
     def pieces_of(self, arrays: ArrayRecord) -> "dict[tuple[object, ...], _Piece]":
-        """Return what was encoded of a model; nothing if it lies in other arrays."""
+        """Return the encoded variables if the model has the same arrays as this broadcast; otherwise an empty dict."""
         own = self.arrays
         same = own is arrays or (list(own) == list(arrays) and all(own[name] is arrays[name] for name in own))
         return self._pieces if same else {}
 
 
 def float32_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the float32 variables, which are those that may be compressed."""
+    """Return the shapes of the float32 variables, the only ones that can be compressed."""
     return {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
 
 
 def _error(packed: Packed, values: Tensor) -> tuple[float, float]:
-    """Return the sum of squares of the compression error, and that of the values."""
+    """Return the sums of squares of the compression error and of the values."""
     error, size = 0.0, 0.0
     scratch = torch.empty(min(STRETCH, values.numel()), dtype=torch.float32, device="cpu")
     for start in range(0, values.numel(), STRETCH):

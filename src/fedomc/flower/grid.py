@@ -1,4 +1,4 @@
-"""A grid that yields replies one by one; Flower's own grids hold all replies of a round."""
+"""A grid that yields replies one by one, whereas Flower's own grids hold all replies of a round in memory."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -8,16 +8,16 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 _INTERVAL = 0.1
-"""The least seconds between two polls for replies; more if a poll takes longer."""
+"""The minimum number of seconds between two polls for replies; if a poll takes longer, the interval is as long."""
 
 
 class StreamingGrid(Grid):
-    """A grid whose ``send_and_receive`` fetches a reply of another grid only when the one before was processed.
+    """A wrapper around a grid whose ``send_and_receive`` fetches each reply only after the previous one is processed.
 
     Args:
-        grid: the other grid, whose nodes are used.
-        in_order: yield the replies in the order of the messages, so that sums of them have the same last bits in every
-            run. Replies that arrive before their turn wait outside this process.
+        grid: the wrapped grid.
+        in_order: yield the replies in the order of the messages, so that sums of them are bitwise reproducible.
+            Replies that arrive early wait outside this process.
     """
 
     def __init__(self, grid: Grid, *, in_order: bool = False) -> None:
@@ -25,11 +25,11 @@ class StreamingGrid(Grid):
         self.in_order = in_order
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Send messages now; the replies are fetched as the iterator is drawn from.
+        """Send messages immediately, and return an iterator that fetches the replies.
 
         Args:
             messages: the messages to send.
-            timeout: the seconds from now on after which no more replies are fetched; None waits for all.
+            timeout: the number of seconds after which no more replies are fetched; None waits for all replies.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._fetched([sent for sent in self.grid.push_messages(messages) if sent is not None], deadline)
@@ -39,7 +39,7 @@ class StreamingGrid(Grid):
             began = time.monotonic()
             still = []
             for sent in waiting:
-                replies = list(self.grid.pull_messages([sent]))  # one at a time, so that no other is in memory
+                replies = list(self.grid.pull_messages([sent]))  # one at a time, so that only one is in memory
                 if not replies:
                     still.append(sent)
                 while replies:
@@ -54,32 +54,32 @@ class StreamingGrid(Grid):
             waiting = still
 
     def set_run(self, run: Any) -> None:
-        """Set the run of the other grid."""
+        """Set the run of the wrapped grid."""
         self.grid.set_run(run)
 
     @property
     def run(self) -> Any:
-        """The run of the other grid."""
+        """The run of the wrapped grid."""
         return self.grid.run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """Make a message with the other grid."""
+        """Create a message with the wrapped grid."""
         return self.grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """List the nodes of the other grid."""
+        """Return the IDs of the nodes of the wrapped grid."""
         return self.grid.get_node_ids()
 
     def get_nodes(self) -> Iterable[Any]:
-        """Describe the nodes of the other grid."""
+        """Return the nodes of the wrapped grid."""
         return self.grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages through the other grid."""
+        """Send messages through the wrapped grid."""
         return self.grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Fetch the replies to some messages that have arrived."""
+        """Fetch the replies to messages that have arrived so far."""
         return self.grid.pull_messages(message_ids)

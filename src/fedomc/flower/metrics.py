@@ -1,4 +1,4 @@
-"""The metrics and weights of replies: which are usable, which all share, and how much one client may weigh."""
+"""The metrics and weights of replies: reads them, chooses those to aggregate, and caps the weight of a client."""
 
 import bisect
 import math
@@ -14,21 +14,21 @@ from fedomc.flower._flower import logger
 from fedomc.flower.arrays import records_of
 
 _LARGEST_WEIGHT = 2.0**63
-"""The largest weight of a reply: it is a count, and sums of larger numbers might not be finite."""
+"""The largest valid weight of a reply. A weight is a count, and sums of larger numbers might not be finite."""
 
 _USUAL_NAME = "metrics"
-"""What Flower's documentation calls the record of a reply's metrics."""
+"""The name that Flower's documentation uses for the record of a reply's metrics."""
 
 
 @dataclass(frozen=True)
 class ReplyMetrics:
-    """The metrics of a reply that numbers can be made of.
+    """The usable metrics of a reply.
 
     Attributes:
-        node: the node that answered.
-        record: the name of the record that holds the weight.
-        metrics: the usable metrics of that record, the weight among them.
-        weight: the weight, a finite number from 0 on.
+        node: the node that replied.
+        record: the name of the record that contains the weight.
+        metrics: the usable metrics of this record, including the weight.
+        weight: the weight, a finite number that is not negative.
     """
 
     node: int
@@ -38,20 +38,21 @@ class ReplyMetrics:
 
 
 def read_metrics(reply: Message, server_round: int, weight_name: str) -> ReplyMetrics:
-    """Read the metrics of a reply; a metric that is not finite is dropped and named in the log.
+    """Read the metrics of a reply; a metric that is not finite is dropped with a warning.
 
     Args:
-        reply: the reply. Of several metric records the one with the weight counts: ``metrics``, or the first by name.
-        server_round: the round's number, for the log.
+        reply: the reply. If several metric records have a weight, the record ``metrics`` is read, or else the first one
+            by name.
+        server_round: the number of the round, for the log.
         weight_name: the name of the metric that is the reply's weight.
 
     Raises:
-        PayloadError: there is no weight, or none that a mean can be weighted with.
+        PayloadError: the weight is missing or is not a number from 0 to 2**63.
     """
     node, records = reply.metadata.src_node_id, records_of(reply.content, MetricRecord)
     weighted = sorted((name != _USUAL_NAME, name) for name, record in records.items() if weight_name in record)
     if not weighted:
-        raise PayloadError(f"none of its {len(records)} metric records has the weight, {weight_name!r}")
+        raise PayloadError(f"none of its {len(records)} metric records has the weight {weight_name!r}")
     record_name = weighted[0][1]
     usable = MetricRecord()
     for name, value in records[record_name].items():
@@ -59,28 +60,29 @@ def read_metrics(reply: Message, server_round: int, weight_name: str) -> ReplyMe
             usable[name] = value
         elif name != weight_name:
             logger.warning(
-                "round %d: node %d: metric %s=%s is not finite, or beyond 64 bits: it is dropped, the reply is not",
+                "round %d: node %d: metric %s=%s is dropped, because it is not finite or exceeds 64 bits; the reply is "
+                "kept",
                 *(server_round, node, name, value),
             )
     weight = records[record_name][weight_name]
     if isinstance(weight, list) or weight_name not in usable or not 0 <= weight <= _LARGEST_WEIGHT:
-        raise PayloadError(f"metric {weight_name}={weight}: a number from 0 to 2**63 is expected")
+        raise PayloadError(f"metric {weight_name}={weight} is not a weight: a number from 0 to 2**63 is expected")
     return ReplyMetrics(node, record_name, usable, float(weight))
 
 
 def common_metrics(replies: Sequence[ReplyMetrics], server_round: int) -> tuple[list[MetricRecord | None], set[str]]:
-    """Choose the metrics that are aggregated: those that more than half of the replies have.
+    """Choose the metrics to aggregate: those that more than half of the replies have.
 
-    Flower's functions for metrics expect the same ones of all replies. So the others are dropped, and a reply that
-    lacks one of the chosen ones takes no part in the aggregation of metrics; both are named in the log. No client alone
-    can thus keep a metric from being reported.
+    Flower's functions for metrics require that all replies have the same metrics. Other metrics are therefore dropped,
+    and replies that lack one of the chosen metrics are excluded from the aggregation of metrics; both are logged. Thus
+    no single client can prevent a metric from being reported.
 
     Args:
         replies: the metrics of all replies.
-        server_round: the round's number, for the log.
+        server_round: the number of the round, for the log.
 
     Returns:
-        For each reply the chosen metrics, or None if it lacks one; and the names of the chosen metrics.
+        The chosen metrics of each reply, or None if it lacks one of them; and the names of the chosen metrics.
     """
     forms = [{(name, _length(value)) for name, value in reply.metrics.items()} for reply in replies]
     counts = Counter(form for each in forms for form in each)
@@ -90,8 +92,8 @@ def common_metrics(replies: Sequence[ReplyMetrics], server_round: int) -> tuple[
         lacking = [reply.node for reply, each in zip(replies, forms, strict=True) if form not in each]
         if form not in chosen:
             logger.warning(
-                "round %d: metric %s is dropped: only %s of %d replies have it in this form",
-                *(server_round, form[0], _named(having), len(replies)),
+                "round %d: metric %s is dropped, because only %d of %d replies have it in this form: %s",
+                *(server_round, form[0], len(having), len(replies), _named(having)),
             )
         elif lacking:
             logger.warning("round %d: metric %s is aggregated without %s", server_round, form[0], _named(lacking))
@@ -106,10 +108,10 @@ def common_metrics(replies: Sequence[ReplyMetrics], server_round: int) -> tuple[
 
 
 class WeightCap:
-    """A cap on the weight of one reply: a multiple of the median weight of the round's replies.
+    """A cap on the weight of a single reply: a multiple of the median weight of the round's replies.
 
-    The median is that of the weights above zero that have been added so far; of an even number the lower of the middle
-    two, so that two clients do not let one of them decide for both.
+    The median is taken over all positive weights added so far. For an even number of weights it is the lower of the
+    middle two, so that of two clients the heavier one does not set the cap.
 
     Args:
         factor: the multiple; None sets no cap.
@@ -120,32 +122,32 @@ class WeightCap:
         self._weights: list[float] = []
 
     def add(self, weights: Iterable[float]) -> None:
-        """Add the weights of replies to those that the median is of."""
+        """Include the weights of replies in the median."""
         for weight in weights:
             if weight > 0:
                 bisect.insort(self._weights, weight)
 
     @property
     def limit(self) -> float:
-        """The most that a reply weighs, infinite if there is no cap or no weight yet."""
+        """The maximum weight of a reply; infinite if there is no cap or no weight yet."""
         if self.factor is None or not self._weights:
             return math.inf
         return self.factor * self._weights[(len(self._weights) - 1) // 2]
 
     def capped(self, reply: ReplyMetrics, server_round: int) -> float:
-        """Return the weight that a reply counts with; if it is less than its own, the log names both."""
+        """Return the capped weight of a reply; a warning is logged if it is less than the reply's own weight."""
         limit = self.limit
         if reply.weight <= limit:
             return reply.weight
         logger.warning(
-            "round %d: node %d has weight %g and counts with %g, the cap: %g times the median weight (weight_cap)",
+            "round %d: node %d has weight %g, which is capped at %g, %g times the median weight (weight_cap)",
             *(server_round, reply.node, reply.weight, limit, self.factor),
         )
         return limit
 
 
 def with_weight(metrics: MetricRecord, weight_name: str, weight: float) -> MetricRecord:
-    """Return metrics whose weight is no more than a limit; a whole number stays one."""
+    """Return metrics with the weight limited to the given value; an integer weight stays an integer."""
     own = cast(float, metrics[weight_name])
     if own <= weight:
         return metrics
@@ -162,5 +164,5 @@ def _named(nodes: Sequence[int]) -> str:
 
 
 def _is_a_number(value: float) -> bool:
-    """Tell whether numpy can add up such values; Python's whole numbers have no bound."""
+    """Return whether numpy can sum such values; Python's integers are unbounded."""
     return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63

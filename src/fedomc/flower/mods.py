@@ -1,4 +1,4 @@
-"""``omc_mod``: compressed messages for client code that knows nothing of compression."""
+"""``omc_mod``: compresses the messages of a client whose own code does not use fedomc."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,32 +17,32 @@ Received = dict[str, Sent]
 
 
 def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Decode what comes from ``OMCStrategy`` for a client's unchanged code, and encode what that returns.
+    """Decode messages from ``OMCStrategy`` for unchanged client code, and encode its replies.
 
-    For ``ClientApp(mods=[omc_mod])``, where the training loop cannot be changed. It compresses **communication only**:
-    the client's code gets, trains and returns FP32 arrays and holds as much memory as without compression. A loop that
-    uses ``install`` and ``collect`` keeps the parameters packed while it trains.
+    Use it as ``ClientApp(mods=[omc_mod])`` if the training loop cannot be changed. It compresses **only
+    communication**: the client's code receives, trains and returns FP32 arrays, and needs as much memory as without
+    compression. A loop that uses ``install`` and ``collect`` keeps the parameters packed while it trains.
 
-    It must be the first of the mods, ``mods=[omc_mod, fixedclipping_mod]``: the others then see FP32 arrays, and the
+    It must be the first mod, as in ``mods=[omc_mod, fixedclipping_mod]``. The other mods then see FP32 arrays, and the
     message as the wrapped strategy made it.
 
-    Variables that came compressed go back compressed, as ``reply_frame`` says, and with an uplink in the policy so do
-    those that partial quantization left in FP32. In a reply these are the ones of the record that is named as the one
-    that was sent; other records stay as they are.
+    Variables that were received compressed are compressed in the reply, see ``reply_frame``; with an uplink method in
+    the policy, so are those that partial quantization left in FP32. They are looked up in the record of the reply that
+    has the same name as the received one; other records are not changed.
 
-    The mod does not know the client's model: a message whose FP32 values would take more than ``frame.MAX_EXPANSION``
-    times the bytes that arrived is refused.
+    The mod does not know the client's model. It therefore refuses messages whose FP32 values would take more than
+    ``frame.MAX_EXPANSION`` times the received bytes.
 
     Raises:
-        PayloadError: a variable that came is damaged, one that goes back has another shape or dtype, or the message
-            would become too large.
-        NonFiniteError: a value that goes back is NaN or infinite.
-        PolicyError: the message is one of Flower's legacy API, which ``OMCStrategy`` cannot send.
+        PayloadError: a received variable is damaged, a returned one has another shape or dtype, or the decoded message
+            would be too large.
+        NonFiniteError: a returned value is NaN or infinite.
+        PolicyError: the message belongs to Flower's legacy API, which ``OMCStrategy`` does not support.
     """
     if is_legacy_content(message.content):
         raise PolicyError(
-            "omc_mod has nothing to do in a legacy app (client_fn, NumPyClient): its messages are never compressed. "
-            "Write the client with @app.train() of flwr.clientapp.ClientApp and the server with flwr.serverapp and "
+            "omc_mod has no effect in a legacy app (client_fn, NumPyClient), whose messages are never compressed: "
+            "write the client with @app.train() of flwr.clientapp.ClientApp and the server with flwr.serverapp and "
             "OMCStrategy, or remove omc_mod"
         )
     config = records_of(message.content, ConfigRecord).get(CONFIG)
@@ -70,21 +70,21 @@ def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Co
 
 
 def _check_expansion(records: Iterable[ArrayRecord]) -> None:
-    """Refuse a message that would become far larger than it is: entropy coded constants can be of any length."""
+    """Check that decoding does not expand a message too far; an entropy-coded constant could have any length."""
     arrays = [(name, array) for record in records for name, array in record.items() if array.stype == STYPE]
     sizes = [(4 * math.prod(map(abs, array.shape)), name) for name, array in arrays]
     arrived, needed = sum(len(array.data) for _, array in arrays), sum(size for size, _ in sizes)
     if needed > frame.MAX_EXPANSION * arrived:
         largest, name = max(sizes)
         raise PayloadError(
-            f"{name} would become {largest} bytes of FP32 values, and all variables {needed} for the {arrived} bytes "
-            f"that arrived: more than {frame.MAX_EXPANSION} for each is refused, as omc_mod does not know the model. "
-            "Fill the model with fedomc.flower.install, which does, or send without entropy coding"
+            f"{name} would expand to {largest} bytes of FP32 values, and the whole message of {arrived} bytes to "
+            f"{needed}. omc_mod does not know the model and expands no message more than {frame.MAX_EXPANSION} times: "
+            "fill the model with fedomc.flower.install, which knows it, or send without entropy coding"
         )
 
 
 def _decoded(record: ArrayRecord, uplink: UplinkConfig) -> tuple[ArrayRecord, Received]:
-    """Return a record with plain arrays, and what its reply will be a difference to."""
+    """Return a record with plain arrays, and the received variables to which the reply contains differences."""
     decoded, received = ArrayRecord(), Received()
     for name, array in record.items():
         if array.stype == STYPE:
@@ -101,7 +101,7 @@ def _decoded(record: ArrayRecord, uplink: UplinkConfig) -> tuple[ArrayRecord, Re
 
 
 def _answers(sent: Mapping[str, Received], records: Mapping[str, ArrayRecord]) -> dict[str, Received]:
-    """Return what each record of a reply answers: the record of its name, or the only one there is."""
+    """Return the received variables for each record of a reply, matched by name or because there is only one."""
     answers = {key: sent[key] for key in records if key in sent}
     if not answers and len(sent) == len(records) == 1:
         answers = {next(iter(records)): next(iter(sent.values()))}

@@ -1,4 +1,4 @@
-"""Checking what came back from clients: who may answer, to which message, and with which variables."""
+"""Checks the replies of clients: their sender, the message that they reply to, and their variables."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +21,10 @@ from fedomc.serialization import frame
 
 @dataclass
 class Reply:
-    """A reply that was checked.
+    """A reply that has been checked.
 
     Attributes:
-        message: the message that came back.
+        message: the message of the reply.
         record: the name of the array record that holds the model.
         variables: the variables of the model.
         metrics: the metrics and the weight.
@@ -50,21 +50,21 @@ def checked_replies(
     report: RoundReport,
     weight_name: str,
 ) -> Iterator[Reply]:
-    """Yield the replies to a broadcast that can be used; each of the others is named in the log.
+    """Yield the usable replies to a broadcast; a warning is logged for each of the others.
 
     Args:
-        broadcast: what was sent.
-        sent: the metadata of the messages that carried it.
-        replies: what came back, drawn one by one; nothing of a reply is held once the next one is asked for.
+        broadcast: the model as it was sent.
+        sent: the metadata of the messages that were sent.
+        replies: the replies, which are drawn one by one; each is released before the next one is drawn.
         errors: gets the replies that report an error.
-        report: gets the time that checking takes.
+        report: the report, to which the time for checking is added.
         weight_name: the name of the metric that is the reply's weight.
     """
     answered = set[int]()
     for message in replies:
         node, reason = _sender(sent, message)
         if node not in broadcast.nodes or node in answered:
-            reason = reason or "it was not asked, or has answered before"
+            reason = reason or "it was not selected, or has already replied"
         if reason:
             log_left_out(broadcast.round, node, reason)
         elif message.has_error():
@@ -94,23 +94,23 @@ def checked_evaluations(
     weight_name: str,
     weight_cap: float | None,
 ) -> list[Message] | None:
-    """Return the errors and the usable replies of an evaluation, all with the same metrics.
+    """Return the errors and the usable replies of an evaluation, reduced to their common metrics.
 
     Args:
-        sent: the metadata of the messages that asked for it.
-        replies: what came back.
-        server_round: the round's number.
+        sent: the metadata of the messages that were sent.
+        replies: the replies.
+        server_round: the number of the round.
         weight_name: the name of the metric that is a reply's weight.
-        weight_cap: the most that a reply may weigh, as a multiple of the median weight; None sets no cap.
+        weight_cap: the maximum weight of a reply, as a multiple of the median weight; None sets no cap.
 
     Returns:
-        The messages, or None if no reply has a weight above zero.
+        The messages, or None if no reply has a positive weight.
     """
     errors, usable, answered = list[Message](), list[tuple[Message, ReplyMetrics]](), set[int]()
     for message in replies:
         node, reason = _sender(sent, message)
         if reason or node in answered:
-            log_left_out(server_round, node, reason or "it has answered before")
+            log_left_out(server_round, node, reason or "it has already replied")
             continue
         answered.add(node)
         if message.has_error():
@@ -135,12 +135,12 @@ def checked_evaluations(
 
 
 def log_left_out(server_round: int, node: int, reason: object) -> None:
-    """Log that a node's reply is not used."""
+    """Log a warning that a node's reply is not used."""
     logger.warning("round %d: left out node %d: %s", server_round, node, reason)
 
 
 def like_most(replies: Sequence[Reply], server_round: int) -> list[Reply]:
-    """Return the replies whose records are named as those of most replies; the others are named in the log."""
+    """Return the replies that have the most common record names; a warning is logged for each of the others."""
     structures = [(reply.record, reply.metrics.record, *sorted(reply.others())) for reply in replies]
     usual = min(Counter(structures).items(), key=lambda item: (-item[1], item[0]))[0] if replies else None
     chosen = []
@@ -148,35 +148,37 @@ def like_most(replies: Sequence[Reply], server_round: int) -> list[Reply]:
         if structure == usual:
             chosen.append(reply)
         else:
-            log_left_out(server_round, reply.metrics.node, f"its records are {structure}, those of most are {usual}")
+            log_left_out(
+                server_round, reply.metrics.node, f"its records are {structure}, but those of most replies are {usual}"
+            )
     return chosen
 
 
 def without_others(reply: Reply, server_round: int) -> RecordDict:
-    """Return a reply's content without further array and metric records, which are named in the log."""
+    """Return a reply's content without additional array and metric records, which are logged."""
     others = reply.others()
     if others:
         logger.warning(
-            "round %d: node %d: dropped %s: the strategy aggregates one model and its metrics, %s and %s",
+            "round %d: node %d: dropped %s, because the strategy aggregates only one model and its metrics, %s and %s",
             *(server_round, reply.metrics.node, ", ".join(others), reply.record, reply.metrics.record),
         )
     return RecordDict({key: record for key, record in reply.message.content.items() if key not in others})
 
 
 def _sender(sent: Sequence[Metadata], message: Message) -> tuple[int, str]:
-    """Return the node whose reply this is, and why it cannot be one to this round.
+    """Return the node that a reply belongs to, and the reason why it is not valid in this round, empty if it is.
 
-    For a node that is gone the SuperLink answers in its own name, so what counts is the message that is answered. Grids
-    that give messages no id leave it open which one that is.
+    For a node that has disappeared, the SuperLink replies in its own name. The node is therefore determined by the
+    message that is replied to, unless the grid gives its messages no IDs.
     """
     asked = {metadata.message_id: metadata.dst_node_id for metadata in sent if metadata.message_id}
     source, answered = message.metadata.src_node_id, message.metadata.reply_to_message_id
     if not asked:
         return source, ""
     if answered not in asked:
-        return source, f"it answers message {answered!r}, which is not one of this round"
+        return source, f"it replies to message {answered!r}, which does not belong to this round"
     if asked[answered] != source and not message.has_error():
-        return source, f"it answers the message to node {asked[answered]}"
+        return source, f"it replies to the message for node {asked[answered]}"
     return asked[answered], ""
 
 
@@ -184,23 +186,25 @@ def _sender(sent: Sequence[Metadata], message: Message) -> tuple[int, str]:
 
 
 def read_variables(broadcast: Broadcast, reply: Message) -> tuple[str, dict[str, ReplyVariable]]:
-    """Check all variables of a reply; they stay packed where they lie in it.
+    """Check all variables of a reply; they stay packed, as views of its data.
 
     Returns:
         The name of the array record that holds the model, and its variables.
 
     Raises:
-        PayloadError: a variable is damaged, not finite, or of another model.
+        PayloadError: a variable is damaged, not finite, or belongs to another model.
     """
     records, node = records_of(reply.content, ArrayRecord), reply.metadata.src_node_id
     models = [key for key, record in records.items() if set(record) == set(broadcast.arrays)]
     if not records:
         raise PayloadError("the reply has no array record")
     if not models:
-        raise PayloadError("the reply's variables are not those of the model that was sent")
+        raise PayloadError("the reply has other variables than the model that was sent")
     named_as_sent = [key for key in models if key in broadcast.record_names(node)]
     if len(models) > 1 and len(named_as_sent) != 1:
-        raise PayloadError(f"{', '.join(models)} could all be the model: name it {broadcast.record_names(node)[0]!r}")
+        raise PayloadError(
+            f"each of the records {', '.join(models)} could be the model: name it {broadcast.record_names(node)[0]!r}"
+        )
     name = (named_as_sent or models)[0]
     sent = broadcast.packed(node)
     return name, {
@@ -214,25 +218,25 @@ def _read_variable(
 ) -> ReplyVariable:
     own = broadcast.arrays[name]
     if tuple(array.shape) != tuple(own.shape):
-        raise PayloadError(f"{name}: shape {array.shape}, but {own.shape} was sent")
+        raise PayloadError(f"{name} has shape {array.shape}, but was sent with {own.shape}")
     sent = broadcast.dense(name) if packed is None else packed
     if array.stype != STYPE:
         values = view_dense(array, name)
         if values.dtype != own.dtype:
-            raise PayloadError(f"{name}: dtype {values.dtype}, but {own.dtype} was sent")
+            raise PayloadError(f"{name} has dtype {values.dtype}, but was sent as {own.dtype}")
         return ReplyVariable(values, sent, False)
     if own.dtype != "float32":
-        raise PayloadError(f"{name}: compressed values came back, but {own.dtype} was sent")
+        raise PayloadError(f"{name} is compressed, but was sent as {own.dtype}")
     parsed = read_packed(array, name, copy=False, sent=packed)
     is_update = parsed.kind == frame.UPDATE
     if uplink is not None and not (is_update and parsed.packed.method == uplink):
         what = "an update" if is_update else "a variable"
         raise PayloadError(
-            f"{name}: {what} in {parsed.packed.method} came back, but the change in {uplink} was asked for: the client "
-            "has to give collect the message, as in collect(model, message)"
+            f"{name} is {what} in {parsed.packed.method}, but its change in {uplink} was requested: the client must "
+            "pass the message to collect, as in collect(model, message)"
         )
     if is_update and packed is None and uplink is None:
-        raise PayloadError(f"{name}: an update came back, but the variable was sent in FP32")
+        raise PayloadError(f"{name} is an update, but the variable was sent in FP32")
     in_message = len(array.data) > parsed.packed.codes.nbytes
     return ReplyVariable(parsed.packed if in_message else partial(_codes, array, name, packed), sent, is_update)
 

@@ -1,4 +1,4 @@
-"""``OMCStrategy``: any of Flower's strategies, with compressed messages."""
+"""``OMCStrategy``: adds compressed messages to any of Flower's strategies."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -29,54 +29,58 @@ DIRECTIONS = ("none", "down", "up", "both")
 
 
 class OMCStrategy(Strategy):
-    """A strategy that compresses what another strategy sends, and decodes what it aggregates.
+    """A strategy that wraps another one, compresses the messages that it sends, and decodes the replies for it.
 
-    Every client gets a payload of its own: which variables stay FP32 is drawn from the policy's seed, the round and the
-    client. Each variable is encoded once a round, whatever the number of clients. A reply must hold one ``ArrayRecord``
-    with the variables that were sent (what ``collect`` returns) and a ``MetricRecord`` with the weight. A reply that is
-    damaged, of another model, not finite, too late, to another round's message or from a node that was not asked is
-    left out and named in the log; the inner strategy aggregates the others. A result that is not finite is dropped.
+    Each client gets its own payload: the variables that stay in FP32 are drawn from the policy's seed, the round and
+    the client. Each variable is encoded once per round and format, whatever the number of clients. A reply must have an
+    ``ArrayRecord`` with the variables that were sent, such as ``collect`` returns, and a ``MetricRecord`` with the
+    weight. A reply is left out with a warning if it is damaged, not finite, late, of another model, for a message of
+    another round or from a node that was not selected; the inner strategy aggregates the others. A new model that is
+    not finite is discarded.
 
-    A metric that is not finite, or that no more than half of the replies have, is dropped with a warning, but not the
-    reply. So are further array and metric records, unless the inner strategy has an ``aggregate_train`` of its own,
-    which is given them. No reply weighs more than ``weight_cap`` times the median weight; of a stream of replies the
-    median is that of those read so far, and the log names who is capped.
+    A metric that is not finite, or that at most half of the replies have, is dropped with a warning, but its reply is
+    kept. Additional array and metric records are dropped with a warning, too, unless the inner strategy has its own
+    ``aggregate_train``, which is then given them. No reply weighs more than ``weight_cap`` times the median weight; for
+    a stream of replies, this is the median of the replies read so far. A warning names each capped client.
 
-    The server's memory: for strategies that need a mean (``FedAvg``, ``FedAvgM``, ``FedProx``, ``FedAdam``,
-    ``FedYogi``, ``FedAdagrad``, and subclasses that leave ``aggregate_train`` alone) it does not grow with the number
-    of clients, as ``start`` takes replies one by one. Any other strategy holds all replies, packed, and what it
-    decodes of them: one variable of all replies in FP32 with ``FedMedian`` and ``FedTrimmedAvg``, all variables of all
-    replies, several times, with ``Krum``, ``MultiKrum`` and ``Bulyan``, and with the strategies of differential privacy
-    that clip on the server; those that clip on the clients need one variable of one reply at a time.
+    The server's memory does not grow with the number of clients for strategies that need only a mean (``FedAvg``,
+    ``FedAvgM``, ``FedProx``, ``FedAdam``, ``FedYogi``, ``FedAdagrad``, and subclasses that do not override
+    ``aggregate_train``), because ``start`` fetches replies one by one. Any other strategy holds all packed replies and
+    the values that it decodes from them: one variable of all replies in FP32 with ``FedMedian`` and ``FedTrimmedAvg``;
+    several copies of all variables of all replies with ``Krum``, ``MultiKrum``, ``Bulyan`` and the strategies of
+    differential privacy that clip on the server; one variable of one reply with those that clip on the clients.
 
-    Differential privacy goes inside, ``OMCStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), ...))``; the
-    module ``defences`` says what is refused, and what becomes of a client's clipping.
+    Strategies of differential privacy must be wrapped, as in
+    ``OMCStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), ...))``; see the module ``defences`` for what is
+    refused and for clipping on the clients.
 
-    Names alone do not tell parameters from buffers: float32 buffers of two dimensions are compressed like parameters
-    unless the policy excludes them.
+    Parameters and buffers cannot be distinguished by name, so two-dimensional float32 buffers are compressed like
+    parameters unless the policy excludes them.
 
     Attributes:
         inner: the wrapped strategy.
         policy: how to compress; None sends FP32 and only counts bytes. With a ``TieredPolicy`` each client gets the
             format of its tier, which it announces if its app has ``app.query("fedomc")(fedomc.flower.announce)``.
-        aggregate: ``delta`` averages what the clients changed, ``weights`` the weights that they returned.
-        client_name: names a node for the random draws. By default it is the node's number, which a simulation changes
-            in each run.
-        entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``. It needs zstandard
-            on both sides, and clients that give ``collect`` the message.
+        aggregate: ``delta`` averages the clients' changes, ``weights`` the weights that they return.
+        client_name: returns the name of a node for random draws. The default is the node's ID, which differs between
+            runs of a simulation.
+        entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``. Entropy coding needs
+            zstandard on both sides, and clients that pass the message to ``collect``.
         unquantized_format: the format of the variables that partial quantization leaves unquantized; None is FP32.
-        weight_cap: the most that a reply weighs, as a multiple of the median weight; None sets no cap.
-        checkpoints: where the state is kept after each round, for ``start`` to resume from.
-        observers: are called with the report of each round of training.
-        failed_rounds: how many rounds in a row without a usable reply end the run with an error, and whether a run of
-            which every round failed does; None goes on whatever happens.
-        traffic: the bytes of training messages, by round.
-        report: what the last round took, by variable; its totals are among the round's metrics, as ``fedomc.up-bytes``.
+        weight_cap: the maximum weight of a reply, as a multiple of the median weight; None sets no cap.
+        checkpoints: stores the state after each round, for ``start`` to resume from.
+        observers: functions that are called with the report of each round of training.
+        failed_rounds: the number of consecutive rounds without a usable reply that ends the run with an error. A
+            shorter run in which every round failed ends with the error, too. None never raises it.
+        traffic: the bytes of the training messages of each round.
+        report: the cost of the last round, by variable. Its totals are among the round's metrics, such as
+            ``fedomc.up-bytes``.
 
     Raises:
-        FormatError: there is no such format.
-        PolicyError: an unknown way to aggregate or direction, a cap below 1, entropy coding without zstandard,
-            ``weights`` with a strategy that clips, or an unquantized format that is only for an uplink.
+        FormatError: a format does not exist.
+        PolicyError: ``aggregate`` or ``entropy_coding`` is unknown, the cap is below 1, zstandard is not installed but
+            entropy coding is requested, ``weights`` is used with a strategy that clips, or the unquantized format is
+            only for an uplink.
     """
 
     def __init__(
@@ -134,28 +138,29 @@ class OMCStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds as Flower does, but take the replies one by one as they arrive.
+        """Run the rounds as Flower does, but process the replies one by one as they arrive.
 
-        If the inner strategy has a ``start`` of its own, for instance to log or to keep the best model, that one runs,
-        and what it sends and aggregates is compressed.
+        If the inner strategy has its own ``start``, for instance to log or to keep the best model, that method is run
+        with compressed messages.
 
         Args:
-            grid: the grid that the nodes are on.
-            initial_arrays: the model.
-            num_rounds: how many rounds.
-            timeout: the seconds to wait for the replies of a round; later replies are left out.
-            train_config: is sent to the clients for training.
-            evaluate_config: is sent to the clients for evaluation.
-            evaluate_fn: measures the model on the server, before the first round (as round 0) and after each.
+            grid: the grid that connects the nodes.
+            initial_arrays: the initial model.
+            num_rounds: the number of rounds.
+            timeout: the number of seconds to wait for the replies of a round; later replies are left out.
+            train_config: the config that is sent to the clients for training.
+            evaluate_config: the config that is sent to the clients for evaluation.
+            evaluate_fn: evaluates the model on the server, before the first round (as round 0) and after each round.
 
         Returns:
-            The last model and the metrics by round, those of rounds before a resumption included.
+            The last model and the metrics of all rounds, including those before the run was resumed.
 
         Raises:
-            PayloadError: the checkpoint is of another model or other settings, or none is whole; or it is of a finished
-                run that began with another initial model.
-            PolicyError: there are checkpoints, but the inner strategy has a ``start`` of its own, which keeps none.
-            RoundsFailedError: in ``failed_rounds`` rounds in a row, or in all of a shorter run, no reply was usable.
+            PayloadError: the checkpoint has another model or other settings, every checkpoint is damaged, or the
+                checkpoint is that of a finished run with another initial model.
+            PolicyError: there are checkpoints, but the inner strategy has its own ``start``, which does not save any.
+            RoundsFailedError: no reply was usable in ``failed_rounds`` consecutive rounds, or in all rounds of a
+                shorter run.
         """
         streaming = StreamingGrid(grid)
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
@@ -172,7 +177,7 @@ class OMCStrategy(Strategy):
         def measure(number: int) -> None:
             metrics = None if evaluate_fn is None else evaluate_fn(number, state.arrays)
             if metrics is not None:
-                logger.info("round %d: measured on the server: %s", number, metrics)
+                logger.info("round %d: metrics of the evaluation on the server: %s", number, metrics)
                 state.result.evaluate_metrics_serverapp[number] = metrics
 
         if not state.round:
@@ -184,12 +189,12 @@ class OMCStrategy(Strategy):
             if new is not None:
                 state.arrays = new
             if metrics is not None:
-                logger.info("round %d: metrics of training: %s", number, metrics)
+                logger.info("round %d: training metrics: %s", number, metrics)
                 state.result.train_metrics_clientapp[number] = metrics
             messages = self.configure_evaluate(number, state.arrays, evaluate_config, streaming)
             metrics = self.aggregate_evaluate(number, streaming.send_and_receive(messages, timeout=timeout))
             if metrics is not None:
-                logger.info("round %d: metrics of evaluation: %s", number, metrics)
+                logger.info("round %d: evaluation metrics: %s", number, metrics)
                 state.result.evaluate_metrics_clientapp[number] = metrics
             measure(number)
             state.round = number
@@ -202,7 +207,7 @@ class OMCStrategy(Strategy):
         return state.result
 
     def initialize_parameters(self, client_manager: object) -> NoReturn:
-        """Refuse Flower's legacy workflows, SecAgg+ among them, which begin by asking for this.
+        """Refuse Flower's legacy workflows, including SecAgg+, which begin by calling this method.
 
         Raises:
             PolicyError: always.
@@ -214,24 +219,24 @@ class OMCStrategy(Strategy):
         )
 
     def resume(self, arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
-        """Restore the last checkpoint, if there is one: the strategies' state, and Python's random state.
+        """Restore the last checkpoint, if there is one, including the strategies' state and Python's random state.
 
-        Flower draws nodes with Python's random numbers, so the rounds go on as they would have without an interruption.
+        Flower samples nodes with Python's random generator, so the run continues as it would have without interruption.
 
         Args:
             arrays: the initial model.
 
         Returns:
-            The model to go on with, and how many rounds it has had.
+            The restored model and the number of rounds that it has been trained.
 
         Raises:
-            PayloadError: the checkpoint is of another model or other settings, or none is whole.
+            PayloadError: the checkpoint has another model or other settings, or every checkpoint is damaged.
         """
         state = self._restored(arrays)
         return state.arrays, state.round
 
     def _resumed(self, arrays: ArrayRecord, num_rounds: int) -> RunState:
-        """Return the state to start from, and log where it is from."""
+        """Return the state to start from, and log that a run is resumed or already finished."""
         state = self._restored(arrays)
         if self.checkpoints is None or not state.round:
             return state
@@ -239,16 +244,16 @@ class OMCStrategy(Strategy):
         if state.round >= num_rounds:
             if other:
                 raise PayloadError(
-                    f"the run in {folder} is finished after round {state.round}, but began with another initial model: "
-                    "use another folder for another run, or give the model that it began with"
+                    f"the run in {folder} finished after round {state.round}, but began with another initial model: "
+                    "use another folder for a new run, or pass the initial model of this run"
                 )
             logger.info("already finished: %s has the model after round %d of %d", folder, state.round, num_rounds)
             return state
         logger.info("resumed after round %d of %d from %s", state.round, num_rounds, folder)
         if other:
             logger.warning(
-                "the run in %s began with another initial model than the one given, which is not used: for a run "
-                "that begins with it use another folder",
+                "the run in %s began with another initial model, so the given one is not used: to start a new run with "
+                "it, use another folder",
                 folder,
             )
         return state
@@ -265,12 +270,12 @@ class OMCStrategy(Strategy):
         return {**settings_of(self.inner, self.aggregate, self.policy), "weight_cap": self.weight_cap}
 
     def _inner_in_place(self) -> Strategy:
-        """Return the inner strategy as its own ``start`` is to see it: configuring and aggregating as this one does."""
+        """Return the inner strategy for its own ``start``, with its configuring and aggregating methods replaced."""
         if self.checkpoints is not None:
             name = type(self.inner).__name__
             raise PolicyError(
-                f"checkpoints are saved by OMCStrategy.start, but {name} has a start of its own: override start in a "
-                "subclass of OMCStrategy instead, or set checkpoints=None and save them there"
+                f"checkpoints are saved by OMCStrategy.start, but {name} has its own start: override start in a "
+                "subclass of OMCStrategy instead, or set checkpoints=None and save checkpoints in that start"
             )
         names = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
         return stand_in(self.inner, {method: getattr(self, method) for method in names})
@@ -278,10 +283,11 @@ class OMCStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Let the inner strategy choose the clients, then give each its own payload.
+        """Have the inner strategy select the clients, and compress the model for each of them.
 
         Raises:
-            PolicyError: the inner strategy clips what it cannot, or this one is inside a strategy that clips.
+            PolicyError: the inner strategy clips and a variable cannot be clipped, or a strategy that clips wraps this
+                one.
         """
         defences.check_nesting(self.inner)
         defences.check_model(self.inner, arrays)
@@ -308,15 +314,15 @@ class OMCStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies and have the inner strategy aggregate what they decode to.
+        """Check the replies, decode them and have the inner strategy aggregate them.
 
         Args:
-            server_round: the round's number.
-            replies: what came back. Of an iterator, such as ``StreamingGrid`` gives, no more than a few replies are in
-                memory at any time if the inner strategy needs no more than their mean.
+            server_round: the number of the round.
+            replies: the replies. If they come from an iterator, such as that of ``StreamingGrid``, and the inner
+                strategy only needs their mean, only a few of them are in memory at a time.
 
         Returns:
-            The new model, and the metrics, with the report's totals among them; None where there are none.
+            The new model, or None; and the metrics including the report's totals, or None.
 
         Raises:
             RuntimeError: ``configure_train`` was not called.
@@ -338,7 +344,7 @@ class OMCStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Let the inner strategy choose the clients; they evaluate what they would be sent for training."""
+        """Have the inner strategy select the clients; they evaluate the model as it would be sent for training."""
         messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
         broadcast = self._broadcast_of(arrays, server_round, grid, messages)
         self._send(broadcast, messages)
@@ -346,12 +352,12 @@ class OMCStrategy(Strategy):
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Check the metrics and have the inner strategy aggregate them; None if no reply has a weight above zero."""
+        """Check the metrics and have the inner strategy aggregate them; None if no reply has a positive weight."""
         messages = checked_evaluations(self._evaluation, replies, server_round, self._weight_name, self.weight_cap)
         return None if messages is None else self.inner.aggregate_evaluate(server_round, messages)
 
     def _send(self, broadcast: Broadcast, messages: Iterable[Message]) -> None:
-        """Give each message its payload; the broadcast takes the place of the former one."""
+        """Compress the model in each message; the broadcast replaces the former one."""
         for message in messages:
             broadcast.compress(message)
         broadcast.release_former()

@@ -1,4 +1,4 @@
-"""What the server watches over from round to round: rounds that fail, and clients whose steps are lost to rounding."""
+"""Supervises a federated run on the server: detects rounds that fail and training steps that rounding loses."""
 
 import statistics
 
@@ -9,16 +9,16 @@ from fedomc.flower._flower import logger
 from fedomc.tensor.steps import KEPT_ENOUGH
 
 STEP_KEPT, STEP_NOISE = "fedomc.step-kept", "fedomc.step-noise"
-"""The metrics of a reply that ``step_metrics`` gives."""
+"""The names of the metrics that ``step_metrics`` adds to a reply."""
 
-_ENOUGH_ROUNDS = 5  # of stochastic rounding a few may seem to lose what they do not
+_MIN_ROUNDS = 5  # over fewer rounds, stochastic rounding may seem to lose steps by chance
 
 
 class Supervision:
-    """Raises when round after round fails, and warns once when the clients' steps are lost.
+    """Raises an error if several rounds in a row fail, and warns once if rounding loses the clients' training steps.
 
     Args:
-        failures: how many rounds in a row may pass without a usable reply; None for any number.
+        failures: the number of consecutive rounds without a usable reply that raises the error; None never raises it.
     """
 
     def __init__(self, failures: int | None) -> None:
@@ -28,16 +28,16 @@ class Supervision:
         self._warned = False
 
     def add(self, number: int, sent: int, received: int, metrics: MetricRecord | None) -> None:
-        """Look at a round of training.
+        """Record the result of a round of training.
 
         Args:
-            number: the round's.
-            sent: how many messages were sent.
-            received: how many replies could be used.
-            metrics: those of the round.
+            number: the number of the round.
+            sent: the number of messages that were sent.
+            received: the number of usable replies.
+            metrics: the aggregated metrics of the round, if any.
 
         Raises:
-            RoundsFailedError: this is one failed round too many.
+            RoundsFailedError: as many rounds in a row have failed as ``failures`` says.
         """
         if not sent:
             return
@@ -52,7 +52,7 @@ class Supervision:
         """Check that not every round failed.
 
         Raises:
-            RoundsFailedError: no round had a usable reply, so that the model is the initial one.
+            RoundsFailedError: no round had a usable reply, so the model is still the initial one.
         """
         if self._rounds and not self._used and self._failures is not None:
             raise RoundsFailedError(_failure(f"in any of {self._rounds} rounds"))
@@ -62,22 +62,22 @@ class Supervision:
         if not isinstance(kept, float | int) or self._warned:
             return
         self._kept.append(kept)
-        if len(self._kept) < _ENOUGH_ROUNDS:
+        if len(self._kept) < _MIN_ROUNDS:
             return
         mean, error = statistics.mean(self._kept), statistics.stdev(self._kept) / len(self._kept) ** 0.5
         if mean + 3 * error < KEPT_ENOUGH:
             self._warned = True
             logger.warning(
-                "round %d: of the clients' training steps %.0f%% arrive (%s), the rest is lost to rounding: use "
-                "rounding='stochastic', a format with more bits or an update part, or a higher learning rate; "
-                "fedomc.step_report(model) on a client names the variables",
+                "round %d: only %.0f%% of the clients' training steps take effect (%s); rounding loses the rest. Use "
+                "rounding='stochastic', a format with more bits, an update part or a higher learning rate. On a "
+                "client, fedomc.step_report(model) shows the figures of each variable",
                 *(number, 100 * mean, STEP_KEPT),
             )
 
 
 def _failure(when: str, sent: int | None = None) -> str:
-    asked = "" if sent is None else f" of the {sent} that were asked"
+    selected = "" if sent is None else f" of the {sent} selected"
     return (
-        f"no client{asked} sent a usable reply {when}: the log names each node and the reason. "
-        "Mend the clients, or set failed_rounds=None to go on whatever happens"
+        f"no client{selected} sent a usable reply {when}; the log names each node and the reason. "
+        "Fix the clients, or set failed_rounds=None to continue regardless"
     )

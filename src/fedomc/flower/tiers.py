@@ -1,4 +1,4 @@
-"""Client tiers: a node announces how much it can hold, and is sent a format that fits."""
+"""Client tiers: each node announces its capabilities and is sent the model in a format that suits it."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fedomc.flower._flower import logger
 from fedomc.flower.arrays import records_of
 
 _ACTION = "fedomc"
-"""The query's name: ``app.query("fedomc")(announce)``."""
+"""The name of the query, which ``app.query("fedomc")(announce)`` answers."""
 
 _RECORD = "fedomc-node"
 _TIER, _MEMORY = "tier", "memory-bytes"
@@ -19,15 +19,16 @@ _TIMEOUT = 60.0  # seconds
 def announce(message: Message, context: Context) -> Message:
     """Answer the server's query with the ``tier`` or the ``memory-bytes`` of the node config.
 
-    Register it on the client with ``app.query("fedomc")(announce)``. A node is started with what it announces, such as
-    the bytes that the model's parameters may take: ``flower-supernode --node-config 'memory-bytes=500000000'``.
+    Register this function on the client with ``app.query("fedomc")(announce)``, and set the value when starting the
+    node, such as the number of bytes available to the model's parameters:
+    ``flower-supernode --node-config 'memory-bytes=500000000'``.
     """
     config = {key: context.node_config[key] for key in (_TIER, _MEMORY) if key in context.node_config}
     return Message(RecordDict({_RECORD: ConfigRecord({**config})}), reply_to=message)
 
 
 class NodeCapabilities:
-    """The capabilities that nodes have announced; each node is asked once, and again if it did not answer."""
+    """The capabilities that nodes have announced. Each node is asked only until it has answered."""
 
     def __init__(self) -> None:
         self._of: dict[int, dict[str, Any]] = {}
@@ -44,7 +45,7 @@ class NodeCapabilities:
                 self._of[reply.metadata.src_node_id] = _read(reply.content)
         for node in unknown:
             if node not in self._of:
-                logger.warning("node %d has announced no tier and gets the default", node)
+                logger.warning("node %d did not announce its capabilities and gets the default tier", node)
 
     def of(self, node: int) -> dict[str, Any]:
         """Return what a node has announced, as keyword arguments of ``TieredPolicy.choose``."""

@@ -1,4 +1,4 @@
-"""What a round cost: bytes, seconds and compression errors, in total and by variable."""
+"""The cost of a round: bytes, seconds and compression errors, in total and by variable."""
 
 import math
 import time
@@ -15,12 +15,12 @@ from fedomc.flower.arrays import records_of
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of the arrays in a round's training messages.
+    """The bytes of the arrays in a round's training messages.
 
     Attributes:
-        round: the round's number.
-        sent: how many messages went to clients.
-        received: how many replies were used.
+        round: the number of the round.
+        sent: the number of messages that were sent to clients.
+        received: the number of replies that were used.
         down_bytes: the bytes of all messages to clients.
         up_bytes: the bytes of all replies that were used.
     """
@@ -34,17 +34,18 @@ class Traffic:
 
 @dataclass
 class RoundReport:
-    """What a round of training cost the network and the server, and what compression cost in precision.
+    """The cost of a round of training: network bytes, server time and compression errors.
 
     Attributes:
-        round: the round's number.
+        round: the number of the round.
         down_bytes: the bytes of all messages to clients, by variable.
         up_bytes: the bytes of all replies that were used, by variable.
-        encode_seconds: the time to encode the payloads.
-        decode_seconds: the time to check replies, and to decode them into the mean as they come.
-        aggregate_seconds: the time of all other aggregation. Strategies that get all replies decode them in it.
-        errors: for each variable that was compressed, the sum of squares of the compression error and that of the
-            server's values; of several formats those of the one with the largest error.
+        encode_seconds: the time for encoding the payloads.
+        decode_seconds: the time for checking replies and, with a streaming mean, for decoding them into it.
+        aggregate_seconds: the time for the rest of the aggregation, including decoding in strategies that need all
+            replies.
+        errors: for each compressed variable, the sums of squares of the compression error and of the server's values;
+            if it was sent in several formats, those of the format with the largest error.
     """
 
     round: int
@@ -57,7 +58,7 @@ class RoundReport:
 
     @property
     def compression_error(self) -> float:
-        """The root mean square of the compression error of what was sent, relative to that of the values."""
+        """The root mean square of the broadcast's compression error, relative to that of the values."""
         return _relative(sum(error for error, _ in self.errors.values()), sum(size for _, size in self.errors.values()))
 
     def totals(self) -> dict[str, int | float]:
@@ -72,7 +73,7 @@ class RoundReport:
         }
 
     def by_variable(self) -> dict[str, dict[str, int | float]]:
-        """Return bytes down and up of each variable, and the compression error of those that were compressed."""
+        """Return the bytes of each variable in both directions, and the compression error if it was compressed."""
         rows: dict[str, dict[str, int | float]] = {}
         for name in self.down_bytes:
             rows[name] = {"down-bytes": self.down_bytes[name], "up-bytes": self.up_bytes[name]}
@@ -81,7 +82,7 @@ class RoundReport:
         return rows
 
     def metrics(self, *, variables: bool = True) -> MetricRecord:
-        """Return Flower metrics, such as ``fedomc.up-bytes`` and, by variable, ``fedomc.up-bytes/layer.weight``."""
+        """Return Flower metrics, such as ``fedomc.up-bytes`` and, for a variable, ``fedomc.up-bytes/layer.weight``."""
         record = MetricRecord({f"fedomc.{key}": value for key, value in self.totals().items()})
         if variables:
             for name, row in self.by_variable().items():

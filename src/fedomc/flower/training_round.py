@@ -1,4 +1,4 @@
-"""One round of training on the server: from the replies that come back to a new model and its metrics."""
+"""One round of training on the server: aggregates the replies to a new model and its metrics."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,26 +20,26 @@ from fedomc.flower.traffic import RoundReport
 Result = tuple[ArrayRecord | None, MetricRecord | None]
 
 _FEW = 3
-"""Replies of a stream that are added together: with fewer the sums are read and written more often."""
+"""The number of replies of a stream that are added together; with fewer, the sums are read and written more often."""
 
 _IGNORING_METRICS = (FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan)
-"""The classes of Flower whose ``aggregate_train`` uses no metric but the weight, and ``train_metrics_aggr_fn``."""
+"""The classes of Flower whose ``aggregate_train`` uses only the weight metric and ``train_metrics_aggr_fn``."""
 
 
 class TrainingRound:
-    """The replies of one round and how they are aggregated.
+    """Checks and aggregates the replies of one round.
 
     Args:
-        broadcast: what was sent.
-        sent: the metadata of the messages that carried it.
-        report: gets bytes and seconds.
+        broadcast: the model as it was sent.
+        sent: the metadata of the messages that were sent.
+        report: the report, to which bytes and seconds are added.
         weight_name: the name of the metric that is a reply's weight.
-        weight_cap: the most that a reply may weigh, as a multiple of the median weight; None sets no cap.
-        of_weights: whether the clients' weights are averaged; otherwise what they changed.
-        name_of: names a node; replies are aggregated in the order of these names.
+        weight_cap: the maximum weight of a reply, as a multiple of the median weight; None sets no cap.
+        of_weights: whether the clients' weights are averaged, rather than their changes.
+        name_of: returns the name of a node; replies are aggregated in the order of these names.
 
     Attributes:
-        received: how many replies were used.
+        received: the number of replies that were used.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class TrainingRound:
         self._name_of = name_of
 
     def aggregate(self, inner: Strategy, messages: Iterable[Message]) -> Result:
-        """Check the replies and have the inner strategy aggregate what they decode to.
+        """Check the replies, decode them and have the inner strategy aggregate them.
 
-        If the inner strategy needs no more than a mean, a few replies at a time are added to it and released; of an
-        iterator no more than these are in memory at any time. Other strategies get all replies, whose arrays decode
-        when they are asked for their values.
+        If the inner strategy only needs a mean, a few replies at a time are added to it and released; if the replies
+        come from an iterator, no others are in memory. Other strategies are given all replies, with arrays that are
+        decoded when their values are read.
         """
         errors = list[Message]()
         if isinstance(messages, Sequence):
@@ -84,7 +84,7 @@ class TrainingRound:
         try:
             return _in_dtypes_of(self.broadcast.arrays, arrays), metrics
         except NonFiniteError as error:
-            logger.error("round %d: %s; the model stays as it was", self.number, error)
+            logger.error("round %d: %s; the model remains unchanged", self.number, error)
             return None, metrics
 
     def _checked(self, messages: Iterable[Message], errors: list[Message]) -> Iterator[Reply]:
@@ -103,14 +103,14 @@ class TrainingRound:
     # ---- strategies that need a mean --------------------------------------------------------------------------------
 
     def _mean(self, inner: Strategy, replies: Iterator[Reply], errors: list[Message], streaming: bool) -> Result:
-        """Aggregate with a strategy that takes the mean for the reply of a single client."""
+        """Aggregate with a strategy that is given the mean as if it were the reply of a single client."""
         assert isinstance(inner, FedAvg)
         mean, kept = self._streamed_mean(replies, streaming)
         if not mean.weight:
             return inner.aggregate_train(self.number, errors)
         kept.sort(key=lambda pair: str(self._name_of(pair[1].node)))
         contents = self._metric_contents(kept)
-        logger.info("round %d: the mean of %d replies, %d errors", self.number, len(kept), len(errors))
+        logger.info("round %d: averaged %d replies; %d clients reported errors", self.number, len(kept), len(errors))
         if is_the_mean(inner):
             with self.report.timed("aggregate"):
                 arrays = mean.arrays()
@@ -125,9 +125,9 @@ class TrainingRound:
     ) -> tuple[Mean, list[tuple[Message, ReplyMetrics]]]:
         """Add replies to a mean, a few at a time; their messages are kept without arrays.
 
-        Where the cap is lower than what an earlier reply weighs in the mean, as the median has fallen since, everything
-        that was added is scaled down until it weighs no more than the cap. So no reply weighs more than the cap in the
-        end, whatever the order; without weights above the cap nothing is scaled.
+        If the median falls, the cap may fall below the weight of a reply that has already been added. The whole mean is
+        then scaled down until no reply in it exceeds the cap. In the end, no reply weighs more than the cap, whatever
+        the order; if no weight exceeds it, nothing is scaled.
         """
         mean, kept, heaviest = (
             Mean(self.broadcast, of_weights=self._of_weights),
@@ -139,8 +139,8 @@ class TrainingRound:
                 self._cap.add(reply.metrics.weight for reply in some)
             if heaviest > self._cap.limit:
                 logger.warning(
-                    "round %d: the %d replies added so far are scaled by %g: one of them counts with %g, and the cap "
-                    "is %g now (weight_cap)",
+                    "round %d: the %d replies added so far are scaled by %g, because one of them has weight %g and the "
+                    "cap is now %g (weight_cap)",
                     *(self.number, len(kept), self._cap.limit / heaviest, heaviest, self._cap.limit),
                 )
                 mean.scale(self._cap.limit / heaviest)
@@ -154,11 +154,11 @@ class TrainingRound:
                 content = without_others(reply, self.number).items()
                 reply.message.content = RecordDict({k: one for k, one in content if not isinstance(one, ArrayRecord)})
                 kept.append((reply.message, reply.metrics))
-            del some, reply, content  # before the next ones are there
+            del some, reply, content  # release them before the next ones are fetched
         return mean, kept
 
     def _metric_contents(self, replies: Sequence[tuple[Message, ReplyMetrics]]) -> list[RecordDict]:
-        """Return contents with the common metrics of the replies that have them all, for a function of metrics."""
+        """Return contents for Flower's metric functions: the common metrics of all replies that have all of them."""
         rows, _ = common_metrics([metrics for _, metrics in replies], self.number)
         contents = []
         for (message, metrics), row in zip(replies, rows, strict=True):
@@ -173,10 +173,10 @@ class TrainingRound:
     # ---- strategies that need all replies ---------------------------------------------------------------------------
 
     def _of_all(self, inner: Strategy, replies: list[Reply], errors: list[Message]) -> Result:
-        """Aggregate with a strategy that looks at each reply."""
+        """Aggregate with a strategy that needs the individual replies."""
         owner = _owner(inner)
         custom = owner.__module__.split(".")[0] != "flwr"
-        if custom:  # which may look at further records, and at any metric
+        if custom:  # it may use further records and any metric
             replies = like_most(replies, self.number)
         rows, _ = common_metrics([reply.metrics for reply in replies], self.number)
         contents: list[RecordDict] | None = None
@@ -187,13 +187,13 @@ class TrainingRound:
         received = []
         for reply, row in zip(replies, rows, strict=True):
             if row is None:
-                log_left_out(self.number, reply.metrics.node, "the strategy may need the metrics that it lacks")
+                log_left_out(self.number, reply.metrics.node, "it lacks metrics that the strategy may need")
                 continue
             weight = self._cap.capped(reply.metrics, self.number)
             if self._decode(inner, reply, with_weight(row, self._weight_name, weight), custom):
                 received.append(reply)
         if not any(reply.metrics.weight > 0 for reply in received):
-            received = []  # a mean of nothing
+            received = []  # their weighted mean is undefined
         if not received and not errors:
             return None, None
         messages = self._sorted([reply.message for reply in received])
@@ -206,7 +206,7 @@ class TrainingRound:
                 return inner.aggregate_train(self.number, [*errors, *messages])
 
     def _decode(self, inner: Strategy, reply: Reply, metrics: MetricRecord, custom: bool) -> bool:
-        """Put the decoded arrays and the metrics into a reply's message; tell whether it can be used."""
+        """Put the decoded arrays and the metrics into a reply's message; return whether the reply can be used."""
         arrays = decoded(self.broadcast, reply.variables, of_weights=self._of_weights)
         try:
             arrays = defences.bounded(inner, self.broadcast, arrays)
@@ -217,7 +217,7 @@ class TrainingRound:
         if custom:
             content = dict(reply.message.content.items())
             content |= {reply.record: arrays, reply.metrics.record: metrics}
-        else:  # Flower checks that all replies name their records alike
+        else:  # Flower requires the same record names in all replies
             used = (reply.record, reply.metrics.record)
             content = {k: r for k, r in without_others(reply, self.number).items() if k not in used}
             content |= {"arrays": arrays, "metrics": metrics}
@@ -231,19 +231,19 @@ class TrainingRound:
         self.received += 1
 
     def _sorted(self, messages: Iterable[Message]) -> list[Message]:
-        """Sort by the clients' names, so that the result does not depend on who answered first."""
+        """Sort by the clients' names, so that the result does not depend on the order of arrival."""
         return sorted(messages, key=lambda message: str(self._name_of(message.metadata.src_node_id)))
 
 
 def _owner(strategy: Strategy) -> type:
-    """Return the class that a strategy's ``aggregate_train`` is from; a replaced method is not Flower's."""
+    """Return the class that defines a strategy's ``aggregate_train``; a replaced method does not count as Flower's."""
     if "aggregate_train" in vars(strategy):
         return TrainingRound  # any class that is not Flower's
     return next(cls for cls in type(strategy).__mro__ if "aggregate_train" in vars(cls))
 
 
 def _released(replies: list[Reply]) -> Iterator[Reply]:
-    """Yield the replies of a list and release each."""
+    """Yield the replies of a list, removing each from it."""
     replies.reverse()
     while replies:
         yield replies.pop()
@@ -251,7 +251,7 @@ def _released(replies: list[Reply]) -> Iterator[Reply]:
 
 @contextmanager
 def _metrics_of(strategy: FedAvg, contents: list[RecordDict]) -> Iterator[None]:
-    """Have a strategy aggregate the metrics of these contents instead of those of the replies that it is given."""
+    """Make a strategy aggregate the metrics of these contents instead of those of its replies."""
     own = strategy.train_metrics_aggr_fn
     strategy.train_metrics_aggr_fn = lambda _, name: own(contents, name) if contents else MetricRecord()
     try:
@@ -261,10 +261,10 @@ def _metrics_of(strategy: FedAvg, contents: list[RecordDict]) -> Iterator[None]:
 
 
 def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
-    """Give the new values the dtypes that were sent: Flower's adaptive strategies compute in float64 with numpy 2.
+    """Convert the new values to the dtypes that were sent; with numpy 2, Flower's adaptive strategies return float64.
 
     Raises:
-        NonFiniteError: a new value is NaN or infinite, at the latest in the dtype that was sent.
+        NonFiniteError: a new value is NaN or infinite, possibly only after the conversion.
     """
     result = ArrayRecord()
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""One variable of a client's reply, and the sum over clients of what they changed of it."""
+"""A variable of a client's reply, and the weighted sum of its changes over clients."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from fedomc.methods import Packed
 
 @dataclass(frozen=True, slots=True)
 class ReplyVariable:
-    """One variable of a reply, checked, and not decoded until its values are needed.
+    """A checked variable of a reply, which is decoded only when its values are needed.
 
-    A reply has hundreds of these. They hold as few objects as possible: with more of them the garbage collector ran so
-    often that it took as long as checking the replies.
+    A reply has hundreds of variables. Each holds as few objects as possible, because with more of them the garbage
+    collector took as long as checking the replies.
 
     Attributes:
-        held: what came back, as a view of the reply's message. Codes that were entropy coded are decoded anew on each
+        held: the returned codes or values, as views of the reply's message. Entropy-coded codes are decoded on each
             access, so that the codes of many replies are never in memory together.
-        sent: what the client had been sent.
-        is_update: whether what came back is the difference to ``sent`` already.
+        sent: the codes or values that the client was sent.
+        is_update: whether the reply already contains the difference to ``sent``.
     """
 
     held: Packed | Values | Callable[[], Packed]
@@ -31,15 +31,15 @@ class ReplyVariable:
     is_update: bool
 
     def read(self) -> Packed | Values:
-        """Return what came back."""
+        """Return the returned codes or values."""
         return self.held() if callable(self.held) else self.held
 
     def change(self, out: Tensor) -> Tensor:
-        """Write what the client changed to ``out``, float32 ``[numel]``, and return it."""
+        """Write the client's change to ``out``, float32 ``[numel]``, and return ``out``."""
         return self.change_from(self.read(), out, 0)
 
     def change_from(self, values: Packed | Values, out: Tensor, start: int) -> Tensor:
-        """Write the changes from ``start`` on, a multiple of the block, given what ``read`` returned."""
+        """Write the changes from index ``start`` on, a multiple of ``BLOCK``, given the result of ``read``."""
         stop = start + out.numel()
         if not isinstance(values, Packed):
             np.copyto(out.numpy(), _flat(values)[start:stop])
@@ -53,7 +53,7 @@ class ReplyVariable:
         return out
 
     def add_change(self, values: Packed | Values, total: Tensor, weight: float, start: int) -> None:
-        """Add ``weight`` times the changes from ``start`` on to ``total``, given what ``read`` returned."""
+        """Add ``weight`` times the changes from index ``start`` on to ``total``, given the result of ``read``."""
         sent, stop = self.sent, start + total.numel()
         if self.is_update:
             assert isinstance(values, Packed)
@@ -64,7 +64,7 @@ class ReplyVariable:
             total.add_(self.change_from(values, torch.empty_like(total), start), alpha=weight)
         elif total.dtype == torch.float32 and total.numel() >= codec.CHUNK:
             codec.add_difference(flat_tensor(values)[start:stop], flat_tensor(sent)[start:stop], weight, total)
-        else:  # small variables, of which a model has hundreds: calling the codec takes longer than adding in numpy
+        else:  # a model has hundreds of small variables, for which numpy is faster than a call of the codec
             added = total.numpy()
             change = np.subtract(_flat(values)[start:stop], _flat(sent)[start:stop], dtype=added.dtype)
             change *= added.dtype.type(weight)
@@ -72,13 +72,13 @@ class ReplyVariable:
 
 
 def add_changes(total: Tensor, replies: Sequence[tuple[ReplyVariable, float]]) -> None:
-    """Add what clients changed of a variable, each times its weight, to a flat sum.
+    """Add the weighted changes that clients made to a variable to a flat sum.
 
-    The difference is taken first, value by value, so that the sum is rounded on the scale of the changes.
+    The differences are computed first, value by value, so that the sum is rounded on the scale of the changes.
 
     Args:
-        total: the sum, float32 ``[numel]`` (or float64, of dense values).
-        replies: the variable in each reply, with the reply's weight, in the order in which they are added.
+        total: the sum, float32 ``[numel]``, or float64 for dense values.
+        replies: the variable in each reply and the reply's weight, in the order of addition.
     """
     read = [(variable, variable.read(), weight) for variable, weight in replies]
     for start in range(0, total.numel(), STRETCH):

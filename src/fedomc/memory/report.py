@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedomc._torch import tree_map
+from fedomc._torch import in_reentrant_checkpoint, tree_map
 from fedomc.errors import OMCError, PolicyError
 from fedomc.memory.liveness import KINDS, FunctionTracker, MemoryBytes, StorageTracker, VariableTracker
 from fedomc.methods import Encoding
@@ -22,7 +22,7 @@ from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
 from fedomc.training.model import compress_, decompress_
 from fedomc.training.policy import CompressionPolicy
-from fedomc.training.stepping import _in_reentrant_checkpoint, step_in_backward
+from fedomc.training.stepping import step_in_backward
 
 FORMATS = ("FP32", "S1E4M14", "S1E3M7", "S1E2M3+S1E2M1")
 FP32, AS_IS = "FP32", "as is"
@@ -104,7 +104,9 @@ def memory_report(
     training = _Training(loss or _own_loss, optimizer_class, in_backward, clip_norm, kwargs)
     encodings = {_label(each): _encodings(model, each) for each in formats}
     if len(encodings) < len(formats):
-        raise PolicyError(f"two formats of {', '.join(map(_label, formats))} have one name: report on one at a time")
+        raise PolicyError(
+            f"two of the formats {', '.join(map(_label, formats))} have the same name: report on one at a time"
+        )
     inputs = (
         dict(batch) if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
     )
@@ -141,7 +143,9 @@ def _own_loss(output: Any) -> Tensor:
     result = getattr(output, "loss", None)
     result = output if result is None else result
     if not isinstance(result, Tensor) or result.numel() != 1:
-        raise OMCError(f"a {type(output).__name__} has no scalar loss: pass loss=, which makes one of the output")
+        raise OMCError(
+            f"a {type(output).__name__} has no scalar loss: pass loss=, a function that computes it from the output"
+        )
     return result
 
 
@@ -228,8 +232,8 @@ def _step_shapes(
     """Step a model without values in its backward pass; of a gradient nothing is left."""
 
     def complete(optimizer: Optimizer, parameter: Tensor) -> None:
-        if _in_reentrant_checkpoint():
-            raise RuntimeError("no step can be made inside a reentrant checkpoint: pass use_reentrant=False to it")
+        if in_reentrant_checkpoint():
+            raise RuntimeError("a reentrant checkpoint cannot be stepped in backward: pass use_reentrant=False to it")
         if clip_norm is not None:
             nn.utils.clip_grad_norm_([parameter], clip_norm)
         optimizer.step()

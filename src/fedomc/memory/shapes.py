@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedomc._torch import FakeTensor, FakeTensorMode, tree_leaves, tree_map
+from fedomc._torch import FakeTensor, FakeTensorMode, has_constant, tree_leaves, tree_map
 
 _aten = torch.ops.aten
 _RUN_ON_ZEROS = {_aten._ctc_loss.default, _aten._ctc_loss.Tensor, _aten.mkldnn_rnn_layer.default}
@@ -25,7 +25,7 @@ class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor) and args[0].constant is None:
+        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor) and not has_constant(args[0]):
             dtype = args[0].dtype
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if func in _RUN_ON_ZEROS:

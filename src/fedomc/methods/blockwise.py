@@ -72,16 +72,16 @@ class Blockwise(Method):
 
     def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
         """Encode a whole variable in a single pass over its values."""
-        largest = 0
+        absmax = 0
         for start, values in source.stretches():
             part = self.stretch(fields, source.numel, start, len(values))
-            found = codec.block_encode(
+            outcome = codec.block_encode(
                 values, self.element, self.block, part[0], part[1], start=start, seed=writing.seed
             )
-            largest = max(largest, found.absmax_bits)
-            if largest >= INFINITY_BITS:
+            absmax = max(absmax, outcome.absmax_bits)
+            if absmax >= INFINITY_BITS:
                 break
-        return Outcome(largest, True)
+        return Outcome(absmax, True)
 
     def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
         """Add ``alpha`` times a gradient in one pass, without a dense copy of the values."""

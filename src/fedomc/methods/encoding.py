@@ -49,8 +49,8 @@ class Encoding:
         for method in self.methods:
             if not method.holds:
                 raise PolicyError(
-                    f"{method} is for what is sent, not for what is held while training, as each step would rotate and "
-                    f"round all values anew: write it behind >, as in S1E3M7>{method}"
+                    f"{method} can only be used for the uplink, not for training, where each step would rotate and "
+                    f"round all values again: write it after >, as in S1E3M7>{method}"
                 )
         if self.rounding not in ROUNDINGS:
             raise PolicyError(f"rounding={self.rounding!r} is unknown: use one of {', '.join(ROUNDINGS)}")

@@ -131,18 +131,18 @@ class FloatFormat(FloatElement, Method):
         """Encode a whole variable; see the module's note on the power of two."""
 
         def encoded(exponent: int) -> tuple[Tensor, Outcome]:
-            tables, largest = [], 0
+            tables, absmax = [], 0
             for start, values in source.stretches():
                 words, _ = self.stretch(fields, source.numel, start, len(values))
-                table, found = codec.encode(
+                table, outcome = codec.encode(
                     values, self, exponent, words, start=start, seed=writing.seed, sums=writing.transform in _FITTED
                 )
                 tables.append(table)
-                largest = max(largest, found.absmax_bits)
-                if largest >= INFINITY_BITS:
+                absmax = max(absmax, outcome.absmax_bits)
+                if absmax >= INFINITY_BITS:
                     break
             sums = torch.cat(tables) if tables else torch.empty(0, codec.SUMS, dtype=torch.float64)
-            return sums, Outcome(largest, True)
+            return sums, Outcome(absmax, True)
 
         def expected() -> int:
             if present is not None:
@@ -155,23 +155,23 @@ class FloatFormat(FloatElement, Method):
         scaled = writing.transform in _SCALED
         exponent = expected() if scaled else 0
         while True:
-            sums, found = encoded(exponent)
-            if found.absmax_bits >= INFINITY_BITS:
-                return found
-            wanted = fitting(found.absmax_bits) if scaled else 0
-            if wanted == exponent:
+            sums, outcome = encoded(exponent)
+            if outcome.absmax_bits >= INFINITY_BITS:
+                return outcome
+            fitted = fitting(outcome.absmax_bits) if scaled else 0
+            if fitted == exponent:
                 break
-            exponent = wanted
+            exponent = fitted
         s, b = fit(sums, source.numel) if writing.transform in _FITTED else (1.0, 0.0)
         scale = s * 2.0**-exponent
         if not self.stays_finite(scale, b):
             scale, b = 2.0**-exponent, 0.0
         fields[1].copy_(torch.tensor([scale, b], dtype=torch.float32, device="cpu"))
-        return found
+        return outcome
 
     def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
         """Add ``alpha`` times a gradient in one pass, without a dense copy of the values and without a new fit."""
-        found = codec.update(
+        outcome = codec.update(
             present[0],
             present[1],
             self,
@@ -182,8 +182,8 @@ class FloatFormat(FloatElement, Method):
             rescale=writing.transform in _SCALED,
             seed=writing.seed,
         )
-        if found.absmax_bits < INFINITY_BITS:
-            return found
+        if outcome.absmax_bits < INFINITY_BITS:
+            return outcome
         # The result is not finite, or the scale is unsuitable, which occurs only in foreign data.
         return super().update(present, gradient, alpha, out, writing)
 

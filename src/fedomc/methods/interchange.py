@@ -102,7 +102,7 @@ class Interchange:
             codes = _unpacked(elements[self._bytes(start) : self._bytes(stop)], self.bits)
             codes, filling = codes[: numel - start], codes[numel - start :]
             if bool(filling.any()):
-                raise PayloadError("what fills its last block is not zero")
+                raise PayloadError("the padding of its last block is not zero")
             if not torch.equal(codes, self._finite(codes)):
                 raise PayloadError("an element is NaN or infinite")
             codec.pack(codes, self.bits, self._words(words, start, len(codes)))

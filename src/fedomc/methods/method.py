@@ -84,7 +84,7 @@ class Source:
             stop = min(start + self.step, self.numel)
             values = self.produce(start, stop)
             if values.shape != (stop - start,):
-                raise RuntimeError(f"{stop - start} new values expected from {start} on, got {tuple(values.shape)}")
+                raise RuntimeError(f"expected {stop - start} new values from {start} on, but got {tuple(values.shape)}")
             yield start, values
 
     def absmax_bits(self) -> int:
@@ -216,13 +216,13 @@ class Method(ABC):
         Returns:
             The outcome; if it reports a value that is not finite, the written fields are invalid.
         """
-        largest = 0
+        absmax = 0
         for start, values in source.stretches():
-            largest = max(largest, codec.absmax_bits(values))
-            if largest >= INFINITY_BITS:
+            absmax = max(absmax, codec.absmax_bits(values))
+            if absmax >= INFINITY_BITS:
                 break
             self.encode_stretch(values, self.stretch(fields, source.numel, start, len(values)), start, writing)
-        return Outcome(largest, True)
+        return Outcome(absmax, True)
 
     def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
         """Encode a variable's current values plus ``alpha`` times a gradient.

@@ -25,7 +25,9 @@ def register(method: type[Method]) -> type[Method]:
     """
     known = _BY_TAG.setdefault(method.tag, method)
     if known is not method or not 0 <= method.tag <= 255:
-        raise FormatError(f"{method.__name__} has the tag {method.tag}, which is {known.__name__}'s or no byte")
+        raise FormatError(
+            f"{method.__name__} has the tag {method.tag}, which is that of {known.__name__} or does not fit into a byte"
+        )
     _from_header.cache_clear()
     _parse.cache_clear()
     return method

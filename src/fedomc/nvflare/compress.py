@@ -56,8 +56,8 @@ class CompressFilter(ModelFilter):
         super().__init__()
         if policy.uplink is not None:
             raise PolicyError(
-                f"uplink={policy.uplink}: NVFlare's filters send back what is held, or differences in update_format. "
-                "Use a policy without uplink and with update_format"
+                f"uplink={policy.uplink} is not supported: NVFlare's filters send back variables as they are held, or "
+                "differences in update_format. Use a policy without uplink, with update_format for differences"
             )
         self.policy = policy
         self._lock = threading.Lock()
@@ -175,13 +175,13 @@ def _codes_frame(name: str, value: CompressedTensor, kind: int) -> bytes:
     """Write the codes of a compressed variable, if they are of the kind of its message."""
     if kind == frame.VARIABLE and value.update is not None:
         raise PolicyError(
-            f"{name} is in two parts, of which the update travels, but the model is sent as weights: send it as "
+            f"{name} has two parts, of which only the update is sent, but the model is sent as weights: send it as "
             "differences (ParamsType.DIFF), or use a policy without update_format"
         )
     if kind == frame.UPDATE and value.update is None:
         raise PolicyError(
-            f"{name} is in one part and has no update to send among differences: send weights (ParamsType.FULL), "
-            "or use a policy with update_format"
+            f"{name} has one part and no update, but the model is sent as differences: send weights "
+            "(ParamsType.FULL), or use a policy with update_format"
         )
     data = uplink.reply_frame(value, None, None, name)
     assert data is not None

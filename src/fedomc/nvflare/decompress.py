@@ -84,9 +84,9 @@ class DecompressFilter(ModelFilter):
         for name, value in dxo.data.items():
             if not isinstance(name, str) or (sent is not None and name not in sent):
                 raise PayloadError(f"{name!r}, which is not a variable of the model that was sent")
-            shape, dtype, wanted = (None, None, None) if sent is None else sent[name]
+            shape, dtype, sent_library = (None, None, None) if sent is None else sent[name]
             if not isinstance(value, bytes | bytearray | memoryview):
-                data[name] = _checked(name, value, shape, dtype, wanted)
+                data[name] = _checked(name, value, shape, dtype, sent_library)
                 continue
             if encoding is None:
                 raise PayloadError(f"{name} as bytes, but nothing in the meta says how to decode them")
@@ -102,7 +102,7 @@ class DecompressFilter(ModelFilter):
                 values = parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu")).view(
                     parsed.shape
                 )
-                data[name] = values.numpy() if (wanted or library) == "numpy" else values
+                data[name] = values.numpy() if (sent_library or library) == "numpy" else values
                 if kind == frame.VARIABLE and encoding.update_format is None:
                     frames[name] = parsed
         return replaced(dxo, data, {}), frames

@@ -53,7 +53,7 @@ class ModelFilter(DXOFilter):  # type: ignore[misc]
         chain = self.get_prop(FilterContextKey.CHAIN_TYPE)
         if chain not in (FilterChainType.TASK_DATA_CHAIN, FilterChainType.TASK_RESULT_CHAIN):
             raise PolicyError(
-                f"{type(self).__name__} is in no chain of filters: add it with fedomc.nvflare.add_filters"
+                f"{type(self).__name__} is not part of a filter chain: add it with fedomc.nvflare.add_filters"
             )
         return bool(chain == FilterChainType.TASK_DATA_CHAIN)
 

@@ -92,7 +92,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
         if keep < 1:
-            raise PayloadError(f"keep={keep} leaves no checkpoint to resume from: keep at least 1")
+            raise PayloadError(f"keep={keep} would leave no checkpoint to resume from: keep at least 1")
         self.folder = Path(folder)
         self.keep = keep
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ class Checkpoints:
             OSError: the file cannot be written.
         """
         if number < 0:
-            raise PayloadError(f"round {number}: a checkpoint needs a number from 0 on")
+            raise PayloadError(f"round {number} is negative: a checkpoint needs a number of 0 or more")
         folder_lock.acquire(self.folder)
         checkpoint.write(self.folder / f"round-{number:08}.safetensors")
         for old in [path for path in self.paths() if _number(path) <= number][: -self.keep]:
@@ -145,10 +145,10 @@ class Checkpoints:
                     try:
                         return Checkpoint.read(path)
                     except PayloadError as error:
-                        warnings.warn(f"{error}; the checkpoint before it is taken", stacklevel=2)
+                        warnings.warn(f"{error}; the checkpoint before it is used instead", stacklevel=2)
             except FileNotFoundError:  # another process removed it as too old: there are newer ones
                 continue
-            raise PayloadError(f"every checkpoint in {self.folder} is damaged: start again in another folder")
+            raise PayloadError(f"every checkpoint in {self.folder} is damaged: use another folder to start a new run")
         return None
 
     def paths(self) -> list[Path]:

@@ -133,9 +133,9 @@ def decompress(
         raise PayloadError(f"{name} is entropy-coded: pip install 'fedomc[lossless]' to read it")
     if difference:
         if sent is None:
-            raise PayloadError(f"{name} is a difference of codes, but there are none that it could differ from")
+            raise PayloadError(f"{name} is a difference to the codes that were sent, but no codes were sent for it")
         if len(data) < _LENGTH.size or _LENGTH.unpack_from(data)[0] != checksum(sent):
-            raise PayloadError(f"{name} is a difference to other codes than those that were sent")
+            raise PayloadError(f"{name} is a difference to other codes than the ones that were sent")
         data = data[_LENGTH.size :]
     pieces = _cut(data, numel, bits, way, name)
     words = torch.empty(codec.words_of(numel, bits), dtype=torch.int32, device="cpu")
@@ -260,7 +260,7 @@ def _cut(data: memoryview, numel: int, bits: int, way: int, name: str) -> list[l
     """Find the piece of each plane of each segment, and the size that it must make."""
     fewest = len(_sizes(1, bits, way)) * (_LENGTH.size + 1)
     if len(data) // fewest < -(-numel // SEGMENT):
-        raise PayloadError(f"{name}: {len(data)} bytes are too few for {numel} values")
+        raise PayloadError(f"{name}: {len(data)} bytes are not enough for {numel} values")
     segments, at = [], 0
     for start in range(0, numel, SEGMENT):
         planes = []
@@ -284,10 +284,10 @@ def _unzipped(piece: memoryview, size: int, name: str) -> _Plane:
     try:
         found = zstandard.get_frame_parameters(piece)
         if found.content_size != size or found.dict_id or found.window_size > max(size, 1024):
-            raise PayloadError(f"{name}: a plane claims to be {found.content_size} bytes, {size} expected")
+            raise PayloadError(f"{name}: a plane declares {found.content_size} bytes, but {size} are expected")
         data = zstandard.ZstdDecompressor().decompress(piece, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise PayloadError(f"{name}: a plane is damaged: {error}") from None
     if len(data) != size:
-        raise PayloadError(f"{name}: a plane of {len(data)} bytes, {size} expected")
+        raise PayloadError(f"{name}: a plane has {len(data)} bytes, but {size} are expected")
     return np.frombuffer(data, dtype=np.uint8)

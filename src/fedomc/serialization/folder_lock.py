@@ -56,10 +56,10 @@ def _locked(folder: str) -> int:
         holder = os.read(descriptor, 200).decode(errors="replace").strip() if os.name == "posix" else "unknown"
         os.close(descriptor)
         raise FolderLockedError(
-            f"{folder} belongs to a run in another process ({holder}): end that run first, or use another folder"
+            f"{folder} is in use by a run in another process ({holder}): end that run first, or use another folder"
         ) from None
     except OSError as error:  # some network file systems have no locks
-        warnings.warn(f"{folder} cannot be locked ({error}): let no other process write to it", stacklevel=4)
+        warnings.warn(f"{folder} cannot be locked ({error}): make sure no other process writes to it", stacklevel=4)
         return descriptor
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

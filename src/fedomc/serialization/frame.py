@@ -93,16 +93,16 @@ def to_bytes(
     Raises:
         PayloadError: more than 8 dimensions.
         FormatError: a method with more than 8 fields or 16 bytes of header.
-        PolicyError: entropy coding is wanted, but zstd is not installed.
+        PolicyError: entropy coding is requested, but zstandard is not installed.
     """
     if len(shape) > MAX_DIMENSIONS:
-        raise PayloadError(f"{name} has {len(shape)} dimensions and cannot become a frame: {MAX_DIMENSIONS} at most")
+        raise PayloadError(f"{name} has {len(shape)} dimensions, but a frame can have at most {MAX_DIMENSIONS}")
     method, numel = packed.method, packed.numel
     header, (fields, lengths) = method.header(), _fields(method, numel)
     if len(header) > MAX_METHOD_HEADER or len(fields) > MAX_FIELDS:
         raise FormatError(
-            f"{method} has a header of {len(header)} bytes and {len(fields)} fields, which no frame can hold: "
-            f"{MAX_METHOD_HEADER} and {MAX_FIELDS} at most"
+            f"{method} has a header of {len(header)} bytes and {len(fields)} fields, but a frame can hold at most "
+            f"{MAX_METHOD_HEADER} and {MAX_FIELDS}"
         )
     tensors = [tensor.cpu().contiguous() for tensor in packed.fields]
     bodies: list[bytes | memoryview] = [_raw(tensor) for tensor in tensors]
@@ -153,7 +153,7 @@ def from_bytes(
     """
     view = memoryview(data)
     if len(view) < _HEADER.size:
-        raise PayloadError(f"{name}: {len(view)} bytes are too few for a frame, whose header takes {_HEADER.size}")
+        raise PayloadError(f"{name}: {len(view)} bytes are not enough for a frame, whose header has {_HEADER.size}")
     magic, version, kind, tag, header_size, checksum, ndim, coding, difference, count = _HEADER.unpack_from(view)
     if magic != MAGIC:
         raise PayloadError(f"{name}: not a compressed variable: it begins with {magic!r} instead of {MAGIC!r}")
@@ -172,7 +172,7 @@ def from_bytes(
         )
     begin = _begin(ndim, count, header_size)
     if len(view) < begin:
-        raise PayloadError(f"{name}: cut off within its header of {begin} bytes")
+        raise PayloadError(f"{name}: the frame is cut off within its header of {begin} bytes")
     sizes = _SIZES[ndim + count].unpack_from(view, _HEADER.size)
     dimensions, lengths = sizes[:ndim], sizes[ndim:]
     method = _method(view, tag, _HEADER.size + 8 * (ndim + count), header_size, begin, name)
@@ -180,7 +180,7 @@ def from_bytes(
     if is_too_large(dimensions):
         raise PayloadError(f"{name}: shape {dimensions} is too large")
     if shape is not None and dimensions != tuple(shape):
-        raise PayloadError(f"{name}: the frame has shape {dimensions}, {tuple(shape)} expected")
+        raise PayloadError(f"{name}: the frame has shape {dimensions}, but {tuple(shape)} is expected")
     fields, expected = _fields(method, numel)
     coded = coding != entropy.PLAIN
     fits = lengths == expected
@@ -189,7 +189,7 @@ def from_bytes(
     if not fits:
         raise PayloadError(
             f"{name}: fields of {lengths} bytes{' in planes' * coded}, "
-            f"but {method} codes of shape {dimensions} make {expected}"
+            f"but {method} codes of shape {dimensions} need {expected}"
         )
     end = begin
     for length in lengths:
@@ -197,9 +197,9 @@ def from_bytes(
     if len(view) != end:
         raise PayloadError(f"{name}: {len(view)} bytes do not hold fields of {lengths} bytes after {begin}")
     if shape is None and sum(expected) > MAX_EXPANSION * len(view):
-        raise PayloadError(f"{name}: {len(view)} bytes would become {sum(expected)}: say which shape is expected")
+        raise PayloadError(f"{name}: {len(view)} bytes would expand to {sum(expected)}: pass the expected shape")
     if checksum != _checksum(view[: _LEAD.size], view[_LEAD.size + _CHECKSUM.size :]):
-        raise PayloadError(f"{name}: checksum does not match: the bytes were damaged on the way")
+        raise PayloadError(f"{name}: the checksum does not match, because the bytes were damaged in transit")
     tensors: list[Tensor] = []
     for field, length in zip(fields, lengths, strict=True):
         if coded and not tensors:

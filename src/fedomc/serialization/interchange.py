@@ -33,13 +33,13 @@ def check_exchangeable(tensors: Mapping[str, Tensor], names: Set[str]) -> None:
     if unknown:
         held = "; ".join(f"{method}: {some(variables)}" for method, variables in unknown.items())
         raise PayloadError(
-            f"safetensors has no dtype for what these variables are held in ({held}): compress them in an MX format, "
+            f"safetensors has no dtype for the formats of these variables ({held}): compress them in an MX format, "
             "such as MXFP8, or decompress_ the model, or save it without interchange=True"
         )
     moved = [name for name, tensor in compressed.items() if tensor.update is not None and not tensor.update.is_zero]
     if moved:
         raise PayloadError(
-            f"{some(moved)}: no other program reads a base and an update as their sum: decompress_ the model and "
+            f"other programs would not add the base and the update of {some(moved)}: decompress_ the model and "
             "compress_ it in one part, or save it without interchange=True"
         )
     for name, tensor in compressed.items():

@@ -160,7 +160,7 @@ def _copied(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
 
 def _pieces(name: str, tensor: Tensor, interchange: bool) -> Iterator[Piece]:
     if tensor.is_meta:
-        raise PayloadError(f"{name} lies on the meta device and has no values: materialize_ the model first")
+        raise PayloadError(f"{name} is on the meta device and has no values: materialize_ the model first")
     if not is_compressed(tensor):
         yield dense_piece(name, tensor, lambda: _dense(name, tensor))
         return
@@ -251,7 +251,7 @@ class _ModelFile:
         self._companions = keys - self._content.variables.keys()
         missing = keys - file.keys
         if missing:
-            raise PayloadError(f"{file.path}: {some(sorted(missing))} missing, which its metadata describe")
+            raise PayloadError(f"{file.path} lacks {some(sorted(missing))}, described by its metadata")
 
     def fill(self, model: nn.Module, selection: Mapping[str, Encoding] | None = None, *, widen: bool = False) -> None:
         """Replace a model's state, one variable after the other."""
@@ -278,7 +278,7 @@ class _ModelFile:
     def _packed(self, key: str, name: str, variable: _Description, kind: int, format: Method) -> Packed:
         data = self._file.tensor(key)
         if data.dtype is not torch.uint8 or data.dim() != 1:
-            raise PayloadError(f"{name}: the bytes of a frame expected, but {data.dtype} {tuple(data.shape)} found")
+            raise PayloadError(f"{name} is {data.dtype} {tuple(data.shape)}, but must be the bytes of a frame")
         read = frame.from_bytes(data.numpy().data, name)
         if (read.kind, read.shape, read.packed.method) != (kind, variable.shape, format):
             raise PayloadError(
@@ -315,20 +315,20 @@ def _read_content(text: str, path: str | os.PathLike[str]) -> _Content:
     described = {name: _read_fields(name, fields) for name, fields in variables.items()}
     updated = [name for name, variable in described.items() if variable.has_update]
     if interchange and updated:
-        raise PayloadError(f"{path}: {some(updated)} with an update, which no interchange file has")
+        raise PayloadError(f"{path}: an interchange file cannot contain the updates of {some(updated)}")
     return _Content(described, tied, interchange)
 
 
 def _read_fields(name: str, fields: Any) -> _Description:
     if not isinstance(fields, dict):
-        raise PayloadError(f"{name}: the metadata do not describe it by fields")
+        raise PayloadError(f"{name}: its description in the metadata is not a mapping of fields")
     try:
         encoding = frame.read_encoding(fields)
     except PayloadError as error:
         raise PayloadError(f"{name}: {error}") from None
     shape, draws = fields.get("shape"), fields.get("draws")
     if not _counts(shape) or not _counts(draws) or len(draws) != 1 + (encoding.update_format is not None):
-        raise PayloadError(f"{name}: the metadata give shape {shape!r} and draws {draws!r}")
+        raise PayloadError(f"{name}: the metadata have an invalid shape {shape!r} or number of draws {draws!r}")
     if frame.is_too_large(shape):
         raise PayloadError(f"{name}: shape {tuple(shape)} is too large")
     return _Description(encoding, tuple(shape), draws)

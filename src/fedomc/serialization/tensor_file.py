@@ -205,7 +205,7 @@ class TensorFile:
         try:
             file = safe_open(path, "pt")
         except SafetensorError as error:
-            raise PayloadError(f"{path} is damaged, or no safetensors file: {error}") from None
+            raise PayloadError(f"{path} is damaged or not a safetensors file: {error}") from None
         with file, open(path, "rb") as raw:
             yield cls(file, raw, path)
 
@@ -259,5 +259,5 @@ class TensorFile:
         except (KeyError, ValueError, RecursionError) as error:
             raise PayloadError(f"{self.path}: the tensors' digests cannot be read: {error!r}") from None
         if not isinstance(digests, dict) or digests.keys() != self.keys:
-            raise PayloadError(f"{self.path}: its tensors are not those that it has digests of")
+            raise PayloadError(f"{self.path} is damaged: it has digests of other tensors than those that it contains")
         return digests

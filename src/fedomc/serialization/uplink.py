@@ -1,7 +1,7 @@
-"""What a client sends back of a variable: the one place that decides it, whatever carries the bytes.
+"""The client's uplink: decides how each trained variable is encoded in a reply, for every transport.
 
-``reply_frame`` decides by what the client was sent. ``value_frame`` and ``change_frame`` are what it decides between,
-for a transport on which a client says itself whether it sends values or changes.
+``reply_frame`` chooses between the value and the change of a variable, depending on what the client received.
+``value_frame`` and ``change_frame`` encode either of them, for transports on which the client itself makes that choice.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fedomc.serialization import frame
 from fedomc.tensor.compressed import is_compressed
 
 Sent = frame.Frame | Tensor
-"""What a client received of a variable: a frame, or its values."""
+"""A variable as a client received it: a frame, or its values."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class UplinkConfig:
     """How a server asks a client to encode its reply.
 
     Attributes:
-        encoding: the encoding of the variables that the client keeps compressed, and the method of their uplink.
+        encoding: the encoding of the variables that the client keeps compressed, including the method of their uplink.
         entropy_coding: whether the client's frames are entropy coded.
         unquantized_format: the format of the variables that partial quantization leaves unquantized; None is FP32.
-        unquantized: the names of those that were sent in FP32 and go back in the encoding's uplink.
+        unquantized: the names of those variables that are sent in FP32 and whose change returns by the uplink's method.
     """
 
     encoding: Encoding
@@ -38,58 +38,58 @@ class UplinkConfig:
 
     @property
     def uplink(self) -> Method | None:
-        """The method of the changes that go back; None if what is held goes back."""
+        """The method in which changes are sent back; None if the variables are sent back as the client holds them."""
         return self.encoding.uplink
 
     def asks_for_change(self, name: str) -> bool:
-        """Tell whether of a variable that was sent in FP32 the change goes back in the uplink's method."""
+        """Return whether the change of a variable that was sent in FP32 is sent back by the uplink's method."""
         return self.uplink is not None and name in self.unquantized
 
 
 def reply_frame(value: Tensor, sent: Sent | None, config: UplinkConfig | None, name: str) -> bytes | None:
-    """Encode what a client sends back of a variable, as a frame.
+    """Encode a trained variable as the frame that a client sends back.
 
-    Without an uplink in the encoding:
+    Without an uplink method in the encoding:
 
-    ======================================  ============================================================================
-    the variable                            what travels
-    ======================================  ============================================================================
-    compressed, in one part                 its codes as they are
-    compressed, in two parts                the codes of its update as they are
-    dense, was sent compressed              the difference to what was sent, in ``update_format`` if the encoding has
-                                            one; otherwise its value, in the format that was sent
-    dense, was sent in ``unquantized_format``      the difference to what was sent, in ``unquantized_format``
-    dense, was sent dense                   no frame
-    ======================================  ============================================================================
+    =========================================  =========================================================================
+    variable                                   content of the frame
+    =========================================  =========================================================================
+    compressed, one part                       its codes, unchanged
+    compressed, two parts                      the codes of its update, unchanged
+    dense, received compressed                 its change, in ``update_format`` if the encoding has one; otherwise its
+                                               value, in the received format
+    dense, received in ``unquantized_format``  its change, in ``unquantized_format``
+    dense, received dense                      no frame
+    =========================================  =========================================================================
 
-    What is encoded here is transformed and rounded as the encoding says, with its seed.
+    Values and changes of dense variables are transformed and rounded as the encoding says, with its seed.
 
-    With an uplink the change since the variable arrived travels in the uplink's method, for all of these but variables
-    that were sent dense and are not among ``unquantized``. It is rounded stochastically, whatever the encoding's
-    rounding, once and on a scale of its own, with a seed that follows from the encoding's. Of a variable in two parts
-    the change is its update, whose codes travel as they are if they are of that method already.
+    With an uplink method, the frame contains the change of the variable by that method in every case, except for
+    variables that were received dense and are not in ``unquantized``. The change is rounded once, on its own scale and
+    always stochastically, with a seed derived from that of the encoding. The change of a variable in two parts is its
+    update; its codes are sent unchanged if they already are in the uplink's method.
 
     Args:
-        value: the variable after training, of any shape, on any device; float32 if it was sent as a frame.
-        sent: what the client received of the variable: a frame; or, for a variable among ``unquantized``, its values.
-            None stands for any other variable. A compressed variable needs it in one part only, for entropy coding or
-            for an uplink.
-        config: what the server asked for; None if it asked for nothing.
-        name: the variable's name, for the random draws and for errors.
+        value: the variable after training, of any shape, on any device; float32 if it was received as a frame.
+        sent: the variable as the client received it: a frame, or its values if its name is in ``unquantized``; None
+            for any other variable. For a compressed variable, it is only needed if that has one part, and only for
+            entropy coding or for an uplink method.
+        config: the server's request; None if there is none.
+        name: the variable's name, for random draws and error messages.
 
     Returns:
-        The frame, or None if the variable travels as plain values.
+        The frame, or None if the variable is sent as plain values.
 
     Raises:
-        NonFiniteError: a value or a difference is NaN or infinite.
-        PayloadError: the value's shape or dtype is not that of what was sent.
-        PolicyError: entropy coding is asked for, but zstandard is not installed.
+        NonFiniteError: a value or a change is NaN or infinite.
+        PayloadError: the shape or dtype differs from that of the received variable.
+        PolicyError: entropy coding is requested, but zstandard is not installed.
     """
     shape, coded = tuple(value.shape), config is not None and config.entropy_coding
     if sent is not None and (shape != tuple(sent.shape) or value.dtype != torch.float32):
         raise PayloadError(
-            f"{name} goes back as {value.dtype} {shape}, but came as torch.float32 {tuple(sent.shape)}: "
-            "return what was received, trained"
+            f"{name} is returned as {value.dtype} {shape}, but was received as torch.float32 {tuple(sent.shape)}: "
+            "return the trained variable with its original dtype and shape"
         )
     update = value.update if is_compressed(value) else None
     if config is not None and config.uplink is not None and (sent is not None or update is not None):
@@ -107,25 +107,28 @@ def reply_frame(value: Tensor, sent: Sent | None, config: UplinkConfig | None, n
         return value_frame(value, sent.packed.method, config, name, sent.packed)
     format = config.encoding.update_format if sent.kind == frame.VARIABLE else config.unquantized_format
     if format is None:
-        raise PayloadError(f"{name} came as a frame of kind {sent.kind}, but the sender names no format for it")
+        raise PayloadError(
+            f"{name} was received as a frame of kind {sent.kind}, but the server's config names no format for its "
+            "change: use the same version of fedomc on the server and the clients"
+        )
     change = sent.packed.add_to(_flat(value).to(torch.float32, copy=True), -1.0)
     return change_frame(change.view(shape), format, config, name)
 
 
 def value_frame(value: Tensor, format: Method, config: UplinkConfig, name: str, sent: Packed | None = None) -> bytes:
-    """Encode the values of a dense variable, as a frame of the kind ``VARIABLE``.
+    """Encode the values of a dense variable as a frame of the kind ``VARIABLE``.
 
     Args:
         value: float32, of any shape, on any device.
-        format: the format to encode it in.
-        config: what the server asked for.
-        name: the variable's name, for the random draws and for errors.
-        sent: what the client received of the variable, if it came compressed. A variable that still has these values
-            goes back as it came, since encoding it again may move values.
+        format: the format of the frame.
+        config: the server's request.
+        name: the variable's name, for random draws and error messages.
+        sent: the variable as the client received it, if it was compressed. If its values have not changed, these codes
+            are sent back, because encoding the values again could move them.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
-        PolicyError: entropy coding is asked for, but zstandard is not installed.
+        PolicyError: entropy coding is requested, but zstandard is not installed.
     """
     flat = _flat(value)
     unchanged = sent is not None and sent.method == format and _holds(sent, flat)
@@ -135,30 +138,30 @@ def value_frame(value: Tensor, format: Method, config: UplinkConfig, name: str, 
 
 
 def change_frame(change: Tensor, format: Method, config: UplinkConfig, name: str) -> bytes:
-    """Encode what a client changed of a variable, as a frame of the kind ``UPDATE``.
+    """Encode the change that training made to a variable, as a frame of the kind ``UPDATE``.
 
     Args:
-        change: the difference to what was sent, float32, of any shape, on any device.
-        format: the format to encode it in.
-        config: what the server asked for.
-        name: the variable's name, for the random draws and for errors.
+        change: the trained minus the received values, float32, of any shape, on any device.
+        format: the format of the frame.
+        config: the server's request.
+        name: the variable's name, for random draws and error messages.
 
     Raises:
-        NonFiniteError: a difference is NaN or infinite.
-        PolicyError: entropy coding is asked for, but zstandard is not installed.
+        NonFiniteError: a change is NaN or infinite.
+        PolicyError: entropy coding is requested, but zstandard is not installed.
     """
     packed = _encode(_flat(change), format, config.encoding, name)
     return frame.to_bytes(packed, tuple(change.shape), frame.UPDATE, name, lossless=config.entropy_coding)
 
 
 def encoded_change(value: Tensor, sent: Sent | None, encoding: Encoding, name: str) -> Packed:
-    """Encode the change of a variable since it arrived in the uplink's method, a chunk at a time.
+    """Encode the change that training made to a variable by the uplink's method, one chunk at a time.
 
     Args:
         value: the variable, dense or compressed.
-        sent: what the client received of it; None for a variable in two parts, whose change is its update.
-        encoding: the encoding, with an uplink.
-        name: the variable's name.
+        sent: the variable as the client received it; None for a variable in two parts, whose change is its update.
+        encoding: the encoding, which has an uplink method.
+        name: the variable's name, for error messages.
 
     Raises:
         NonFiniteError: a change is NaN or infinite.
@@ -180,7 +183,7 @@ def encoded_change(value: Tensor, sent: Sent | None, encoding: Encoding, name: s
         return sent.packed.add_to(part, -1.0, start)
 
     packed = Packed.zeros(encoding.uplink, value.numel(), "cpu")
-    # A seed of its own: the first local step must not have been rounded by the same random bits.
+    # A separate seed, because the first local step must not be rounded with the same random bits.
     packed.rewrite(change, "", "stochastic", draw_seed(encoding.seed, "uplink", 0), name)
     return packed
 
@@ -190,12 +193,12 @@ def _flat(value: Tensor) -> Tensor:
 
 
 def _encode(values: Tensor, format: Method, encoding: Encoding, name: str) -> Packed:
-    """Encode as the encoding says, in a format that may be another than its own."""
+    """Encode with the transform, rounding and seed of the encoding, but in the given format."""
     return encode(values, format, encoding.transform, encoding.rounding, encoding.seed, name)
 
 
 def _holds(packed: Packed, values: Tensor) -> bool:
-    """Tell whether a packed variable has these values, a chunk at a time."""
+    """Return whether a packed variable has exactly these values; it is decoded one chunk at a time."""
     return all(
         torch.equal(packed.decode(torch.empty(len(part), dtype=torch.float32, device="cpu"), start), part)
         for start in range(0, len(values), CHUNK)

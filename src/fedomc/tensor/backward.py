@@ -54,7 +54,7 @@ def _edge(x: CompressedTensor) -> GradientEdge:
         RuntimeError: the tensor does not require a gradient.
     """
     if not x.requires_grad:
-        raise RuntimeError(f"{x.variable} is to be differentiated and does not require grad")
+        raise RuntimeError(f"{x.variable} does not require grad, so there is no gradient with respect to it")
     if x.grad_fn is not None:
         return GradientEdge(x.grad_fn, x.output_nr)
     with torch.enable_grad():  # the next function of a leaf's alias is the node that accumulates its gradient

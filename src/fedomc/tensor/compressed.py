@@ -267,8 +267,8 @@ class CompressedTensor(Tensor):
         """
         if has_hooks(self):
             raise RuntimeError(
-                f"{self.variable} has hooks that it would lose: move the model first, and call step_in_backward (or "
-                "register hooks) afterwards. remove() takes those of step_in_backward away"
+                f"{self.variable} has hooks that would be lost: move the model first, and call step_in_backward (or "
+                "register hooks) afterwards. remove() removes the hooks of step_in_backward"
             )
         # If an empty hook dictionary stayed, hooks registered after the move would never be called.
         drop_hooks(self)

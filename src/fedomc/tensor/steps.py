@@ -137,7 +137,7 @@ def _warn_of_lost_steps() -> None:
     )
     others = f" and {len(losing) - _NAMED} more" if len(losing) > _NAMED else ""
     warnings.warn(
-        f"most of the training steps are lost to rounding: of what they asked for there arrives, in {worst}{others}. "
+        f"most of the training steps are lost to rounding. The share that takes effect: {worst}{others}. "
         "Round stochastically (rounding='stochastic'), use a format with more bits or an update part, or raise the "
         "learning rate; fedomc.step_report(model) lists all variables",
         RuntimeWarning,

@@ -48,7 +48,7 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
         if isinstance(parameters[name], CompressedTensor):
             raise PolicyError(f"{name} is compressed already: decompress_ the model first")
         if parameters[name].is_meta:
-            raise PolicyError(f"{name} lies on the meta device and has no values: materialize_ fills and compresses")
+            raise PolicyError(f"{name} is on the meta device and has no values: materialize_ the model instead")
         if parameters[name].dtype is not torch.float32:
             raise PolicyError(
                 f"{name} is {parameters[name].dtype}: only float32 is compressed; call model.float() first"
@@ -74,8 +74,8 @@ def resolve_selection(
         return selection.select(variables)
     if not isinstance(selection, Mapping):
         raise PolicyError(
-            f"a {type(selection).__name__} selects nothing: pass a format such as 'S1E3M7', a CompressionPolicy, or "
-            "what its select(model) returns"
+            f"a {type(selection).__name__} cannot select variables: pass a format such as 'S1E3M7', a "
+            "CompressionPolicy, or the result of its select(model)"
         )
     return selection
 
@@ -134,8 +134,8 @@ def check_replaceable(name: str, parameter: Tensor) -> None:
     """
     if has_step_hooks(parameter):
         raise PolicyError(
-            f"{name} is stepped in backward and cannot be replaced: call remove() on what step_in_backward "
-            "returned, and step_in_backward again afterwards"
+            f"{name} is stepped in backward and cannot be replaced: call remove() on the result of step_in_backward "
+            "first, and step_in_backward again afterwards"
         )
 
 

@@ -47,7 +47,8 @@ class ModuleState:
         for prefix, owner in module.named_modules(remove_duplicate=False):
             if type(owner).get_extra_state is not nn.Module.get_extra_state:
                 raise PayloadError(
-                    f"{prefix or 'the model'} has extra state, which is not a tensor and would be lost: store it apart"
+                    f"{prefix or 'the model'} has extra state, which is not a tensor and would be lost: store it "
+                    "separately"
                 )
             buffers = {k: v for k, v in owner._buffers.items() if k not in owner._non_persistent_buffers_set}
             for key, tensor in (owner._parameters | buffers).items():
@@ -76,7 +77,9 @@ class ModuleState:
         missing = [name for name in self.tensors if name not in covered]
         unknown = [name for name in given if name not in self.tensors and name not in self.aliases]
         if missing or unknown:
-            raise PayloadError(f"not the state of this model: {some(missing)} missing, {some(sorted(unknown))} unknown")
+            raise PayloadError(
+                f"the state does not belong to this model: {some(missing)} missing, {some(sorted(unknown))} unknown"
+            )
 
     def fill(
         self,
@@ -111,16 +114,16 @@ class ModuleState:
             for given, value in values:
                 name = state.aliases.get(given, given)
                 if name not in state.tensors:
-                    raise PayloadError(f"{given} is unknown: not a parameter or persistent buffer of this model")
+                    raise PayloadError(f"{given} is not a parameter or persistent buffer of this model")
                 tensor = _accepted(name, value, state.tensors[name], encodings.get(name), widen)
                 del value  # not to be held while the next value is made
                 if name not in new:
                     new[name] = tensor
                 elif not _same(tensor, new[name]):
-                    raise PayloadError(f"{given} comes twice, or is tied to {name}, and the values differ")
+                    raise PayloadError(f"{given} occurs twice, or is tied to {name}, with different values")
             missing = [name for name in state.tensors if name not in new]
             if missing:
-                raise PayloadError(f"not the state of this model: {some(missing)} missing")
+                raise PayloadError(f"the state does not belong to this model: {some(missing)} missing")
             state._replace(new)
 
     def _encodings(self, selection: Mapping[str, Encoding]) -> dict[str, Encoding]:
@@ -140,8 +143,8 @@ class ModuleState:
         empty = [name for name, buffer in self.module.named_buffers() if buffer.is_meta and name not in known]
         if empty:
             raise PayloadError(
-                f"buffers that are not in the state_dict lie on the meta device: {some(empty)}. Nothing can fill them: "
-                "give each its values first, as in module.name = torch.arange(n, device='cpu')"
+                f"buffers that are not in the state_dict are on the meta device: {some(empty)}. Nothing can fill them: "
+                "assign their values first, as in module.name = torch.arange(n, device='cpu')"
             )
 
     def _with_ties(self, tied: Mapping[str, str]) -> "ModuleState":
@@ -211,12 +214,12 @@ def _accepted(name: str, given: Tensor | OwnedValue, old: Tensor, encoding: Enco
     """Check a value, and return it in the form and on the device in which the module keeps it."""
     value = given.tensor if isinstance(given, OwnedValue) else given
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
-        raise PayloadError(f"{name}: a strided tensor with values expected, but {_kind(value)} given")
+        raise PayloadError(f"{name} is {_kind(value)}, but must be a strided tensor with values")
     if value.shape != old.shape:
-        raise PayloadError(f"{name}: shape {tuple(value.shape)}, but the model's is {tuple(old.shape)}")
+        raise PayloadError(f"{name} has shape {tuple(value.shape)}, but {tuple(old.shape)} in the model")
     widened = widen and old.dtype is torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
     if value.dtype != old.dtype and not widened:
-        raise PayloadError(f"{name}: dtype {value.dtype}, but the model's is {old.dtype}")
+        raise PayloadError(f"{name} has dtype {value.dtype}, but {old.dtype} in the model")
     if not is_finite(value):
         raise PayloadError(f"{name} has a value that is NaN or infinite")
     if is_compressed(value):

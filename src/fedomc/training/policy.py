@@ -117,7 +117,7 @@ class CompressionPolicy:
             try:
                 kwargs["fraction"] = float(fraction)
             except ValueError:
-                raise PolicyError(f"{text!r}: what follows @ is the share to compress, as in S1E3M7@0.9") from None
+                raise PolicyError(f"{text!r}: @ must be followed by the share to compress, as in S1E3M7@0.9") from None
         if encoding.uplink is not None:
             kwargs["uplink"] = encoding.uplink
         return cls(encoding.format, encoding.update_format, **kwargs)
@@ -134,7 +134,7 @@ class CompressionPolicy:
         if self.uplink is not None:
             object.__setattr__(self, "uplink", parse_method(self.uplink))
         if not 0 <= self.fraction <= 1:  # also false for NaN
-            raise PolicyError(f"fraction={self.fraction} is impossible: it must lie in 0..1")
+            raise PolicyError(f"fraction={self.fraction} is out of range: it must be from 0 to 1")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise PolicyError(f"{name}={getattr(self, name)!r} must be a list of patterns, not a string")
@@ -187,14 +187,14 @@ class CompressionPolicy:
                 if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
                     raise PolicyError(
                         f"{field_name}: {pattern!r} matches none of {len(shapes)} variables, "
-                        f"such as {next(iter(shapes), '')!r}: correct the pattern or drop it"
+                        f"such as {next(iter(shapes), '')!r}: correct or remove the pattern"
                     )
         sizes = {name: math.prod(shape) for name, shape in shapes.items() if self._may_compress(name, shape)}
         if not sizes:
             raise PolicyError(
-                f"no variable to compress among {len(shapes)}: include={list(self.include)}, "
+                f"none of {len(shapes)} variables can be compressed with include={list(self.include)}, "
                 f"exclude={list(self.exclude)}, weight_matrices_only={self.weight_matrices_only}. "
-                "Loosen the patterns; matrices of a few values are compressed with weight_matrices_only=False alone"
+                "Loosen the patterns; very small matrices are compressed only with weight_matrices_only=False"
             )
         return sizes
 
@@ -276,7 +276,7 @@ class TieredPolicy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiers", dict(self.tiers))
         if not self.tiers:
-            raise PolicyError("a tiered policy without tiers: give at least one")
+            raise PolicyError("a tiered policy needs at least one tier")
         if not self.default:
             object.__setattr__(self, "default", list(self.tiers)[-1])
         self.choose(tier=self.default)
@@ -309,7 +309,7 @@ class TieredPolicy:
         if memory_bytes is None:
             return self.tiers[self.default]
         if memory_bytes <= 0 or variables is None:
-            raise PolicyError(f"memory_bytes={memory_bytes} cannot be met: announce a positive number of bytes")
+            raise PolicyError(f"memory_bytes={memory_bytes} is invalid: announce a positive number of bytes")
         for policy in self.tiers.values():
             selection = None if policy is None else policy.select(variables, round=round, client=client)
             if held_bytes(variables, selection) <= memory_bytes:

@@ -1,4 +1,4 @@
-"""``step_report``: how much of the training steps arrives in a compressed model, by variable."""
+"""``step_report``: measures how much of the training steps survives rounding, for each compressed variable."""
 
 import math
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from fedomc.tensor.steps import StepRecord
 
 @dataclass(frozen=True)
 class StepQuality:
-    """What became of the steps of one variable, or of all.
+    """The effect of rounding on the training steps of one variable, or of all variables together.
 
     Attributes:
-        kept: the share of what the steps asked for that arrived; stochastic rounding has 1 but for chance.
-        noise: the energy of what else the values moved, by the energy of the steps.
-        drift: how far that noise carried the values in all steps so far, relative to their size.
-        steps: how many changes in place there were, of the variable that had most.
+        kept: the share of the requested change that took effect. With stochastic rounding, its expected value is 1.
+        noise: the energy of the rounding noise, relative to the energy of the steps.
+        drift: the root mean square of the accumulated rounding noise, relative to that of the values.
+        steps: the number of in-place changes; for all variables together, the largest such number.
     """
 
     kept: float
@@ -29,18 +29,18 @@ class StepQuality:
 
 @dataclass(frozen=True)
 class StepReport:
-    """How much of the training steps arrived in a compressed model.
+    """The effect of rounding on the training steps of a compressed model.
 
     Attributes:
-        total: over all compressed variables, weighted by the energy of their steps.
-        variables: by qualified name.
+        total: the figures of all compressed variables together, weighted by the energy of their steps.
+        variables: the figures of each compressed variable, by qualified name.
     """
 
     total: StepQuality
     variables: Mapping[str, StepQuality]
 
     def __str__(self) -> str:
-        """Write a table, the variables that keep least first."""
+        """Format the report as a table, with the variables that lose most of their steps first."""
         rows = sorted(self.variables.items(), key=lambda row: row[1].kept)
         width = max(map(len, ("variable", "total", *self.variables)))
         lines = [f"{'variable':{width}}     kept     noise     drift     steps"]
@@ -50,13 +50,16 @@ class StepReport:
 
 
 def step_report(model: nn.Module) -> StepReport:
-    """Tell how much of the steps so far arrived in a model's compressed variables.
+    """Report how much of the training steps so far took effect in a model's compressed variables.
 
     The figures are measured on a sample of steps and values while the model trains; see ``fedomc.tensor.steps``. They
-    count from when the model was compressed.
+    cover all steps since the model was compressed.
 
     Args:
         model: a model with compressed parameters.
+
+    Returns:
+        The report. Variables whose steps have not been sampled yet are left out.
 
     Example:
         >>> report = step_report(model)  # doctest: +SKIP

@@ -10,7 +10,6 @@ skip the variable, a distributed wrapper average zeros, all silently. So what is
 without values that raises when it is used, and that makes room when the next gradient comes.
 """
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import unserializable_hook
 
-from fedomc._torch import has_step_hooks, tree_leaves, without_overrides
+from fedomc._torch import has_step_hooks, in_reentrant_checkpoint, tree_leaves, without_overrides
 from fedomc.errors import PolicyError
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
@@ -93,8 +91,8 @@ class StepInBackward:
             owner = reference()
             if owner is None:
                 raise RuntimeError(
-                    f"{name} is not stepped any more: the module that was given to step_in_backward is gone. "
-                    "Keep it, or what step_in_backward returned"
+                    f"{name} is no longer stepped, because the module that was passed to step_in_backward has been "
+                    "deleted: keep a reference to the module, or to the result of step_in_backward"
                 )
             return owner
 
@@ -112,7 +110,7 @@ class StepInBackward:
     def _complete(self, index: int) -> None:
         if self._accumulating:
             return
-        if _in_reentrant_checkpoint():
+        if in_reentrant_checkpoint():
             name = self._variables[index][0]
             self._release(index)
             raise RuntimeError(
@@ -183,7 +181,7 @@ def step_in_backward(
         if not parameter.requires_grad:
             continue
         if has_step_hooks(parameter):
-            raise PolicyError(f"{name} is stepped in backward already: call remove() on what the first call returned")
+            raise PolicyError(f"{name} is stepped in backward already: call remove() on the result of the first call")
         variables.append((name, parameter))
     if not variables:
         raise PolicyError("no parameter of the model requires a gradient: there is nothing to step")
@@ -231,10 +229,10 @@ class ReleasedGradient(Tensor):
             like = torch.empty((), dtype=released.dtype, device=released.device)
             return ReleasedGradient(func(like, **kwargs).expand(released.shape), released.variable)
         raise RuntimeError(
-            f"the gradient of {released.variable} is gone: step_in_backward stepped with it and dropped it. Instead of "
-            "clip_grad_norm_ pass clip_norm= to step_in_backward; what steps, scales or averages gradients itself "
-            "(another optimizer, GradScaler, DistributedDataParallel) needs training without step_in_backward, or "
-            "backward passes in accumulate(). zero_grad() takes away what is left here"
+            f"the gradient of {released.variable} has been released: step_in_backward has already stepped with it. "
+            "Instead of clip_grad_norm_, pass clip_norm= to step_in_backward. Whatever steps, scales or averages "
+            "gradients itself (another optimizer, GradScaler, DistributedDataParallel) needs training without "
+            "step_in_backward, or backward passes in accumulate(). zero_grad() removes this placeholder"
         )
 
 
@@ -256,19 +254,6 @@ def _check_all_stepped(model: nn.Module, args: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not has_step_hooks(parameter):
             raise PolicyError(
-                f"{name} requires a gradient and is not stepped in backward: it was replaced, moved or unfrozen after "
-                "step_in_backward. Call remove() on what that returned, and step_in_backward again"
+                f"{name} requires a gradient but is not stepped in backward, because it was replaced, moved or "
+                "unfrozen after step_in_backward: call remove() on the result of that call, and step_in_backward again"
             )
-
-
-def _in_reentrant_checkpoint() -> bool:
-    """Tell whether this backward pass was started by the backward pass of a reentrant checkpoint."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT_BACKWARD:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-_CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__
