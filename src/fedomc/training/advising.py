@@ -152,7 +152,9 @@ def _check(model: nn.Module, optimizer: Optimizer, policies: Sequence[Compressio
     if not policies:
         raise PolicyError("there is no format to advise on: pass at least one")
     if len(set(map(name_of, policies))) < len(policies):
-        raise PolicyError(f"two formats of {', '.join(map(name_of, policies))} have one name: ask about one at a time")
+        raise PolicyError(
+            f"two of the formats {', '.join(map(name_of, policies))} have the same name: ask about one at a time"
+        )
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     selected = {name for policy in policies for name in policy.select(model)}
     for name in sorted(selected):
