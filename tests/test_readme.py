@@ -32,7 +32,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     """Execute the blocks of Python one after the other, in an empty folder; give the names that they define."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {"__name__": "readme"}
     for block in blocks:
         exec(block, names)  # noqa: S102
@@ -43,6 +43,13 @@ def test_the_first_example_prints_what_it_says(names: dict[str, Any], capsys: py
     printed = re.search(r"([0-9.]+)% of FP32", capsys.readouterr().out)
     assert printed is not None
     assert 31.2 < float(printed[1]) < 33  # ten bits of 32, and the biases
+
+
+def test_the_advice_is_followed_as_it_says(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert isinstance(names["network"][0].weight, fedomc.CompressedTensor)
+    held = fedomc.parameter_bytes(names["network"]).ratio
+    assert held == min(row.ratio for row in names["advice"].formats if row.holds) < 0.36
+    assert str(names["advice"]) in capsys.readouterr().out
 
 
 def test_a_file_is_read_without_fedomc_as_it_says(names: dict[str, Any]) -> None:

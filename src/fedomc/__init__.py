@@ -14,6 +14,8 @@ from fedomc.memory.report import MemoryReport, memory_report
 from fedomc.methods import Encoding, FloatFormat, Method
 from fedomc.serialization.model_file import load_model, materialize_, save_model
 from fedomc.tensor.compressed import CompressedTensor
+from fedomc.training.advice import Advice, FormatAdvice, VariableAdvice
+from fedomc.training.advising import advise
 from fedomc.training.model import ParameterBytes, compress_, decompress_, parameter_bytes
 from fedomc.training.policy import DEFAULT, CompressionPolicy, Selection, TieredPolicy
 from fedomc.training.step_report import StepQuality, StepReport, step_report
@@ -23,11 +25,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT",
+    "Advice",
     "CompressedTensor",
     "CompressionPolicy",
     "Encoding",
     "FloatFormat",
     "FolderLockedError",
+    "FormatAdvice",
     "FormatError",
     "MemoryBytes",
     "MemoryReport",
@@ -43,6 +47,8 @@ __all__ = [
     "StepQuality",
     "StepReport",
     "TieredPolicy",
+    "VariableAdvice",
+    "advise",
     "compress_",
     "decompress_",
     "load_model",

@@ -3,13 +3,14 @@ import logging
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Strategy
 from torch import nn
 
 import fedomc
 from fedomc import RoundsFailedError
 from fedomc.flower import OMCStrategy, collect, install, step_metrics
-from fedomc.flower.supervision import STEP_KEPT, STEP_NOISE, Supervision
+from fedomc.flower.supervision import STEP_DRIFT, STEP_KEPT, STEP_NOISE, Supervision, gain_of
+from tests.flower.test_aggregation import Network
 from tests.flower.test_strategy import Nodes, build
 
 
@@ -90,6 +91,92 @@ def test_what_varies_about_the_whole_is_not_lost(kept: tuple[float, ...], flower
     assert "training steps" not in flower_log.text
 
 
+@pytest.mark.parametrize(
+    ("gain", "clients", "noise", "drift", "when"),
+    [
+        (1.0, 4, 2.0, 0.2, 13),  # 0.1 a round
+        (1.0, 1, 2.0, 0.2, 4),
+        (10.0, 4, 2.0, 0.02, 13),
+        (1.0, 4, 2.0, 0.02, None),
+        (1.0, 4, 0.1, 0.2, None),
+    ],
+)
+def test_noise_is_warned_of_once_when_the_rounds_add_up(
+    gain: float, clients: int, noise: float, drift: float, when: int | None, flower_log: pytest.LogCaptureFixture
+) -> None:
+    supervision = Supervision(3, gain, "S1E2M3")
+    for number in range(1, 40):
+        supervision.add(number, clients, clients, MetricRecord({STEP_NOISE: noise, STEP_DRIFT: drift}))
+        assert ("spoils training" in flower_log.text) is (when is not None and number >= when), number
+    if when is not None:
+        (warning,) = {text for text in flower_log.messages if "spoils training" in text}
+        for part in (
+            f"round {when}: the noise of rounding to S1E2M3",
+            "by 36%" if when == 13 else "by 40%",
+            f"{noise / clients:.2f} times",
+        ):
+            assert part in warning
+        assert "update part" in warning and "exclude=" in warning
+
+
+def test_no_noise_is_judged_without_its_metrics(flower_log: pytest.LogCaptureFixture) -> None:
+    supervision = Supervision(3)
+    for number in range(1, 9):
+        supervision.add(number, 4, 4, MetricRecord({STEP_NOISE: 9.0}))
+        supervision.add(number, 4, 4, MetricRecord({STEP_DRIFT: 9.0}))
+        supervision.add(number, 4, 0, None)
+        supervision.add(number, 4, 4, MetricRecord({STEP_KEPT: 1.0}))
+    assert "spoils training" not in flower_log.text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gain"),
+    [
+        (FedAvg(), 1.0),
+        (FedAdam(), 1.0),
+        (FedAvgM(server_momentum=0.9), 10.0),
+        (FedAvgM(server_momentum=0.5, server_learning_rate=0.1), 0.2),
+    ],
+)
+def test_a_momentum_multiplies_what_a_change_does_in_the_end(strategy: Strategy, gain: float) -> None:
+    assert gain_of(strategy) == pytest.approx(gain)
+    assert OMCStrategy(strategy, None)._supervision._gain == pytest.approx(gain)
+
+
+def randomly_stepped(message: Message) -> Message:
+    """Make one small step in a random direction."""
+    model = install(build(), message)
+    torch.manual_seed(message.metadata.dst_node_id)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(torch.randn(parameter.shape), alpha=3e-3)
+    metrics = MetricRecord({"num-examples": 1, **step_metrics(model)})
+    return Message(RecordDict({"arrays": collect(model, message), "metrics": metrics}), reply_to=message)
+
+
+@pytest.mark.parametrize(("format", "warned"), [("S1E2M1", True), ("S1E3M7", False)])
+def test_a_federation_in_too_few_bits_is_warned(
+    format: str, warned: bool, flower_log: pytest.LogCaptureFixture
+) -> None:
+    strategy = OMCStrategy(FedAvgM(fraction_evaluate=0.0, server_momentum=0.9), fedomc.CompressionPolicy(format))
+    strategy.start(Network(4, randomly_stepped), collect(build()), num_rounds=8)  # type: ignore[arg-type]
+    assert (f"the noise of rounding to {format} spoils training" in flower_log.text) is warned
+
+
+def test_a_client_leaves_it_to_the_server_to_judge_noise() -> None:
+    judged = []
+
+    def answer(message: Message) -> Message:
+        model = install(build(), message)
+        judged.extend(p.steps.judged_here for p in model.parameters() if isinstance(p, fedomc.CompressedTensor))
+        return randomly_stepped(message)
+
+    strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0), fedomc.CompressionPolicy("S1E2M3"))
+    strategy.start(Network(2, answer), collect(build()), num_rounds=1)  # type: ignore[arg-type]
+    assert judged and not any(judged)
+
+
 def test_metrics_of_a_trained_model() -> None:
     assert step_metrics(nn.Linear(64, 64)) == {}
     torch.manual_seed(0)
@@ -99,7 +186,7 @@ def test_metrics_of_a_trained_model() -> None:
     with torch.no_grad():
         model.weight.add_(torch.randn(64, 64), alpha=0.1)
     found = step_metrics(model)
-    assert set(found) == {STEP_KEPT, STEP_NOISE}
+    assert set(found) == {STEP_KEPT, STEP_NOISE, STEP_DRIFT}
     assert found[STEP_KEPT] == pytest.approx(1, abs=0.1) and 0 < found[STEP_NOISE] < 0.1
     record = ArrayRecord(dict(collect(model).items()))
     assert list(record) == ["weight", "bias"]

@@ -13,7 +13,7 @@ from fedomc.errors import PayloadError
 from fedomc.flower.arrays import STYPE, flat_tensor, framed_array, read_packed, records_of, view_dense
 from fedomc.flower.chunks import ChunkedArray
 from fedomc.flower.config import CONFIG, from_config
-from fedomc.flower.supervision import STEP_KEPT, STEP_NOISE
+from fedomc.flower.supervision import STEP_DRIFT, STEP_KEPT, STEP_NOISE
 from fedomc.serialization import frame
 from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
@@ -57,6 +57,9 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
     size = sum(len(array.data) for array in arrays.values())
     del arrays
     state.fill((name, _read(array, name, state.tensors[name], config)) for name, array in items)
+    for parameter in model.parameters():
+        if is_compressed(parameter):
+            parameter.steps.judged_here = False
     if consume:
         _trim_memory(size)
     return model
@@ -110,14 +113,20 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
 def step_metrics(model: nn.Module) -> dict[str, float]:
     """Return metrics for the reply that say how much of the training steps took effect; see ``fedomc.step_report``.
 
+    The server warns if the noise of rounding spoils training; a client cannot judge it, as the mean over clients has
+    less of it.
+
     Args:
         model: the trained model, before ``collect(consume=True)``.
 
     Returns:
-        ``fedomc.step-kept`` and ``fedomc.step-noise``; an empty dict if no step was measured, as for an FP32 model.
+        ``fedomc.step-kept``, ``fedomc.step-noise`` and ``fedomc.step-drift``; an empty dict if no step was measured, as
+        for an FP32 model.
     """
     report = step_report(model)
-    return {STEP_KEPT: report.total.kept, STEP_NOISE: report.total.noise} if report.variables else {}
+    if not report.variables:
+        return {}
+    return {STEP_KEPT: report.total.kept, STEP_NOISE: report.total.noise, STEP_DRIFT: report.total.drift}
 
 
 def _content(message: Message | RecordDict) -> tuple[Mapping[str, Array], UplinkConfig | None]:

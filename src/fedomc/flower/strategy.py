@@ -16,7 +16,7 @@ from fedomc.flower.checkpointing import RunState, digest, from_checkpoint, setti
 from fedomc.flower.downlink import Broadcast, float32_shapes
 from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.replies import checked_evaluations
-from fedomc.flower.supervision import Supervision
+from fedomc.flower.supervision import Supervision, gain_of
 from fedomc.flower.tiers import NodeCapabilities
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
 from fedomc.flower.training_round import TrainingRound
@@ -118,7 +118,9 @@ class OMCStrategy(Strategy):
         self.failed_rounds = failed_rounds
         self.traffic: list[Traffic] = []
         self.report: RoundReport | None = None
-        self._supervision = Supervision(failed_rounds)
+        self._supervision = Supervision(
+            failed_rounds, gain_of(defences.innermost(inner)), "" if policy is None else str(policy)
+        )
         self._round: TrainingRound | None = None
         self._broadcast: Broadcast | None = None
         self._evaluation: Sequence[Metadata] = ()

@@ -1,31 +1,50 @@
-"""Supervises a federated run on the server: detects rounds that fail and training steps that rounding loses."""
+"""Supervises a federated run on the server: detects rounds that fail and training that rounding spoils.
 
+[Note: noise over the rounds]
+A client knows how far the noise of its own steps moved the weights (``step_metrics``). On the server the mean of K
+clients has a K-th of that energy, independent of the other rounds', whereas steps on which the clients agree keep
+theirs. A strategy's momentum b and learning rate s multiply each change by ``s / (1 - b)`` in the end; FedAdam and
+others that scale each value by itself have no such factor, and 1 is assumed. The drift of the server's model is the
+root of the sum of all rounds' energies times this factor. The limits are lower than for a model trained alone, as the
+factor may be too small and clients agree in part only; they separate what was lost in ``docs/results/recipes.md``.
+"""
+
+import math
 import statistics
+from typing import Any
 
 from flwr.app import MetricRecord
 
 from fedomc.errors import RoundsFailedError
 from fedomc.flower._flower import logger
-from fedomc.tensor.steps import KEPT_ENOUGH
+from fedomc.tensor.steps import KEPT_ENOUGH, WAY_OUT, is_too_noisy
 
-STEP_KEPT, STEP_NOISE = "fedomc.step-kept", "fedomc.step-noise"
+STEP_KEPT, STEP_NOISE, STEP_DRIFT = "fedomc.step-kept", "fedomc.step-noise", "fedomc.step-drift"
 """The names of the metrics that ``step_metrics`` adds to a reply."""
 
+_DRIFT_LIMIT, _NOISE_LIMIT = 0.35, 0.2
 _MIN_ROUNDS = 5  # over fewer rounds, stochastic rounding may seem to lose steps by chance
 
 
 class Supervision:
     """Raises an error if several rounds in a row fail, and warns once if rounding loses the clients' training steps.
 
+    It also warns once if the noise of rounding has moved the server's model too far.
+
     Args:
         failures: the number of consecutive rounds without a usable reply that raises the error; None never raises it.
+        gain: how far a change of the clients' mean moves the server's model in the end; see ``gain_of``.
+        format: the format of the policy, for the warnings.
     """
 
-    def __init__(self, failures: int | None) -> None:
+    def __init__(self, failures: int | None, gain: float = 1.0, format: str = "") -> None:
         self._failures = failures
+        self._gain = gain
+        self._format = format
         self._failed = self._rounds = self._used = 0
         self._kept: list[float] = []
-        self._warned = False
+        self._noise_energy = self._step_energy = 0.0  # relative to that of the weights
+        self._warned = self._warned_of_noise = False
 
     def add(self, number: int, sent: int, received: int, metrics: MetricRecord | None) -> None:
         """Record the result of a round of training.
@@ -47,6 +66,7 @@ class Supervision:
         if self._failed and self._failed == self._failures:
             raise RoundsFailedError(_failure(f"in round {number} and the {self._failed - 1} before it", sent))
         self._check_steps(number, metrics)
+        self._check_noise(number, received, metrics)
 
     def finish(self) -> None:
         """Check that not every round failed.
@@ -73,6 +93,42 @@ class Supervision:
                 "client, fedomc.step_report(model) shows the figures of each variable",
                 *(number, 100 * mean, STEP_KEPT),
             )
+
+    def _check_noise(self, number: int, received: int, metrics: MetricRecord | None) -> None:
+        noise, drift = (None if metrics is None else metrics.get(name) for name in (STEP_NOISE, STEP_DRIFT))
+        if not isinstance(noise, float | int) or not isinstance(drift, float | int) or self._warned_of_noise:
+            return
+        if not (noise > 0 and drift > 0):
+            return
+        self._noise_energy += drift**2 / max(1, received)
+        self._step_energy += drift**2 / noise
+        mean, distance = self._noise_energy / self._step_energy, self._gain * math.sqrt(self._noise_energy)
+        if is_too_noisy(mean, distance, _NOISE_LIMIT, _DRIFT_LIMIT):
+            self._warned_of_noise = True
+            logger.warning(
+                "round %d: the noise of rounding%s spoils training: it has moved the server's model by %.0f%% of its "
+                "norm (%s) and has, in the mean over clients, %.2f times the energy of their steps (%s): keep %s; "
+                "fedomc.step_report(model) on a client names the variables",
+                *(
+                    number,
+                    self._format and f" to {self._format}",
+                    100 * distance,
+                    STEP_DRIFT,
+                    mean,
+                    STEP_NOISE,
+                    WAY_OUT,
+                ),
+            )
+
+
+def gain_of(strategy: Any) -> float:
+    """Return how far a change of the clients' mean moves the server's model in the end, by a strategy of Flower.
+
+    FedAvgM has a learning rate and a momentum; for strategies without these it is 1.
+    """
+    rate: float = getattr(strategy, "server_learning_rate", 1.0)
+    momentum: float = getattr(strategy, "server_momentum", 0.0)
+    return rate / (1 - momentum) if momentum < 1 else rate
 
 
 def _failure(when: str, sent: int | None = None) -> str:

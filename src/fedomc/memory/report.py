@@ -4,7 +4,6 @@ The dry run trains a copy of the model, compressed, and tracks what is alive. Th
 without values for all formats, also on a machine that could hold none of them; see ``liveness`` for both.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from fedomc.training.lazy import check_initialized
 from fedomc.training.model import compress_, decompress_
 from fedomc.training.policy import CompressionPolicy
 from fedomc.training.stepping import step_in_backward
+from fedomc.training.trial import Arguments, arguments_of, copied, copy_of, forward, own_loss
 
 FORMATS = ("FP32", "S1E4M14", "S1E3M7", "S1E2M3+S1E2M1")
 FP32, AS_IS = "FP32", "as is"
@@ -101,15 +101,13 @@ def memory_report(
         RuntimeError: stepping in backward inside a reentrant checkpoint.
     """
     check_initialized(model)
-    training = _Training(loss or _own_loss, optimizer_class, in_backward, clip_norm, kwargs)
+    training = _Training(loss or own_loss, optimizer_class, in_backward, clip_norm, kwargs)
     encodings = {_label(each): _encodings(model, each) for each in formats}
     if len(encodings) < len(formats):
         raise PolicyError(
             f"two of the formats {', '.join(map(_label, formats))} have the same name: report on one at a time"
         )
-    inputs = (
-        dict(batch) if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
-    )
+    inputs = arguments_of(batch)
     if measure and any(parameter.is_meta for parameter in model.parameters()):
         raise OMCError("the model is on the meta device and cannot be measured: pass measure=False, or fill it first")
     cuda = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
@@ -121,7 +119,6 @@ def memory_report(
 
 
 _Encodings = Mapping[str, Encoding]
-_Batch = dict[Any, Any] | tuple[Any, ...]
 
 
 def _label(format: str | CompressionPolicy) -> str:
@@ -139,16 +136,6 @@ def _encodings(model: nn.Module, format: str | CompressionPolicy) -> _Encodings:
     return CompressionPolicy.parse(format).select(model)
 
 
-def _own_loss(output: Any) -> Tensor:
-    result = getattr(output, "loss", None)
-    result = output if result is None else result
-    if not isinstance(result, Tensor) or result.numel() != 1:
-        raise OMCError(
-            f"a {type(output).__name__} has no scalar loss: pass loss=, a function that computes it from the output"
-        )
-    return result
-
-
 @dataclass(frozen=True)
 class _Training:
     """How a model is trained; see ``memory_report``."""
@@ -159,7 +146,7 @@ class _Training:
     clip_norm: float | None
     kwargs: dict[str, Any]
 
-    def run(self, model: nn.Module, batch: _Batch, tracker: StorageTracker, stepping: Callable[..., object]) -> None:
+    def run(self, model: nn.Module, batch: Arguments, tracker: StorageTracker, stepping: Callable[..., object]) -> None:
         """Train under a tracker."""
         optimizers: list[Optimizer] = []
 
@@ -178,7 +165,7 @@ class _Training:
         elif trained:
             watched(trained, **self.kwargs)
         for _ in range(_STEPS):
-            loss = self.loss(model(**batch) if isinstance(batch, dict) else model(*batch))
+            loss = self.loss(forward(model, batch))
             tracker.tag_alive("activations")
             if trained:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -194,11 +181,11 @@ class _Training:
             tracker.tag("optimizer", [list(state.values()) for each in optimizers for state in each.state.values()])
 
 
-def _measured(model: nn.Module, batch: _Batch, training: _Training, encodings: _Encodings) -> MemoryBytes:
+def _measured(model: nn.Module, batch: Arguments, training: _Training, encodings: _Encodings) -> MemoryBytes:
     """Train a compressed copy of the model and return what it held."""
-    trial = decompress_(_copied(model, _copy))
+    trial = decompress_(copied(model, copy_of))
     compress_(trial, encodings)
-    inputs = tree_map(_copy, batch)
+    inputs = tree_map(copy_of, batch)
     tracker = StorageTracker(trial, inputs)
     with tracker:
         training.run(trial, inputs, tracker, step_in_backward)
@@ -206,14 +193,14 @@ def _measured(model: nn.Module, batch: _Batch, training: _Training, encodings: _
 
 
 def _predicted(
-    model: nn.Module, batch: _Batch, training: _Training, formats: Mapping[str, _Encodings]
+    model: nn.Module, batch: Arguments, training: _Training, formats: Mapping[str, _Encodings]
 ) -> dict[str, MemoryBytes]:
     """Train a plain copy of the model without values, and return what compressed ones would hold."""
     from fedomc._torch import DataDependentOutputException, DynamicOutputShapeException
     from fedomc.memory.shapes import ShapeMode
 
     shapes = ShapeMode()
-    trial = _copied(model, shapes.copy)
+    trial = copied(model, shapes.copy)
     inputs = tree_map(shapes.copy, batch)
     tracker = VariableTracker(trial, inputs)
     try:
@@ -243,16 +230,3 @@ def _step_shapes(
         if parameter.requires_grad:
             step = partial(complete, optimizer_class([parameter], **kwargs))
             parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
-
-
-def _copied(model: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Copy a model, without gradients and hooks of variables; ``copied`` copies each tensor."""
-    memo = {id(x): copied(x) for x in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
-
-
-def _copy(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    values = x.detach().clone()
-    return nn.Parameter(values, x.requires_grad) if isinstance(x, nn.Parameter) else values

@@ -69,7 +69,7 @@ class CompressedTensor(Tensor):
         self = wrapper_tensor(cls, shape, torch.float32, base.codes.device, requires_grad)
         forbid_memory_access(self)
         self.base, self.update, self.encoding, self.variable = base, update, encoding, name
-        self.steps = StepRecord(name, str((update or base).method), encoding.rounding)
+        self.steps = StepRecord(name, str((update or base).method), encoding.rounding, encoding.seed)
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -195,7 +195,7 @@ class CompressedTensor(Tensor):
         def asked(start: int, stop: int) -> Tensor:
             return produce(start, stop) - part.decode(self.empty(start, stop), start)
 
-        sample = self.steps.begin(part, asked) if is_step else None
+        sample = self.steps.begin(part, asked, self.decode_range) if is_step else None
         part.rewrite(produce, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
         if sample is not None:
             self.steps.end(part, sample)
@@ -203,7 +203,7 @@ class CompressedTensor(Tensor):
     def add_part(self, values: Tensor, alpha: float) -> None:
         """Add ``alpha`` times flat float32 values to the part that in-place operations modify, in one pass."""
         how, part = self.encoding, self.parts[-1]
-        sample = self.steps.begin(part, lambda start, stop: values[start:stop] * alpha)
+        sample = self.steps.begin(part, lambda start, stop: values[start:stop] * alpha, self.decode_range)
         part.add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
         if sample is not None:
             self.steps.end(part, sample)

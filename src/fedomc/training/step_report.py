@@ -1,13 +1,12 @@
 """``step_report``: measures how much of the training steps survives rounding, for each compressed variable."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from fedomc.tensor.compressed import is_compressed
-from fedomc.tensor.steps import StepRecord
+from fedomc.tensor.steps import StepRecord, total
 
 
 @dataclass(frozen=True)
@@ -67,18 +66,10 @@ def step_report(model: nn.Module) -> StepReport:
         0.998
     """
     records = {name: p.steps for name, p in model.named_parameters() if is_compressed(p) and p.steps.samples}
-    asked, moved, noise = (
-        math.fsum(getattr(record, field) for record in records.values()) for field in ("asked", "moved", "noise")
+    steps = max((record.steps for record in records.values()), default=0)
+    return StepReport(
+        StepQuality(*total(records.values()), steps), {name: _quality(record) for name, record in records.items()}
     )
-    size = math.fsum(record.size for record in records.values())
-    drifted = math.fsum(record.drift**2 * record.size for record in records.values())
-    total = StepQuality(
-        moved / asked if asked else 1.0,
-        noise / asked if asked else 0.0,
-        math.sqrt(drifted / size) if size else 0.0,
-        max((record.steps for record in records.values()), default=0),
-    )
-    return StepReport(total, {name: _quality(record) for name, record in records.items()})
 
 
 def _quality(record: StepRecord) -> StepQuality:
