@@ -160,11 +160,11 @@ class CompressedTensor(Tensor):
     @property
     def panel_rows(self) -> int:
         """The number of decoded rows that fit into ``PANEL_BYTES``, at least one."""
-        return panel_rows(len(self), self.base.numel, PANEL_BYTES)
+        return panel_rows(self.shape[0], self.base.numel, PANEL_BYTES)
 
     def panels(self) -> tuple[tuple[int, int], ...]:
         """Split the rows evenly into ranges of at most ``panel_rows``; without rows, return one empty range."""
-        return panels(len(self), self.base.numel, PANEL_BYTES)
+        return panels(self.shape[0], self.base.numel, PANEL_BYTES)
 
     def _decoded(self, out: Tensor) -> Tensor:
         with no_overrides():
