@@ -143,8 +143,6 @@ def autocast_dtype(weight: CompressedTensor) -> torch.dtype | None:
 
 def is_operand(x: Tensor, weight: CompressedTensor) -> bool:
     """Tell whether a tensor can be multiplied with a weight in panels: it must be dense and of a supported dtype."""
-    if type(x) is Tensor and x.dtype is torch.float32 and x.layout is torch.strided and not x.is_nested:
-        return True  # nearly always
     if is_compressed(x) or x.layout is not torch.strided or x.is_nested:
         return False
     return x.dtype is torch.float32 or (x.dtype in _CAST and torch.is_autocast_enabled(weight.device.type))
