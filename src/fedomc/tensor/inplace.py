@@ -68,8 +68,6 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return target
     if func in (_aten.add_.Tensor, _aten.sub_.Tensor) and _add(func, target, operands[0], kwargs.get("alpha", 1)):
         return target
-    if func is _aten.addcdiv_.default and _add_quotient(target, operands[0], operands[1], kwargs.get("value", 1)):
-        return target
     flat = [_flat(x) for x in operands]
 
     def operand(x: Any, start: int, stop: int) -> Any:
@@ -94,26 +92,13 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def _add(func: Any, target: CompressedTensor, operand: Any, alpha: Any) -> bool:
     """Add a dense operand in one pass, as optimizers do; return False for unsupported operands."""
-    if not _is_addend(operand, target):
+    if not isinstance(operand, Tensor) or is_compressed(operand):
+        return False
+    if operand.dim() == 0 or operand.dtype is not torch.float32 or operand.device != target.device:
         return False
     factor = float(alpha) if func is _aten.add_.Tensor else -float(alpha)
     target.add_part(operand.reshape(-1), factor)
     return True
-
-
-def _add_quotient(target: CompressedTensor, numerator: Any, denominator: Any, value: Any) -> bool:
-    """Add ``value * numerator / denominator`` in one pass, as Adam does; return False for unsupported operands."""
-    if not (_is_addend(numerator, target) and _is_addend(denominator, target)):
-        return False
-    target.add_part(numerator.mul(value).div_(denominator).reshape(-1), 1.0)
-    return True
-
-
-def _is_addend(x: Any, target: CompressedTensor) -> bool:
-    """Tell whether a tensor, whose shape fits, can be added to the codes in one pass."""
-    if not isinstance(x, Tensor) or is_compressed(x) or x.dim() == 0:
-        return False
-    return x.dtype is torch.float32 and x.device == target.device
 
 
 def _add_decoded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

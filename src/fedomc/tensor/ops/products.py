@@ -5,8 +5,8 @@ torch computes products with its BLAS, which on x86 is Intel's MKL, and also shi
 MKL uses half the vector width or less, so that oneDNN is twice as fast on AMD processors above a certain size (measured
 on AMD with AVX-512). On Intel's processors MKL is the faster one (measured on a Xeon with AVX-512), except where it
 copies one operand for few rows of the other: for ``x W^T``, which reads W across its rows, with 4 to 200 rows x and a
-large W, and for the other layouts with 64 to 200 rows and a very large matrix. ``python -m benchmarks.products``
-compares both with what the rule picks.
+large or narrow W, and for the other layouts with 64 to 200 rows and a very large matrix. ``python -m
+benchmarks.products`` compares both with what the rule picks.
 
 The rule depends on nothing but processor and shape, so that a run gives the same bits twice. The two backends sum in
 different orders. ``FEDOMC_PRODUCTS`` (``auto``, ``blas`` or ``onednn``), or ``use``, fixes the choice: with ``blas``
@@ -78,9 +78,16 @@ def onednn_is_faster(rows: int, inner: int, columns: int, *, across: bool, intel
     """
     if not (INTEL if intel is None else intel):
         return rows * inner * columns >= _LEAST_PRODUCTS and min(rows, inner, columns) >= _LEAST_SIZE
-    if across:
-        return 4 <= rows < 200 and (inner * columns >= 2**20 or (rows >= 16 and inner >= 1024))
-    return 64 < rows < 200 and inner * columns >= 2**22
+    values, narrow = inner * columns, inner >= 1024 and columns <= 128
+    if not across:
+        return 64 < rows < 200 and values >= 2**22
+    if rows < 16:
+        return rows >= 4 and values >= (2**20 if rows >= 8 else 2**23)
+    if rows < 32:
+        return narrow or values >= 2**20
+    if rows < 200:
+        return narrow or (inner >= 1024 and values >= 2**21)
+    return inner >= 4096 and columns <= 64
 
 
 def _by_onednn(a: Tensor, columns: int, across: bool) -> bool:
