@@ -208,11 +208,6 @@ class CompressedTensor(Tensor):
         if sample is not None:
             self.steps.end(part, sample)
 
-    def add_gradient(self, gradient: Tensor, alpha: float) -> None:
-        """Add ``alpha`` times a float32 tensor of the same shape in place, as ``add_`` does, past the dispatcher."""
-        self.add_part(gradient.reshape(-1), alpha)
-        torch.autograd.graph.increment_version(self)
-
     def _sum_is_finite(self, update: Packed) -> bool:
         """Tell whether the base plus a new update is finite everywhere."""
         if self.update is None or self.base.bound + update.bound < 2.0**127:

@@ -41,6 +41,8 @@ def update_of(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) ->
     gradient = parameter.grad
     if gradient is None or gradient.layout is not torch.strided or gradient.device.type != "cpu":
         return None
+    if gradient.dtype is not parameter.dtype:
+        return None
     stateless = update is _sgd and not group["momentum"]
     return update if stateless or optimizer.state.get(parameter) else None
 
@@ -56,7 +58,8 @@ def _sgd(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None
             maximize=group["maximize"],
         )  # fmt: skip
     elif is_compressed(parameter):
-        parameter.add_gradient(gradient, -group["lr"])
+        parameter.add_part(gradient.reshape(-1), -group["lr"])  # what add_ does behind the dispatcher
+        torch.autograd.graph.increment_version(parameter)
     else:
         parameter.add_(gradient, alpha=-group["lr"])
 
