@@ -3,11 +3,12 @@
     python -m benchmarks.training [--json out.json] [--rounds 5] [--steps 4] [--variants fp32 S1E3M7] [--model large]
 
 The model is the application's FastConformer-Large with a CTC head (about 115 M parameters), or the size that
-``--model`` names. The batch is one utterance of four seconds, and one thread is used. Each variant runs in a process of
-its own in every round, so that other load on the machine affects all variants alike. Rows ``{variant, checkpointing,
-parameters, parameter_bytes, peak_rss_bytes, step_seconds_median, speed_ratio}``: the peak is that of the process above
-its level after the imports, and the ratio is the median over rounds of the time of ``fp32`` divided by that of the
-variant; a value above 1 is faster.
+``--model`` names. The batch is one utterance of four seconds or, for some variants, four of ten seconds, and one thread
+is used. Each variant runs in a process of its own in every round, so that other load on the machine affects all
+variants alike. Rows ``{variant, checkpointing, batch, parameters, parameter_bytes, peak_rss_bytes, step_seconds_median,
+speed_ratio}``: the peak is that of the process above its level after the imports, and the ratio is the median over
+rounds of the time of ``fp32`` at the same batch divided by that of the variant; a value above 1 is faster. The speed
+under autocast, relative to FP32 under autocast, is the quotient of their two ratios. The file names the processor.
 
 A second table shows how the cost grows with size: stacks of linear layers of hidden sizes 256 to 2048.
 """
@@ -26,23 +27,28 @@ import torch
 from torch import nn
 
 import fedomc
+from fedomc._torch import processor_name
 
 VARIANTS = {
     "fp32": "backward, then a step of SGD",
     "fp32-in-backward": "each variable stepped, its gradient dropped, in backward",
+    "fp32-autocast": "forward under autocast to bfloat16",
     "bf16": "parameters in bfloat16",
     "torchao-int8": "int8 per row, stochastic rounding",
     "S1E4M14": "90 % of the weights",
     "S1E3M7": "90 % of the weights",
+    "S1E3M7-autocast": "90 % of the weights, forward under autocast to bfloat16",
     "S1E4M3": "90 % of the weights",
     "S1E2M3": "90 % of the weights",
     "S1E2M3+S1E2M1": "all weights, base and update",
 }
 IN_TABLE_OF_SIZES = ("fp32", "fp32-in-backward", "S1E3M7", "S1E2M3+S1E2M1")
+IN_TABLE_OF_BATCHES = ("fp32", "S1E3M7", "S1E2M3", "S1E2M3+S1E2M1")
 SIZES = (256, 512, 1024, 2048)
 LAYERS = 8
 LEARNING_RATE = 1e-3
-FRAMES, TOKENS, VOCABULARY = 400, 40, 1024
+FRAMES = {1: 400, 4: 1000}  # of each utterance, by the size of the batch
+TOKENS, VOCABULARY = 40, 1024
 
 
 def main() -> None:
@@ -61,10 +67,11 @@ def main() -> None:
         print(json.dumps(run(**json.loads(options.worker), steps=options.steps, size=options.model)))
         return
     variants = list(dict.fromkeys(("fp32", *options.variants)))
-    large = [{"variant": v, "checkpointing": c} for c in (False, True) for v in variants]
+    large = [{"variant": v, "checkpointing": c, "batch": 1} for c in (False, True) for v in variants]
+    large += [{"variant": v, "checkpointing": False, "batch": 4} for v in variants if v in IN_TABLE_OF_BATCHES]
     stacks = [{"variant": v, "hidden": h} for h in options.sizes for v in variants if v in IN_TABLE_OF_SIZES]
     jobs = large + ([] if options.no_sizes else stacks)
-    print(f"{len(jobs)} set-ups x {options.rounds} rounds, 5 to 15 seconds each, up to 1.5 GB of memory", flush=True)
+    print(f"{len(jobs)} set-ups x {options.rounds} rounds, 5 to 15 seconds each, up to 2.5 GB of memory", flush=True)
     worker = [sys.executable, "-m", "benchmarks.training", "--steps", str(options.steps), "--model", options.model]
     runs: dict[str, list[dict[str, Any] | None]] = {json.dumps(job): [] for job in jobs}
     for number in range(1, options.rounds + 1):
@@ -77,7 +84,7 @@ def main() -> None:
         print(f"round {number} of {options.rounds} done", flush=True)
         rows = [found for job in jobs if (found := row(job, runs))]
         if options.json:  # after each round: a run may be stopped
-            settings = {"rounds": number, "model": options.model}
+            settings = {"processor": processor_name(), "rounds": number, "model": options.model}
             options.json.write_text(json.dumps({**settings, "rows": rows}, indent=2))
     for line in table(rows, options.model):
         print(line)
@@ -110,6 +117,7 @@ def table(rows: list[dict[str, Any]], model: str) -> Iterator[str]:
     yield f"{'':<34} {'parameters':>18} {'peak':>16} {'step':>9} {'speed':>7}"
     for r in rows:
         name = f"linear {r['hidden']}" if "hidden" in r else "checkpointed" if r["checkpointing"] else model
+        name += f" x{r['batch']}" if r.get("batch", 1) > 1 else ""
         yield (
             f"{name:<15}{r['variant']:<19} {r['parameter_bytes'] / 1e6:>8.1f} MB {r['parameter_ratio']:>6.1%} "
             f"{r['peak_rss_bytes'] / 1e6:>7.0f} MB {r['peak_ratio']:>5.0%} {r['step_seconds_median']:>7.3f} s "
@@ -120,11 +128,13 @@ def table(rows: list[dict[str, Any]], model: str) -> Iterator[str]:
 # ---- one variant, in its own process -------------------------------------------------------------------------------
 
 
-def run(variant: str, steps: int, checkpointing: bool = False, hidden: int = 0, size: str = "large") -> dict[str, Any]:
+def run(
+    variant: str, steps: int, checkpointing: bool = False, hidden: int = 0, batch: int = 1, size: str = "large"
+) -> dict[str, Any]:
     """Train a few steps; report the median time of one and the peak of memory."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    step, parameters, held, start = prepare(variant, checkpointing, hidden, size)
+    step, parameters, held, start = prepare(variant, checkpointing, hidden, size, batch)
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
@@ -138,7 +148,9 @@ def run(variant: str, steps: int, checkpointing: bool = False, hidden: int = 0, 
     }
 
 
-def prepare(variant: str, checkpointing: bool, hidden: int, size: str) -> tuple[Callable[[], None], int, int, int]:
+def prepare(
+    variant: str, checkpointing: bool, hidden: int, size: str, utterances: int
+) -> tuple[Callable[[], None], int, int, int]:
     """Build the model and its step; give also the count and bytes of its parameters and the memory before them."""
     if hidden:
         with torch.device("meta"):
@@ -150,13 +162,15 @@ def prepare(variant: str, checkpointing: bool, hidden: int, size: str) -> tuple[
         model = build(size, VOCABULARY)
         if checkpointing:
             model.encoder.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = torch.randn(1, FRAMES, model.mels)
-        targets = torch.randint(1, VOCABULARY, (1, TOKENS))
+        lengths = torch.full((utterances,), FRAMES[utterances])
+        batch = torch.randn(utterances, FRAMES[utterances], model.mels)
+        targets = torch.randint(1, VOCABULARY, (utterances, TOKENS))
     if variant == "torchao-int8":
         from torchao.prototype.quantized_training import int8_weight_only_quantized_training
         from torchao.quantization import quantize_
 
     start = memory("VmRSS")
+    autocast, variant = variant.endswith("-autocast"), variant.removesuffix("-autocast")
     dtype = torch.bfloat16 if variant == "bf16" else torch.float32
     selection: dict[str, fedomc.Encoding] = {}
     if variant.startswith("S1"):
@@ -177,14 +191,16 @@ def prepare(variant: str, checkpointing: bool, hidden: int, size: str) -> tuple[
     def loss() -> torch.Tensor:
         if hidden:
             return model(batch).square().mean()
-        log_probabilities, frames = model(batch.to(dtype), torch.tensor([FRAMES]))
-        # [T, 1, vocabulary]; there is no CTC loss in bfloat16
+        log_probabilities, frames = model(batch.to(dtype), lengths)
+        # [T, B, vocabulary]; there is no CTC loss in bfloat16
         return nn.functional.ctc_loss(
-            log_probabilities.transpose(0, 1).float(), targets, frames, torch.tensor([TOKENS])
+            log_probabilities.transpose(0, 1).float(), targets, frames, torch.full((utterances,), TOKENS)
         )
 
     def step() -> None:
-        loss().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = loss()
+        found.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

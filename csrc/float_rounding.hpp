@@ -72,36 +72,42 @@ struct Nearest {
 };
 
 // Rounds up with a probability equal to the dropped fraction, using 30 random bits.
+//
+// A value at or above the lowest binade drops the same number of bits in every binade. A value below it is a subnormal
+// of the format: its leading one becomes explicit, and each binade below the lowest drops one bit more. Values that
+// drop 54 bits or more are zero; with up to seven exponent bits, zero itself is among them.
 template <bool Wide>
 struct Stochastic {
   static constexpr bool kWide = Wide;
-  Count sign_bit;
-  int drop, move;
-  std::uint32_t limit;
+  Count sign;
+  int drop;
+  std::uint32_t first_binade, begin, limit, mask;
   RandomBits random;
   Represent represent;
 
   Stochastic(Format format, const Rounding& rounding, std::uint64_t at)
-      : sign_bit(count(static_cast<int>(format.bits()) - 1)),
+      : sign(count(static_cast<int>(32 - format.bits()))),
         drop(static_cast<int>(23 - format.mantissa_bits)),
-        move(format.working_bias() - 127),
+        first_binade(static_cast<std::uint32_t>(128 - format.working_bias()) << 23),
+        begin(first_binade + ((23 - format.mantissa_bits) << 23)),
         limit(format.max_code()),
+        mask((1u << (format.bits() - 1)) - 1),
         random(rounding.seed, at),
         represent(format, format.working_bias(), 1.0f, 0.0f) {}
 
   inline Rounded operator()(F value, std::size_t i) const {
     const U bits = cast<U>(value), magnitude = bits & ~kSign;
-    const U field = max(magnitude >> 23, splat(1u));
-    const U significand = magnitude - ((field - 1) << 23);
-    const I target = cast<I>(field) + move;
-    const I normal = target > 1 ? target : I{} + 1;
-    const U shift = cast<U>(normal - target) + static_cast<std::uint32_t>(drop);
-    U integer = significand + (cast<U>(normal - 1) << 23);
-    integer >>= min(max(shift, splat(30u)) - 30u, splat(31u));
-    const U dropped = min(shift, splat(30u));
     const U noise = random(i) >> 2;
-    U code = (integer + (noise >> (30u - dropped))) >> dropped;
-    code = min(code, splat(limit)) | (bits >> 31) << sign_bit;
+    U code;
+    if constexpr (Wide) {  // a binade's lower end is a multiple of 2**23 in the code, too
+      code = (magnitude + (noise >> (30 - drop))) >> drop;
+    } else {
+      const U binade = min(magnitude & kExponent, splat(first_binade));
+      const U shift = min((begin - binade) >> 23, splat(61u)), dropped = min(shift, splat(30u));
+      const U integer = (magnitude - binade + kOneExponent) >> (shift - dropped);
+      code = (integer + (noise >> (30u - dropped))) >> dropped;
+    }
+    code = min(code, splat(limit)) | ((bits >> sign) & ~mask);
     return {code, represent.signed_value<Wide>(code << represent.align)};
   }
 };

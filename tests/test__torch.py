@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import fedomc
@@ -214,6 +215,50 @@ def test_linear_of_onednn(bias: Tensor | None) -> None:
     x, weight = torch.rand(3, 4), torch.rand(5, 4)
     found = _torch.linear_of_onednn()(x, weight, bias, "none", [], "")
     torch.testing.assert_close(found, nn.functional.linear(x, weight, bias))
+
+
+def test_processor_name() -> None:
+    assert isinstance(_torch.processor_name(), str)
+
+
+def test_without_grad() -> None:
+    with _torch.without_grad():
+        assert not torch.is_grad_enabled()
+        with _torch.without_grad():
+            assert not torch.is_grad_enabled()
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_dispatch_is_watched() -> None:
+    class Mode(_torch.TorchDispatchMode):
+        pass
+
+    assert not _torch.dispatch_is_watched()
+    with Mode():
+        assert _torch.dispatch_is_watched()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert _torch.dispatch_is_watched()
+    assert not _torch.dispatch_is_watched()
+
+
+def test_steps_plainly() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    assert _torch.steps_plainly(optimizer)
+    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+        handle = register(lambda *args: None)
+        assert not _torch.steps_plainly(optimizer)
+        handle.remove()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    assert not _torch.steps_plainly(optimizer), "the scheduler wants to see a step"
+    optimizer.step()
+    scheduler.step()
+    assert _torch.steps_plainly(optimizer)
+    handle = register_optimizer_step_pre_hook(lambda *args: None)
+    assert not _torch.steps_plainly(optimizer)
+    handle.remove()
+    optimizer.step = lambda: None  # type: ignore[method-assign]
+    assert not _torch.steps_plainly(optimizer)
 
 
 def test_trees() -> None:

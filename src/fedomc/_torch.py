@@ -4,14 +4,17 @@ A change that torch makes without notice can thus break only this module. ``test
 fails first and says what changed. Modules that ``import torch`` does not load are loaded when they are first used.
 """
 
+import platform
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointFunction
@@ -31,6 +34,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "current_node",
+    "dispatch_is_watched",
     "drop_hooks",
     "forbid_memory_access",
     "has_constant",
@@ -39,16 +43,19 @@ __all__ = [
     "in_reentrant_checkpoint",
     "linear_of_onednn",
     "no_overrides",
+    "processor_name",
     "run_next_in_backward",
     "saved_tensors_hooks",
     "schema_of",
     "sparse_parts",
+    "steps_plainly",
     "storage_key",
     "transforms_are_active",
     "tree_leaves",
     "tree_map",
     "uncompiled",
     "use_count",
+    "without_grad",
     "without_overrides",
     "wrapper_tensor",
 ]
@@ -76,6 +83,14 @@ def no_overrides() -> AbstractContextManager[Any]:
     """Return a context in which functions of torch bypass ``__torch_function__`` and go to the dispatcher."""
     context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return context
+
+
+def without_grad() -> AbstractContextManager[Any]:
+    """Return a context without gradients, which costs nothing where there are none anyway."""
+    return torch.no_grad() if torch.is_grad_enabled() else _UNCHANGED
+
+
+_UNCHANGED = nullcontext()
 
 
 def wrapper_tensor(
@@ -120,6 +135,11 @@ def uncompiled(reason: str) -> Callable[[Function], Function]:
         return function
 
     return mark
+
+
+def dispatch_is_watched() -> bool:
+    """Tell whether a mode of ``__torch_dispatch__`` or a profiler wants to see each operator."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled())
 
 
 def schema_of(operator: Any) -> Any:
@@ -198,3 +218,22 @@ _CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__
 def linear_of_onednn() -> Any:
     """Return oneDNN's operator for ``x W^T + b``, called with ``(x, weight, bias, "none", [], "")``, if it exists."""
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
+
+
+def processor_name() -> str:
+    """Return the processor's name, which begins with its maker's, as in ``Intel Xeon``; empty where it is unknown."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    name = "" if capabilities is None else str(capabilities().get("cpu_name", ""))
+    return name or platform.processor()
+
+
+def steps_plainly(optimizer: Optimizer) -> bool:
+    """Tell whether nothing but the update itself happens in the steps of an optimizer: neither hooks nor wrappers.
+
+    A scheduler wraps ``step`` too, to see that there was one, which it needs to see only once.
+    """
+    step = optimizer.__dict__.get("step")
+    if step is not None and not (hasattr(step, "_wrapped_by_lr_sched") and getattr(optimizer, "_opt_called", False)):
+        return False
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return not (hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)

@@ -5,6 +5,7 @@ the dispatcher chooses the backend: the C++ kernels for CPU tensors, and the ref
 for all others. Both produce the same bits for any number of threads.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,9 @@ for _name, _schema in _SCHEMAS.items():
     # All results are written to arguments, so there is nothing to allocate for fake tensors.
     torch.library.register_fake(f"fedomc::{_name}", lambda *args: None, lib=_library)
 
-_operators = torch.ops.fedomc
+_operators = SimpleNamespace(
+    **{name: native.past_dispatcher(name, getattr(torch.ops.fedomc, name).default) for name in _SCHEMAS}
+)
 
 
 class Outcome(NamedTuple):

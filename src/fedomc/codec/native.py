@@ -10,11 +10,15 @@ kernel.
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
+
+from fedomc._torch import dispatch_is_watched
 
 
 def load(setting: str) -> ModuleType | None:
@@ -149,6 +153,24 @@ def block_update(
         to_dlpack(words), to_dlpack(scales), kind, e, m, block, to_dlpack(gradient), alpha, seed is not None,
         seed or 0, to_dlpack(out), to_dlpack(out_scales), to_dlpack(status), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def past_dispatcher(name: str, operator: Callable[..., None]) -> Callable[..., None]:
+    """Return an operator that calls its kernel at once for plain CPU tensors, where no mode or profiler looks on.
+
+    The way through the dispatcher takes longer than the kernel does for a few thousand values.
+    """
+    if extension is None:
+        return operator
+    kernel: Callable[..., None] = globals()[name]
+
+    def call(first: Tensor, *others: Any) -> None:
+        if type(first) is Tensor and first.is_cpu and not dispatch_is_watched():
+            kernel(first, *others)
+        else:
+            operator(first, *others)
+
+    return call
 
 
 def _extension() -> ModuleType:

@@ -68,15 +68,20 @@ class Workspace:
         """
         if numel < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
             return torch.empty(numel, dtype=torch.float32, device=device)
-        with self._alone() as alone:
-            if not alone:
+        with self._lock:
+            if self._busy:  # see _alone; a context manager of its own would double the time of this method
                 return torch.empty(numel, dtype=torch.float32, device=device)
-            piece = self._take(numel, numel if exact else int(1.25 * numel))
-            view = piece[:numel]
-            reference = weakref.ref(view, self._give_back)
-            self._views[id(reference)] = reference, piece
-            self._lent_bytes += piece.nbytes
-            self._peak = max(self._peak, self._lent_bytes + self._idle_bytes)
+            self._busy = True
+            try:
+                self._take_back()
+                piece = self._take(numel, numel if exact else int(1.25 * numel))
+                view = piece[:numel]
+                reference = weakref.ref(view, self._give_back)
+                self._views[id(reference)] = reference, piece
+                self._lent_bytes += piece.nbytes
+                self._peak = max(self._peak, self._lent_bytes + self._idle_bytes)
+            finally:
+                self._busy = False
         return torch.from_numpy(view)
 
     def use(self) -> WorkspaceUse:
@@ -131,8 +136,13 @@ class Workspace:
 
     def _give_back(self, reference: "weakref.ref[_Piece]") -> None:
         self._returned.append(id(reference))  # atomic; if the pool is busy, it is collected later
-        with self._alone():
-            pass
+        with self._lock:
+            if not self._busy:
+                self._busy = True
+                try:
+                    self._take_back()
+                finally:
+                    self._busy = False
 
     def _take_back(self) -> None:
         while self._returned:

@@ -206,12 +206,9 @@ class Packed:
 
     def _room(self) -> Fields:
         """Allocate new fields, so that a failure while writing them leaves the current ones intact."""
-        return tuple(
-            workspace.empty(field.numel(), field.device, exact=True).view(torch.int32)
-            if field.dtype is torch.int32
-            else torch.empty_like(field)
-            for field in self.state.fields
-        )
+        codes, *others = self.state.fields
+        room = workspace.empty(codes.numel(), codes.device, exact=True).view(torch.int32)
+        return (room, *[torch.empty_like(field) for field in others])
 
     def _stretch(self, start: int, out: Tensor) -> Fields:
         fields, count = self.state.fields, out.numel()

@@ -26,6 +26,7 @@ from fedomc._torch import (
     tree_leaves,
     uncompiled,
     use_count,
+    without_grad,
     wrapper_tensor,
 )
 from fedomc.codec.workspace import PANEL_BYTES, workspace
@@ -33,6 +34,7 @@ from fedomc.methods import Encoding, Method, Packed, encode, parse_method, regis
 from fedomc.methods.packed import State
 from fedomc.tensor.arrays import numpy_of
 from fedomc.tensor.handlers import BACKWARD, FALLBACK, FUNCTIONS, METHODS, OPERATORS, Handler
+from fedomc.tensor.panels import panel_rows, panels
 from fedomc.tensor.steps import StepRecord
 
 _PARTS = ("base", "update")
@@ -150,7 +152,7 @@ class CompressedTensor(Tensor):
         """Decode rows ``[start, stop)`` of the first dimension into scratch memory."""
         width = self.base.numel // self.shape[0]
         begin = start * width // codec.BLOCK * codec.BLOCK
-        with no_overrides(), torch.no_grad():
+        with no_overrides():
             room = self.empty(0, (stop - start) * width + codec.BLOCK)  # same size for any start, for buffer reuse
             values = self._decode_into(room[: stop * width - begin], begin)
             return values[start * width - begin :].view(-1, *self.shape[1:])
@@ -158,16 +160,14 @@ class CompressedTensor(Tensor):
     @property
     def panel_rows(self) -> int:
         """The number of decoded rows that fit into ``PANEL_BYTES``, at least one."""
-        return max(1, PANEL_BYTES * len(self) // max(1, 4 * self.base.numel))
+        return panel_rows(self.shape[0], self.base.numel, PANEL_BYTES)
 
-    def panels(self) -> list[tuple[int, int]]:
+    def panels(self) -> tuple[tuple[int, int], ...]:
         """Split the rows evenly into ranges of at most ``panel_rows``; without rows, return one empty range."""
-        rows = len(self)
-        height = max(1, -(-rows // max(1, -(-rows // self.panel_rows))))
-        return [(start, min(start + height, rows)) for start in range(0, max(1, rows), height)]
+        return panels(self.shape[0], self.base.numel, PANEL_BYTES)
 
     def _decoded(self, out: Tensor) -> Tensor:
-        with no_overrides(), torch.no_grad():
+        with no_overrides():
             return self._decode_into(out, 0).view(self.shape)
 
     def rewrite(self, produce: Callable[[int, int], Tensor], *, is_step: bool = True) -> None:
@@ -368,7 +368,7 @@ class CompressedTensor(Tensor):
         """Run an operator through its registered handler if possible, otherwise on decoded copies."""
         kwargs = kwargs or {}
         # Tensors created here may outlive inference mode and must remain trainable.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), without_grad():
             handler = OPERATORS.get(func)
             result = NotImplemented if handler is None else handler(func, args, kwargs)
             return FALLBACK["operator"](func, args, kwargs) if result is NotImplemented else result

@@ -21,10 +21,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import unserializable_hook
 
-from fedomc._torch import has_step_hooks, in_reentrant_checkpoint, tree_leaves, without_overrides
+from fedomc._torch import (
+    has_step_hooks,
+    in_reentrant_checkpoint,
+    no_overrides,
+    tree_leaves,
+    without_grad,
+    without_overrides,
+)
 from fedomc.errors import PolicyError
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
+from fedomc.training.updates import update_of
 
 
 class StepInBackward:
@@ -123,25 +131,43 @@ class StepInBackward:
     def _step(self, index: int) -> None:
         parameter = self._variables[index][1]
         with self._lock:
-            groups = self.optimizer.param_groups
-            self.optimizer.param_groups = [groups[index]]
             try:
                 if self._clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_([parameter], self._clip_norm)
-                eager = self._compiling and is_compressed(parameter)
-                with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-                    self.optimizer.step()
+                if not self._update(index):
+                    self._step_in_full(index)
             finally:
-                self.optimizer.param_groups = groups
                 self._release(index)
+
+    def _update(self, index: int) -> bool:
+        """Update one variable without ``Optimizer.step``; return False if only that can."""
+        parameter, group = self._variables[index][1], self.optimizer.param_groups[index]
+        # Handlers of a compressed variable's functions, down to its attributes, would take longer than a small step.
+        with no_overrides(), without_grad():
+            update = update_of(self.optimizer, group, parameter)
+            if update is not None:
+                update(self.optimizer, group, parameter)
+        return update is not None
+
+    def _step_in_full(self, index: int) -> None:
+        """Call the optimizer's ``step`` with the group of one variable."""
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [groups[index]]
+        try:
+            eager = self._compiling and is_compressed(self._variables[index][1])
+            with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+                self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
 
     def _release(self, index: int) -> None:
         """Replace a gradient by its placeholder."""
         name, parameter = self._variables[index]
         released = self._released[index]
-        if released.dtype is not parameter.dtype or released.device != parameter.device:  # it was moved
-            released = self._released[index] = ReleasedGradient(parameter, name)
-        parameter.grad = released
+        with no_overrides():
+            if released.dtype is not parameter.dtype or released.device != parameter.device:  # it was moved
+                released = self._released[index] = ReleasedGradient(parameter, name)
+            parameter.grad = released
 
 
 def step_in_backward(
@@ -238,8 +264,9 @@ class ReleasedGradient(Tensor):
 
 def _make_room(parameter: Tensor) -> None:
     """Let the next gradient take the place of what is left of the last one."""
-    if isinstance(parameter.grad, ReleasedGradient):
-        parameter.grad = None
+    with no_overrides():
+        if type(parameter.grad) is ReleasedGradient:
+            parameter.grad = None
 
 
 _stepping: "weakref.WeakKeyDictionary[nn.Module, StepInBackward]" = weakref.WeakKeyDictionary()
@@ -251,9 +278,10 @@ def _check_all_stepped(model: nn.Module, args: Any) -> None:
     """Refuse, before a forward pass, a parameter that would silently not be trained."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or model not in _stepping:
         return
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not has_step_hooks(parameter):
-            raise PolicyError(
-                f"{name} requires a gradient but is not stepped in backward, because it was replaced, moved or "
-                "unfrozen after step_in_backward: call remove() on the result of that call, and step_in_backward again"
-            )
+    with no_overrides():
+        missed = next((n for n, p in model.named_parameters() if p.requires_grad and not has_step_hooks(p)), None)
+    if missed is not None:
+        raise PolicyError(
+            f"{missed} requires a gradient but is not stepped in backward, because it was replaced, moved or "
+            "unfrozen after step_in_backward: call remove() on the result of that call, and step_in_backward again"
+        )

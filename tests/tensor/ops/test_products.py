@@ -1,9 +1,26 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fedomc.tensor.ops.products import product, project
+from fedomc.tensor.ops import products
+from fedomc.tensor.ops.products import onednn_is_faster, product, project
 from tests.conftest import randn, same_bits
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a build of torch without oneDNN")
+
+
+@pytest.fixture(autouse=True, params=["auto", "blas", pytest.param("onednn", marks=needs_onednn)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = products.backend()
+    products.use(request.param)
+    yield request.param
+    products.use(before)
+
 
 SIZES = [(1, 3, 5), (50, 300, 200), (64, 128, 129), (7, 600, 600), (300, 1, 5000)]
 
@@ -26,6 +43,61 @@ def test_without_onednn_the_bits_are_those_of_torch() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         assert same_bits(project(x, weight, bias), F.linear(x, weight, bias))
         assert same_bits(product(x[0], weight.t()), x[0] @ weight.t())
+
+
+def test_blas_is_torch_itself(backend: str) -> None:
+    x, weight = randn(20, 300), randn(200, 300, seed=1)
+    if backend == "blas":
+        assert same_bits(project(x, weight, None), F.linear(x, weight))
+        assert same_bits(product(x, weight.t()), x @ weight.t())
+
+
+RULE = [
+    # rows, inner, columns, across, Intel, AMD
+    (1, 4096, 4096, True, False, False),
+    (4, 1024, 1024, True, False, False),
+    (4, 4096, 4096, True, True, False),
+    (8, 1024, 1024, True, True, True),
+    (16, 512, 2048, True, True, True),
+    (32, 512, 2048, True, False, True),
+    (32, 1024, 1024, True, False, True),
+    (32, 512, 512, True, False, True),
+    (32, 1024, 64, True, True, True),
+    (8, 1024, 64, True, False, False),
+    (50, 2048, 512, True, False, True),
+    (50, 2048, 1024, True, True, True),
+    (1024, 4096, 64, True, True, True),
+    (1024, 1024, 1024, True, False, True),
+    (50, 512, 2048, False, False, True),
+    (128, 4096, 1024, False, True, True),
+    (8, 128, 128, False, False, False),
+]
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns", "across", "intel", "amd"), RULE)
+def test_the_rule_knows_processor_and_shape(
+    rows: int, inner: int, columns: int, across: bool, intel: bool, amd: bool
+) -> None:
+    assert onednn_is_faster(rows, inner, columns, across=across, intel=True) is intel
+    assert onednn_is_faster(rows, inner, columns, across=across, intel=False) is amd
+
+
+def test_a_backend_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="'mkl': use one of auto, blas, onednn"):
+        products.use("mkl")
+
+
+@pytest.mark.parametrize("name", ["blas", "auto"])
+def test_the_environment_fixes_the_backend(name: str) -> None:
+    code = "from fedomc.tensor.ops import products; print(products.backend())"
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code],
+        env={**os.environ, "FEDOMC_PRODUCTS": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == name
 
 
 def test_a_result_is_no_view() -> None:

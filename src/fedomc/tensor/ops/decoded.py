@@ -19,7 +19,7 @@ from torch import Tensor
 from fedomc._torch import run_next_in_backward, saved_tensors_hooks, tree_leaves, tree_map
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 
-_CAST = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that autocast casts; without autocast only the first
+_CAST = (torch.float16, torch.bfloat16)  # dtypes that autocast casts, as it does float32
 
 
 class _Decode(torch.autograd.Function):
@@ -124,7 +124,8 @@ def with_autocast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
     The weights are decoded to the autocast dtype: otherwise autocast would cast them and autograd would save the copy.
     """
-    return with_decoded_weights(func, args, kwargs, autocast_dtype(args, kwargs) or torch.float32)
+    weight = next(x for x in tree_leaves((args, kwargs)) if is_compressed(x))
+    return with_decoded_weights(func, args, kwargs, autocast_dtype(weight) or torch.float32)
 
 
 def einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,13 +135,14 @@ def einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return with_autocast(func, args, kwargs)
 
 
-def autocast_dtype(*operands: Any) -> torch.dtype | None:
-    """Return the dtype to which autocast casts these operands, or None if autocast is off for their device."""
-    device = next(x.device.type for x in tree_leaves(operands) if is_compressed(x))
+def autocast_dtype(weight: CompressedTensor) -> torch.dtype | None:
+    """Return the dtype to which autocast casts a weight, or None if autocast is off for its device."""
+    device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def is_operand(x: Tensor, weight: CompressedTensor) -> bool:
     """Tell whether a tensor can be multiplied with a weight in panels: it must be dense and of a supported dtype."""
-    dtypes = _CAST if torch.is_autocast_enabled(weight.device.type) else _CAST[:1]
-    return not is_compressed(x) and x.layout is torch.strided and not x.is_nested and x.dtype in dtypes
+    if is_compressed(x) or x.layout is not torch.strided or x.is_nested:
+        return False
+    return x.dtype is torch.float32 or (x.dtype in _CAST and torch.is_autocast_enabled(weight.device.type))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedomc._torch import no_overrides
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.ops.decoded import Saved, autocast_dtype, is_operand, with_autocast, with_decoded_weights
 from fedomc.tensor.ops.products import product, project
@@ -29,16 +30,23 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = gradient.reshape(-1, gradient.shape[-1])  # [N, out]
-        # Double backward needs torch's own product, which is differentiable.
-        times_weight, times_x = (_torch_times_weight, torch.mm) if torch.is_grad_enabled() else (_times_weight, product)
-        return (
-            times_weight(rows, ctx.weight.load()).view(ctx.shape) if of_x else None,
-            times_x(rows.t(), x.reshape(-1, x.shape[-1])).float() if of_weight else None,  # [out, in]
-            rows.sum(0) if of_bias else None,
-        )
+        with no_overrides():
+            return _gradients(ctx, gradient)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (x,) = ctx.saved_tensors
+    of_x, of_weight, of_bias = ctx.needs_input_grad
+    rows = gradient if gradient.dim() == 2 else gradient.reshape(-1, gradient.shape[-1])  # [N, out]
+    # Double backward needs torch's own product, which is differentiable.
+    times_weight, times_x = (_torch_times_weight, torch.mm) if torch.is_grad_enabled() else (_times_weight, product)
+    if of_weight and x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return (
+        times_weight(rows, ctx.weight.load()).view(ctx.shape) if of_x else None,
+        times_x(rows.t(), x).float() if of_weight else None,  # [out, in]
+        rows.sum(0) if of_bias else None,
+    )
 
 
 def _times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
@@ -69,11 +77,10 @@ def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _fits(x: Tensor, weight: CompressedTensor, bias: Tensor | None) -> bool:
-    if not is_operand(x, weight) or x.dim() == 0 or weight.dim() != 2 or weight.numel() == 0:
+    shape = weight.shape
+    if not is_operand(x, weight) or x.dim() == 0 or len(shape) != 2 or 0 in shape or x.shape[-1] != shape[1]:
         return False
-    if x.shape[-1] != weight.shape[1]:
-        return False
-    return bias is None or (is_operand(bias, weight) and bias.shape == (len(weight),))
+    return bias is None or (is_operand(bias, weight) and bias.shape == shape[:1])
 
 
 def _arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

@@ -1,34 +1,102 @@
-"""Matrix products on the faster of torch's two CPU backends.
+"""Matrix products on the faster of torch's two CPU backends, chosen by processor and shape.
 
-[Note: oneDNN]
-The BLAS that torch uses on x86 restricts AMD processors to instructions of half the vector width. oneDNN, which also
-ships with torch, does not: above a certain size it is twice as fast on AMD processors and equally fast on others. It
-sums in a different order; ``torch.backends.mkldnn.enabled = False`` (or ``flags``) restores the exact bits of torch's
-own product.
+[Note: which backend]
+torch computes products with its BLAS, which on x86 is Intel's MKL, and also ships oneDNN. Outside Intel's processors
+MKL uses half the vector width or less, so that oneDNN is twice as fast on AMD processors above a certain size (measured
+on AMD with AVX-512). On Intel's processors MKL is the faster one (measured on a Xeon with AVX-512), except where it
+copies one operand for few rows of the other: for ``x W^T``, which reads W across its rows, with 4 to 200 rows x and a
+large or narrow W, and for the other layouts with 64 to 200 rows and a very large matrix. ``python -m
+benchmarks.products`` compares both with what the rule picks.
+
+The rule depends on nothing but processor and shape, so that a run gives the same bits twice. The two backends sum in
+different orders. ``FEDOMC_PRODUCTS`` (``auto``, ``blas`` or ``onednn``), or ``use``, fixes the choice: with ``blas``
+the bits are those of torch's own product. ``torch.backends.mkldnn.enabled = False`` (or ``flags``) does the same.
 """
+
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedomc._torch import linear_of_onednn
+from fedomc._torch import linear_of_onednn, processor_name
 
-_LEAST_SIZE, _LEAST_PRODUCTS = 8, 2**20  # thresholds above which oneDNN is faster
+BACKENDS = ("auto", "blas", "onednn")
+
+_LEAST_SIZE, _LEAST_PRODUCTS = 8, 2**20  # thresholds above which oneDNN is faster on processors that are not Intel's
+
+
+_backend = "auto"
+
+
+def use(backend: str) -> None:
+    """Set the backend of all products on the CPU: ``auto`` (the rule above), ``blas`` or ``onednn``.
+
+    Raises:
+        ValueError: there is no such backend, or torch was built without oneDNN.
+    """
+    global _backend
+    if backend not in BACKENDS:
+        raise ValueError(f"products on {backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend == "onednn" and _LINEAR is None:
+        raise ValueError("products on 'onednn': this torch was built without it, use auto or blas")
+    _backend = backend
+
+
+def backend() -> str:
+    """Return the backend of products on the CPU that is set: ``auto``, ``blas`` or ``onednn``."""
+    return _backend
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute ``x W^T + b`` for x ``[..., in]`` and W ``[out, in]``."""
-    rows = x.reshape(-1, x.shape[-1])
-    by_onednn = _by_onednn(rows, len(weight)) and (bias is None or bias.shape == (len(weight),))  # no broadcasting
+    columns = weight.shape[0]
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    by_onednn = _by_onednn(rows, columns, True) and (bias is None or bias.shape == (columns,))  # no broadcasting
     out = _onednn(rows, weight, bias) if by_onednn else F.linear(rows, weight, bias)
+    if x.dim() == 2:
+        return out
     # Not a view for autograd, so that the output of an autograd function may be modified in place.
-    shaped: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
+    shaped: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], columns))
     return shaped
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``a b`` for a ``[M, K]`` and b ``[K, N]``."""
-    return _onednn(a, b.t()) if _by_onednn(a, b.shape[1]) else torch.mm(a, b)
+    return _onednn(a, b.t()) if _by_onednn(a, b.shape[1], b.stride(1) > 1) else torch.mm(a, b)
+
+
+def onednn_is_faster(rows: int, inner: int, columns: int, *, across: bool, intel: bool | None = None) -> bool:
+    """Tell for which float32 products ``[rows, inner] [inner, columns]`` the rule picks oneDNN.
+
+    Args:
+        rows: the rows of the left operand.
+        inner: its columns.
+        columns: the columns of the right operand.
+        across: whether the right operand is the transpose of a contiguous matrix, as W in ``x W^T``.
+        intel: whether the processor is Intel's; None asks for this one.
+    """
+    if not (INTEL if intel is None else intel):
+        return rows * inner * columns >= _LEAST_PRODUCTS and min(rows, inner, columns) >= _LEAST_SIZE
+    values, narrow = inner * columns, inner >= 1024 and columns <= 128
+    if not across:
+        return 64 < rows < 200 and values >= 2**22
+    if rows < 16:
+        return rows >= 4 and values >= (2**20 if rows >= 8 else 2**23)
+    if rows < 32:
+        return narrow or values >= 2**20
+    if rows < 200:
+        return narrow or (inner >= 1024 and values >= 2**21)
+    return inner >= 4096 and columns <= 64
+
+
+def _by_onednn(a: Tensor, columns: int, across: bool) -> bool:
+    rows, inner = a.shape
+    if _backend == "blas" or not (_backend == "onednn" or onednn_is_faster(rows, inner, columns, across=across)):
+        return False
+    if _LINEAR is None or not (rows and inner and columns) or not torch.backends.mkldnn.enabled:
+        return False
+    return a.dtype is torch.float32 and a.device.type == "cpu"
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,15 +110,8 @@ def _ordered(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
-def _by_onednn(a: Tensor, columns: int) -> bool:
-    return (
-        _LINEAR is not None
-        and a.numel() * columns >= _LEAST_PRODUCTS
-        and min(*a.shape, columns) >= _LEAST_SIZE
-        and a.dtype is torch.float32
-        and a.device.type == "cpu"
-        and bool(torch.backends.mkldnn.enabled)
-    )
-
-
 _LINEAR = linear_of_onednn()
+INTEL = processor_name().startswith("Intel")
+"""Whether this processor is Intel's."""
+
+use(os.environ.get("FEDOMC_PRODUCTS", "auto"))
