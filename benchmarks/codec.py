@@ -164,7 +164,7 @@ def rotated(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
         method = parse_method(name)
         words, scales, _ = method.zeros(x.numel(), "cpu")
         for backend, at in backends:
-            yield name, backend, "encode", partial(at.rotated_encode, x, method.code_bits, 1, 0, words, scales)
+            yield name, backend, "encode", partial(at.rotated_encode, x, method.code_bits, 1, 0, True, words, scales)
             yield name, backend, "decode", partial(at.rotated_decode, words, scales, method.code_bits, 1, 0, out)
 
 

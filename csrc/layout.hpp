@@ -108,6 +108,7 @@ struct Rotation {
   unsigned bits;        // of a code, 1 or 2
   std::uint64_t seed;   // seed of the signs
   std::uint64_t start;  // index of the first value in the variable
+  bool unbiased;        // the scale when encoding; otherwise the one of the least squared error
 };
 
 }  // namespace fedomc

@@ -130,7 +130,7 @@ inline float sum_by_halves(float* x, std::size_t d) {
 
 // Encodes a block of values, padded with zeros, and returns its scale.
 template <unsigned W>
-float rotate_block(const float* values, std::size_t d, const RandomBits& random, Codes& codes) {
+float rotate_block(const float* values, std::size_t d, const RandomBits& random, bool unbiased, Codes& codes) {
   U magnitudes{};
   for (std::size_t i = 0; i < d; i += kWidth) magnitudes = max(magnitudes, load<U>(values + i) & ~kSign);
   const std::uint32_t largest = largest_lane(magnitudes);
@@ -151,6 +151,7 @@ float rotate_block(const float* values, std::size_t d, const RandomBits& random,
   hadamard(x.data(), d, [&](std::size_t i) { return random(i) << 1; });
   hadamard(x.data(), d, [](std::size_t) { return U{}; });
   const F threshold = splat(kFar * std::sqrt(power * static_cast<float>(d)));
+  I negated_count{};  // of the codes that are far from zero
   for (std::size_t i = 0; i < d; i += kWidth) {
     const F y = load<F>(x.data() + i), magnitude = cast<F>(cast<U>(y) & ~kSign);
     const U positive = cast<U>(y >= F{});
@@ -159,13 +160,24 @@ float rotate_block(const float* values, std::size_t d, const RandomBits& random,
       store(terms.data() + i, magnitude);
     } else {
       const I far = magnitude > threshold;
+      negated_count += far;
       // 0 to 3: far below, below, above, far above zero.
       store(codes.data() + i, (positive & 2u) | ((positive ^ ~cast<U>(far)) & 1u));
       store(terms.data() + i, magnitude * (far ? splat(kFarLevel) : splat(kNearLevel)));
     }
   }
+  const float product = sum_by_halves(terms.data(), d), size = static_cast<float>(d);
+  float quotient = power / product;
+  if (!unbiased) {
+    int count = 0;
+    for (std::size_t lane = 0; lane < kWidth; ++lane) count -= negated_count[lane];
+    const float squares = W == 1 ? size
+                                 : kNearLevel * kNearLevel * (size - static_cast<float>(count)) +
+                                       kFarLevel * kFarLevel * static_cast<float>(count);
+    quotient = product / (squares * (size * size));
+  }
   const float most = 0x1.fffffep+127f * (W == 1 ? 0x1p-15f : 0x1p-19f);
-  const float scale = power / sum_by_halves(terms.data(), d) * (unit * 0.5f);
+  const float scale = quotient * (unit * 0.5f);
   return scale < most ? scale : most;
 }
 
@@ -177,7 +189,7 @@ void rotated_encode(const float* values, std::size_t n, const Rotation& rotation
     const RandomBits random(rotation.seed, rotation.start + at);
     const std::size_t d = rotated_together(count, W);
     if (d < kBlock) codes.fill(0);
-    scales[block] = rotate_block<W>(padded(values + at, count, room), d, random, codes);
+    scales[block] = rotate_block<W>(padded(values + at, count, room), d, random, rotation.unbiased, codes);
     pack(codes, W, count, words + block * W * kLanes);
   });
 }

@@ -41,19 +41,22 @@ def room(n: int, bits: int) -> tuple[Tensor, Tensor]:
     return torch.full((codec.words_of(n, bits),), -1, dtype=torch.int32), torch.full((-(-n // 1024),), torch.nan)
 
 
-def encoded(backend: object, values: Tensor, bits: int, seed: int = 5, start: int = 0) -> tuple[Tensor, Tensor]:
+def encoded(
+    backend: object, values: Tensor, bits: int, seed: int = 5, start: int = 0, unbiased: bool = True
+) -> tuple[Tensor, Tensor]:
     words, scales = room(len(values), bits)
-    backend.rotated_encode(values, bits, seed, start, words, scales)
+    backend.rotated_encode(values, bits, seed, start, unbiased, words, scales)
     return words, scales
 
 
 @widths
-@pytest.mark.parametrize("seed", [0, 7, -1, -(2**63), 2**63 - 1])
-def test_the_same_bits(bits: int, seed: int) -> None:
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1])
+def test_the_same_bits(bits: int, seed: int, unbiased: bool) -> None:
     for n in SIZES:
         found = []
         for backend in (native, reference_rotation):
-            words, scales = encoded(backend, some_values(n), bits, seed, 2048)
+            words, scales = encoded(backend, some_values(n), bits, seed, 2048, unbiased)
             out = torch.empty(n)
             backend.rotated_decode(words, scales, bits, seed, 2048, out)
             assert out.isfinite().all()
@@ -112,11 +115,11 @@ def test_what_is_not_finite_does_no_harm(bits: int, bad: float) -> None:
 def test_bad_arguments_are_refused() -> None:
     values, (words, scales) = randn(2048), room(2048, 1)
     for arguments, expected in (
-        ((values, 3, 0, 0, words, scales), "one or two bits"),
-        ((values, 1, 0, 5, words, scales), "begins at a block"),
-        ((values, 2, 0, 0, words, scales), "words do not match"),
-        ((values, 1, 0, 0, words, scales[:1]), "scales do not match"),
-        ((values, 1, 0, 0, values[:64].view(torch.int32), scales), "overlap"),
+        ((values, 3, 0, 0, True, words, scales), "one or two bits"),
+        ((values, 1, 0, 5, True, words, scales), "begins at a block"),
+        ((values, 2, 0, 0, True, words, scales), "words do not match"),
+        ((values, 1, 0, 0, True, words, scales[:1]), "scales do not match"),
+        ((values, 1, 0, 0, True, values[:64].view(torch.int32), scales), "overlap"),
     ):
         with pytest.raises(ValueError, match=expected):
             native.rotated_encode(*arguments)

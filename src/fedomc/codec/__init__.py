@@ -68,7 +68,8 @@ _SCHEMAS = {
     "block_update": "(Tensor words, Tensor scales, int kind, int e, int m, int block, Tensor gradient, float alpha, "
     "int? seed, Tensor(a!) out, Tensor(b!) out_scales, Tensor(c!) status) -> ()",
     "rotated_decode": "(Tensor words, Tensor scales, int bits, int seed, int start, Tensor(a!) out) -> ()",
-    "rotated_encode": "(Tensor values, int bits, int seed, int start, Tensor(a!) words, Tensor(b!) scales) -> ()",
+    "rotated_encode": "(Tensor values, int bits, int seed, int start, bool unbiased, Tensor(a!) words, "
+    "Tensor(b!) scales) -> ()",
 }
 _REFERENCES = {"block": reference_blocks, "rotated": reference_rotation}
 
@@ -326,9 +327,15 @@ def rotated_decode(words: Tensor, scales: Tensor, bits: int, seed: int, out: Ten
     return out
 
 
-def rotated_encode(values: Tensor, bits: int, seed: int, words: Tensor, scales: Tensor, *, start: int = 0) -> None:
-    """Rotate blocks of finite values and write codes and scales; arguments as in ``rotated_decode``."""
-    _operators.rotated_encode(values, bits, seed, start, words, scales)
+def rotated_encode(
+    values: Tensor, bits: int, seed: int, words: Tensor, scales: Tensor, *, start: int = 0, unbiased: bool = True
+) -> None:
+    """Rotate blocks of finite values and write codes and scales; arguments as in ``rotated_decode``.
+
+    ``unbiased`` chooses the scale with which the mean over all rotations is the values themselves; otherwise it is the
+    one of the least squared error, which is smaller.
+    """
+    _operators.rotated_encode(values, bits, seed, start, unbiased, words, scales)
 
 
 def unpack(words: Tensor, numel: int, bits: int) -> Tensor:

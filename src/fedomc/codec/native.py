@@ -164,11 +164,14 @@ def rotated_decode(words: Tensor, scales: Tensor, bits: int, seed: int, start: i
     )
 
 
-def rotated_encode(values: Tensor, bits: int, seed: int, start: int, words: Tensor, scales: Tensor) -> None:
+def rotated_encode(
+    values: Tensor, bits: int, seed: int, start: int, unbiased: bool, words: Tensor, scales: Tensor
+) -> None:  # fmt: skip
     """See ``reference_rotation.rotated_encode``."""
     _extension().rotated_encode(
-        to_dlpack(values), bits, seed & _UNSIGNED, start, to_dlpack(words), to_dlpack(scales), torch.get_num_threads()
-    )
+        to_dlpack(values), bits, seed & _UNSIGNED, start, unbiased, to_dlpack(words), to_dlpack(scales),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def past_dispatcher(name: str, operator: Callable[..., None]) -> Callable[..., None]:

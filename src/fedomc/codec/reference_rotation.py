@@ -43,8 +43,10 @@ def rotated_decode(words: Tensor, scales: Tensor, bits: int, seed: int, start: i
         torch.add(flat, 0.0, out=part)  # turns -0 into 0 where the scale is zero
 
 
-def rotated_encode(values: Tensor, bits: int, seed: int, start: int, words: Tensor, scales: Tensor) -> None:
-    """Encode finite values, with the scale for which their estimate has no error along them."""
+def rotated_encode(
+    values: Tensor, bits: int, seed: int, start: int, unbiased: bool, words: Tensor, scales: Tensor
+) -> None:  # fmt: skip
+    """Encode finite values, with the unbiased scale or the one of the least squared error; see ``methods.rotated``."""
     for at, part in _parts(values):
         count = _rotated_together(len(part), bits)
         x = _by_block(flushed(torch.nn.functional.pad(part, (0, count - len(part)))))  # [d, blocks]
@@ -57,11 +59,16 @@ def rotated_encode(values: Tensor, bits: int, seed: int, start: int, words: Tens
         power = _sum_by_halves(x * x)
         y = hadamard(hadamard(x.mul_(signs)).mul_(others))
         codes, terms = (y >= 0).int(), y.abs()
+        squares = torch.full_like(power, len(y))  # |c|**2
         if bits == 2:
             far = terms > (power * len(y)).sqrt() * _FAR
             codes = 1 + codes + far * (2 * codes - 1)
             terms *= torch.where(far, 10.0, 3.0)
-        scale = (power / _sum_by_halves(terms) * (binade.view(torch.float32) * 0.5)).clamp_(max=_LARGEST_SCALE[bits])
+            outer = far.sum(0)
+            squares = (9 * (len(y) - outer) + 100 * outer).float()
+        product = _sum_by_halves(terms)  # <y, c>
+        quotient = power / product if unbiased else product / (squares * float(len(y) ** 2))
+        scale = (quotient * (binade.view(torch.float32) * 0.5)).clamp_(max=_LARGEST_SCALE[bits])
         scales[at // BLOCK : at // BLOCK + len(scale)] = torch.where(something, scale, 0.0)
         flat = torch.nn.functional.pad(codes.t().reshape(-1), (0, -count % BLOCK))
         pack(flat, bits, stretch(words, bits, at, part))
