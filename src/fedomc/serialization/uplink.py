@@ -1,7 +1,8 @@
 """The client's uplink: decides how each trained variable is encoded in a reply, for every transport.
 
 ``reply_frame`` chooses between the value and the change of a variable, depending on what the client received.
-``value_frame`` and ``change_frame`` encode either of them, for transports on which the client itself makes that choice.
+``value_frame``, ``change_frame`` and ``uplink_frame`` encode either of them, for transports on which the client itself
+makes that choice.
 """
 
 from collections.abc import Callable
@@ -117,10 +118,7 @@ def reply_frame(
         )
     update = value.update if is_compressed(value) else None
     if config is not None and config.uplink is not None and (sent is not None or update is not None):
-        corrected = feedback is not None and feedback.residual is not None
-        if update is None or update.method != config.uplink or corrected:
-            update = encoded_change(value, sent, config.encoding, name, feedback)
-        return frame.to_bytes(update, shape, frame.UPDATE, name, lossless=coded)
+        return uplink_frame(value, sent, config, name, feedback)
     if is_compressed(value):
         if update is not None:
             return frame.to_bytes(update, shape, frame.UPDATE, name, lossless=coded)
@@ -179,6 +177,20 @@ def change_frame(change: Tensor, format: Method, config: UplinkConfig, name: str
     return frame.to_bytes(packed, tuple(change.shape), frame.UPDATE, name, lossless=config.entropy_coding)
 
 
+def uplink_frame(
+    value: Tensor, sent: Sent | None, config: UplinkConfig, name: str, feedback: Feedback | None = None
+) -> bytes:
+    """Encode the change of a variable in the method of the uplink; arguments and errors as in ``reply_frame``.
+
+    Of a dense variable without ``sent`` the value is the change.
+    """
+    update = value.update if is_compressed(value) else None
+    corrected = feedback is not None and feedback.residual is not None
+    if update is None or update.method != config.uplink or corrected:
+        update = encoded_change(value, sent, config.encoding, name, feedback)
+    return frame.to_bytes(update, tuple(value.shape), frame.UPDATE, name, lossless=config.entropy_coding)
+
+
 def encoded_change(
     value: Tensor, sent: Sent | None, encoding: Encoding, name: str, feedback: Feedback | None = None
 ) -> Packed:
@@ -186,7 +198,8 @@ def encoded_change(
 
     Args:
         value: the variable, dense or compressed.
-        sent: the variable as the client received it; None for a variable in two parts, whose change is its update.
+        sent: the variable as the client received it; None for a variable in two parts, whose change is its update,
+            and for a dense one whose value is the change.
         encoding: the encoding, which has an uplink method.
         name: the variable's name, for error messages.
         feedback: error feedback, whose residual has as many values as the variable.
@@ -205,9 +218,10 @@ def encoded_change(
             ).cpu()
         present = flat.decode_range(start, stop) if is_compressed(flat) else flat[start:stop]
         part = present.to("cpu", torch.float32, copy=True)
+        if sent is None:
+            return part
         if isinstance(sent, Tensor):
             return part.sub_(sent.reshape(-1)[start:stop])
-        assert sent is not None
         return sent.packed.add_to(part, -1.0, start)
 
     packed = Packed.zeros(encoding.uplink, value.numel(), "cpu")
