@@ -325,16 +325,31 @@ def _compressible(policy: CompressionPolicy, shapes: tuple[tuple[str, tuple[int,
 def held_bytes(variables: nn.Module | Mapping[str, Sequence[int]], selection: Mapping[str, Encoding] | None) -> int:
     """Count the bytes that parameters hold under a selection, in training; None holds them all in FP32.
 
-    With an uplink the change is taken at the end. Until then a client keeps what it was sent of variables in one part,
-    and of those that a ``Selection`` leaves in FP32, and this counts too.
+    With an uplink this includes what ``arrived_bytes`` counts.
     """
-    total, left = 0, frozenset(selection.unquantized if isinstance(selection, Selection) else ())
-    uplink = any(encoding.uplink is not None for encoding in (selection or {}).values())
+    total = arrived_bytes(variables, selection)
     for name, shape in shapes_of(variables).items():
         numel, encoding = math.prod(shape), (selection or {}).get(name)
-        held = 4 * numel if encoding is None else encoding.nbytes(numel)
-        kept = name in left if encoding is None else encoding.update_format is None
-        total += 2 * held if uplink and kept else held
+        total += 4 * numel if encoding is None else encoding.nbytes(numel)
+    return total
+
+
+def arrived_bytes(variables: nn.Module | Mapping[str, Sequence[int]], selection: Mapping[str, Encoding] | None) -> int:
+    """Count the bytes of what a client was sent and keeps until it replies, as the change is taken against it.
+
+    With an uplink these are the variables in one part, and those that a ``Selection`` leaves in FP32; without one there
+    are none.
+    """
+    left = frozenset(selection.unquantized if isinstance(selection, Selection) else ())
+    if not any(encoding.uplink is not None for encoding in (selection or {}).values()):
+        return 0
+    total = 0
+    for name, shape in shapes_of(variables).items():
+        numel, encoding = math.prod(shape), (selection or {}).get(name)
+        if encoding is None:
+            total += 4 * numel * (name in left)
+        elif encoding.update_format is None:
+            total += encoding.nbytes(numel)
     return total
 
 
