@@ -28,7 +28,7 @@ from fedomc.codec.workspace import Workspace
 from fedomc.flower import OMCStrategy, collect, install
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.memory.report import FORMATS
-from fedomc.training.policy import arrived_bytes
+from fedomc.training.selection import arrived_bytes
 from tests.conftest import allocations, assert_same_parameters, compressed, randn
 from tests.flower.conftest import identity  # noqa: F401  (an autouse fixture)
 from tests.flower.test_aggregation import Nodes

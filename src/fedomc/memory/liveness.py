@@ -52,7 +52,7 @@ class MemoryBytes:
         optimizer: the state of the optimizer, in FP32.
         activations: what is kept for the backward pass when the forward pass ends.
         arrived: what a client was sent and keeps until it replies, because the change that goes back in an uplink is
-            taken against it; see ``training.policy.arrived_bytes``.
+            taken against it; see ``training.selection.arrived_bytes``.
         transients: everything short-lived: decoded weights, gradients in flight, what a checkpoint recomputes.
         peak: the maximum of the total. It is at most the sum of the others, whose maxima occur at different times.
     """

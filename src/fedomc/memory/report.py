@@ -20,7 +20,8 @@ from fedomc.methods import Encoding
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
 from fedomc.training.model import compress_, decompress_
-from fedomc.training.policy import CompressionPolicy, arrived_bytes
+from fedomc.training.policy import CompressionPolicy
+from fedomc.training.selection import arrived_bytes
 from fedomc.training.stepping import step_in_backward
 from fedomc.training.trial import Arguments, arguments_of, copied, copy_of, forward, own_loss
 

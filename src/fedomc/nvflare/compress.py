@@ -79,7 +79,7 @@ class CompressFilter(ModelFilter):
         selection: dict[str, Encoding] = dict(self.policy.select(shapes, round=round, client=client))
         encoding = self.policy.encoding(round=round, client=client)
         if not to_client and self.policy.uplink is not None:
-            selection = dict.fromkeys(self.policy.compressible(shapes), encoding)
+            selection = dict.fromkeys(self.policy.uplinked(shapes), encoding)
         received = {} if to_client else fl_ctx.get_prop(RECEIVED, {})
         data, count = dict(dxo.data), 0
         for name, value in dxo.data.items():
