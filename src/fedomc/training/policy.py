@@ -48,8 +48,9 @@ class CompressionPolicy:
             that may be compressed, those that ``fraction`` leaves in FP32 included, is rounded once, stochastically.
             None sends back what is held.
         uplink_include: name patterns of further variables, such as biases, that are sent and held in FP32 but whose
-            change goes up in the uplink's method, where that takes fewer bytes. Not for running statistics: rounding
-            their change can make a variance negative.
+            change is sent back by the uplink method, if that takes fewer bytes. Do not name running statistics:
+            rounding can make a variance negative. With DRIVE1, including biases and normalization left the accuracy of
+            a CNN as it was with FedAvg and FedAdam, and cost two points with FedAvgM (scikit-learn's digits, 3 seeds).
 
     Raises:
         FormatError: no such format.
