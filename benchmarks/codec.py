@@ -24,13 +24,14 @@ import numpy as np
 import torch
 
 from fedomc import FloatFormat, codec
-from fedomc.codec import native, reference, reference_blocks
+from fedomc.codec import native, reference, reference_blocks, reference_rotation
 from fedomc.methods import parse_method
 from fedomc.methods.blockwise import Blockwise
 from fedomc.methods.floats import scaling_exponent
 
 FORMATS = ("S1E2M3", "S1E4M3", "S1E3M7", "S1E5M10", "S1E4M14")
 BLOCKWISE = ("INT8", "INT4", "NF4", "MXFP8", "MXFP8E5M2", "MXFP6", "MXFP6E3M2", "MXFP4", "S1E2M3/64", "S1E2M1/64")
+ROTATED = ("DRIVE1", "DRIVE2")
 SIZES = (2**24, 2**17)  # in memory, in the cache
 ROUNDS = 7
 BACKENDS = ("reference", "native", "peers")
@@ -47,7 +48,8 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     options = parser.parse_args()
     threads = sorted({1, torch.get_num_threads()})
-    print(f"memcpy, {', '.join(FORMATS + BLOCKWISE)}; {options.values} values; {threads} threads: some minutes")
+    formats = ", ".join(FORMATS + BLOCKWISE + ROTATED)
+    print(f"memcpy, {formats}; {options.values} values; {threads} threads: some minutes")
     rows = []
     for values in options.values:
         x = torch.randn(values, generator=torch.Generator().manual_seed(0)) * 0.05
@@ -96,7 +98,7 @@ def timed(operation: Operation, repeats: int) -> float:
 
 def operations(x: torch.Tensor, backends: Sequence[str], threads: int) -> Iterator[tuple[str, str, str, Operation]]:
     """Give all operations as format, backend, name and call; those of peers on one thread alone."""
-    for row in (*ours(x), *blockwise(x)):
+    for row in (*ours(x), *blockwise(x), *rotated(x)):
         if row[1] in backends:
             yield row
     if threads == 1 and "peers" in backends:
@@ -152,6 +154,18 @@ def blockwise(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
                 "update",
                 partial(at.block_update, *packed, *how, gradient, -1e-4, None, *again, status),
             )
+
+
+def rotated(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
+    """Give the operations of both backends in the methods with random rotations."""
+    backends = [("reference", reference_rotation)] + ([("native", native)] if native.extension is not None else [])
+    out = torch.empty_like(x)
+    for name in ROTATED:
+        method = parse_method(name)
+        words, scales, _ = method.zeros(x.numel(), "cpu")
+        for backend, at in backends:
+            yield name, backend, "encode", partial(at.rotated_encode, x, method.code_bits, 1, 0, True, words, scales)
+            yield name, backend, "decode", partial(at.rotated_decode, words, scales, method.code_bits, 1, 0, out)
 
 
 def peers(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:

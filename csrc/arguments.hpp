@@ -118,5 +118,13 @@ BlockRoom room_from(const OutWords& words, const OutScales& scales, const Elemen
           static_cast<char*>(scales.data()) + at / block * scale_bytes(element), block};
 }
 
+template <class Words, class Scales>
+void check_rotated(const Words& words, const Scales& scales, unsigned bits, std::uint64_t start, std::size_t n) {
+  require(bits == 1 || bits == 2, "codes of one or two bits alone");
+  require(start % kBlock == 0, "a rotation begins at a block");
+  require(words.size() == words_of(n, bits), "words do not match the number of values and the bits");
+  require(scales.size() == (n + kBlock - 1) / kBlock, "scales do not match the number of values");
+}
+
 }  // namespace
 }  // namespace fedomc

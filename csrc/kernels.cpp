@@ -22,6 +22,7 @@
 #include "blocks.hpp"
 #include "float_rounding.hpp"
 #include "float_values.hpp"
+#include "rotation.hpp"
 #include "sums.hpp"
 #include "vectors.hpp"
 
@@ -187,6 +188,8 @@ const Kernels kernels = {FEDOMC_NAME(FEDOMC_LEVEL),
                          largest_of,
                          block_decode,
                          block_encode,
-                         block_update};
+                         block_update,
+                         rotated_decode,
+                         rotated_encode};
 
 }  // namespace fedomc::FEDOMC_LEVEL

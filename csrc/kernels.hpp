@@ -24,6 +24,10 @@ struct Kernels {
                        const BlockRoom& room, Found& found);
   void (*block_update)(const BlockPacked& packed, const float* gradient, float alpha, std::size_t n,
                        const Element& element, const Rounding& rounding, const BlockRoom& room, Found& found);
+  void (*rotated_decode)(const std::uint32_t* words, const float* scales, const Rotation& rotation, float* out,
+                         std::size_t n, bool streaming);
+  void (*rotated_encode)(const float* values, std::size_t n, const Rotation& rotation, std::uint32_t* words,
+                         float* scales);
 };
 
 namespace baseline {

@@ -103,4 +103,12 @@ struct Blockwise {
 using BlockPacked = Blockwise<const std::uint32_t, const void>;
 using BlockRoom = Blockwise<std::uint32_t, void>;
 
+// The random rotations of DRIVE1 and DRIVE2, as defined in codec/reference_rotation.py.
+struct Rotation {
+  unsigned bits;        // of a code, 1 or 2
+  std::uint64_t seed;   // seed of the signs
+  std::uint64_t start;  // index of the first value in the variable
+  bool unbiased;        // the scale when encoding; otherwise the one of the least squared error
+};
+
 }  // namespace fedomc

@@ -254,6 +254,31 @@ void block_update(const InWords& words, const InScales& scales, int kind, unsign
                  });
 }
 
+// ---- random rotations ----------------------------------------------------------------------------------------------
+
+void rotated_decode(const InWords& words, const InValues& scales, unsigned bits, std::uint64_t seed,
+                    std::uint64_t start, const OutValues& out, unsigned threads) {
+  check_rotated(words, scales, bits, start, out.size());
+  check_apart(words, out);
+  check_apart(scales, out);
+  in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
+    current()->rotated_decode(unsigned_words(words.data()) + words_of(at, bits), scales.data() + at / kBlock,
+                              {bits, seed, start + at, true}, out.data() + at, count, out.size() >= kStreamingValues);
+  });
+}
+
+void rotated_encode(const InValues& values, unsigned bits, std::uint64_t seed, std::uint64_t start, bool unbiased,
+                    const OutWords& words, const OutValues& scales, unsigned threads) {
+  check_rotated(words, scales, bits, start, values.size());
+  check_apart(values, words);
+  check_apart(values, scales);
+  const auto encode_chunk = [&](std::size_t at, std::size_t count) {
+    current()->rotated_encode(values.data() + at, count, {bits, seed, start + at, unbiased},
+                              unsigned_words(words.data()) + words_of(at, bits), scales.data() + at / kBlock);
+  };
+  in_chunks(values.size(), threads, encode_chunk, Subnormals::kZero);
+}
+
 std::uint32_t absmax(const InValues& values, unsigned threads) {
   std::vector<std::uint32_t> found((values.size() + kChunk - 1) / kChunk);
   in_chunks(values.size(), threads, [&](std::size_t at, std::size_t count) {
@@ -302,6 +327,9 @@ NB_MODULE(_native, module) {
   module.def("block_update", &fedomc::block_update, words, scales, "kind"_a, "e"_a, "m"_a, "block"_a,
              "gradient"_a.noconvert(), "alpha"_a, "stochastic"_a, "seed"_a, out, "out_scales"_a.noconvert(), status,
              "threads"_a);
+  module.def("rotated_decode", &fedomc::rotated_decode, words, scales, "bits"_a, "seed"_a, "start"_a, out, "threads"_a);
+  module.def("rotated_encode", &fedomc::rotated_encode, values, "bits"_a, "seed"_a, "start"_a, "unbiased"_a, words,
+             scales, "threads"_a);
   module.def("absmax", &fedomc::absmax, values, "threads"_a);
   module.def("levels", &fedomc::levels, "Names of the instruction sets of this machine, the fastest last.");
   module.def("level", [] { return std::string(fedomc::current()->level); });

@@ -57,12 +57,12 @@ void pack_block(const std::uint32_t* codes, std::uint32_t* words) {
 using Pack = void (*)(const std::uint32_t*, std::uint32_t*);
 
 template <unsigned... Index>
-constexpr std::array<Pack, 31> packers(std::integer_sequence<unsigned, Index...>) {
-  return {&pack_block<Index + 2>...};
+constexpr std::array<Pack, 32> packers(std::integer_sequence<unsigned, Index...>) {
+  return {&pack_block<Index + 1>...};
 }
 
-// Indexed by the number of bits, starting at 2.
-constexpr auto kPack = packers(std::make_integer_sequence<unsigned, 31>{});
+// Indexed by the number of bits, starting at 1.
+constexpr auto kPack = packers(std::make_integer_sequence<unsigned, 32>{});
 
 // A whole block of words; the last block of a variable, which stores only the words of its rows, is padded with zeros.
 struct WholeBlock {
@@ -79,11 +79,11 @@ struct WholeBlock {
 
 void pack(const Codes& codes, unsigned bits, std::size_t n, std::uint32_t* words) {
   if (n == kBlock) {
-    kPack[bits - 2](codes.data(), words);
+    kPack[bits - 1](codes.data(), words);
     return;
   }
   std::array<std::uint32_t, kBlock> whole;
-  kPack[bits - 2](codes.data(), whole.data());
+  kPack[bits - 1](codes.data(), whole.data());
   std::memcpy(words, whole.data(), words_of(n, bits) * sizeof(std::uint32_t));
 }
 

@@ -17,7 +17,8 @@ from fedomc.tensor.compressed import CompressedTensor
 from fedomc.training.advice import Advice, FormatAdvice, VariableAdvice
 from fedomc.training.advising import advise
 from fedomc.training.model import ParameterBytes, compress_, decompress_, parameter_bytes
-from fedomc.training.policy import DEFAULT, CompressionPolicy, Selection, TieredPolicy
+from fedomc.training.policy import DEFAULT, CompressionPolicy, TieredPolicy
+from fedomc.training.selection import Selection
 from fedomc.training.step_report import StepQuality, StepReport, step_report
 from fedomc.training.stepping import StepInBackward, step_in_backward
 

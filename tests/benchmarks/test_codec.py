@@ -20,6 +20,7 @@ def test_a_row_for_each_operation_of_each_backend(tmp_path: Path, monkeypatch: p
     floats = {"encode", "decode", "decode_add", "decode_add_difference", "update"}
     wanted = {(name, op) for name in codec.FORMATS for op in floats}
     wanted |= {(name, op) for name in codec.BLOCKWISE for op in ("encode", "decode", "update")}
+    wanted |= {(name, op) for name in codec.ROTATED for op in ("encode", "decode")}
     for backend in backends:
         found = [row for row in rows if row["backend"] == backend]
         assert {(row["format"], row["op"]) for row in found} == wanted

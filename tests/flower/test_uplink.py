@@ -226,3 +226,19 @@ def test_values_that_were_sent_dense_and_are_not_finite_are_refused_by_the_mod()
 def test_what_is_sent_both_ways_has_a_method_that_holds() -> None:
     with pytest.raises(fedomc.PolicyError, match="DRIVE1 can only be used for the uplink"):
         OMCStrategy(FedAvg(), fedomc.CompressionPolicy("S1E3M7"), unquantized_format="DRIVE1")
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("text", ["S1E4M10>DRIVE1@0.7", "S1E4M10+S1E4M10>S1E2M1"])
+def test_what_is_held_in_fp32_goes_up_in_the_uplink_if_it_is_named(text: str, client: str) -> None:
+    policy = fedomc.CompressionPolicy.parse(text, uplink_include=["*.bias", "6.weight"])
+    strategy = OMCStrategy(FedAvg(), policy)
+    before, after, records = round_of(strategy, CLIENTS[client], 4)
+    assert {n for n in STEPS if n not in policy.compressible(build())} == {"6.weight", *(f"{i}.bias" for i in range(7))}
+    for record in records:
+        for name, array in record.items():
+            found = read_packed(array, name, copy=True)
+            assert (found.kind, found.packed.method) == (frame.UPDATE, policy.uplink)
+    moved = torch.cat([torch.from_numpy(after[n].numpy() - before[n].numpy()).view(-1) for n in STEPS])
+    step = torch.cat([STEPS[name].view(-1) for name in STEPS])
+    assert float(torch.cosine_similarity(moved, step, dim=0)) > 0.85

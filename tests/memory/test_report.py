@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,8 +25,13 @@ from fedomc import (
     step_in_backward,
 )
 from fedomc.codec.workspace import Workspace
+from fedomc.flower import OMCStrategy, collect, install
+from fedomc.flower.config import CONFIG, from_config
 from fedomc.memory.report import FORMATS
+from fedomc.training.selection import arrived_bytes
 from tests.conftest import allocations, assert_same_parameters, compressed, randn
+from tests.flower.conftest import identity  # noqa: F401  (an autouse fixture)
+from tests.flower.test_aggregation import Nodes
 
 BOUND = 0.03
 """How far prediction and measurement may be apart: kernels keep what no shape tells, such as an LSTM's workspace."""
@@ -401,3 +408,36 @@ def test_prints_a_table() -> None:
         ["FP32", "predicted"], ["FP32", "measured"], ["S1E3M7", "predicted"], ["S1E3M7", "measured"],
     ]  # fmt: skip
     assert lines[1].split()[-1] == f"{report.measured['FP32'].peak / 1e6:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("S1E3M7", 0),
+        ("S1E3M7>DRIVE1", 11 / 32),
+        ("S1E3M7>S1E2M1@0.7", None),
+        ("S1E2M3+S1E2M1>DRIVE2", 0),
+        ("S1E2M3+S1E2M1>DRIVE2@0.7", None),
+    ],
+)
+def test_what_arrived_counts_where_an_uplink_needs_it(text: str, kept: float | None) -> None:
+    """It is exactly what is left of a message that a client has consumed."""
+    model, batch = nn.Sequential(*[nn.Linear(96, 96) for _ in range(8)]), randn(4, 96)
+    policy = CompressionPolicy.parse(text)
+    plain, sent = str(policy).partition(">")[0], policy.select(model)
+    report = memory_report(model, batch, loss=loss_of, formats=[policy], **SGD)
+    assert report.predicted[text].arrived == report.measured[text].arrived == arrived_bytes(model, sent)
+    whole = sum(4 * p.numel() for name, p in model.named_parameters() if name in policy.compressible(model))
+    if kept is not None:
+        assert report.predicted[text].arrived == kept * whole + 8 * len(sent) * (kept > 0)  # scale and offset
+        without = memory_report(model, batch, loss=loss_of, formats=[plain], **SGD)
+        for found, other in ((report.predicted, without.predicted), (report.measured, without.measured)):
+            assert found[text].peak - other[plain].peak == found[text].arrived
+    assert ("arrived" in str(report)) == (report.predicted[text].arrived > 0)
+
+    strategy = OMCStrategy(FedAvg(), policy, client_name=lambda node: "")
+    message, *_ = strategy.configure_train(0, collect(model), ConfigRecord(), Nodes(2))  # type: ignore[arg-type]
+    assert from_config(message.content[CONFIG]).unquantized == frozenset(sent.unquantized if policy.uplink else ())
+    install(copy.deepcopy(model), message, consume=True)
+    left = sum(len(array.data) for array in message.content["arrays"].values())
+    assert 0 <= left - report.predicted[text].arrived < 200 * len(sent) + 200 * len(sent.unquantized)

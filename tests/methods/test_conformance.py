@@ -16,7 +16,7 @@ from fedomc import CompressedTensor, CompressionPolicy, Encoding, PayloadError, 
 from fedomc.methods import FloatFormat, Method, Packed, encode, parse_method, register, registered, unregister
 from fedomc.methods.method import Fields
 from fedomc.serialization import entropy, frame
-from fedomc.training.policy import held_bytes
+from fedomc.training.selection import held_bytes
 from tests.conftest import randn, same_bits
 from tests.methods.signs import Signs
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 import fedomc
 from fedomc import codec
+from fedomc.codec.reference_rotation import hadamard
 from fedomc.methods import Packed, encode, parse_method
-from fedomc.methods.rotated import Rotated, hadamard
+from fedomc.methods.rotated import Rotated
 from fedomc.serialization import frame
 from tests.conftest import randn
 

@@ -146,6 +146,11 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
         "a sends whole weights, but update_format=S1E2M1 is for what a client changed",
         lambda: client_out(policy(update_format="S1E2M1")).process(message(model()), context_of("a", "b")),
     ),
+    (
+        "a sends whole weights, but uplink=DRIVE1 is for what a client changed.*a policy without uplink",
+        lambda: client_out(policy(uplink="DRIVE1")).process(message(model()), context_of("a", "b")),
+    ),
+    ("the recipe's clients send whole weights, but uplink=", lambda: add_filters(recipe(), policy(uplink="DRIVE1"))),
     ("would filter nothing", lambda: add_filters(recipe(), policy(), tasks=["*"])),
 ]
 
@@ -170,8 +175,3 @@ def test_misuse_is_told(error: str, act: Callable[[], object]) -> None:
 def test_a_round_that_is_none(round: Any) -> None:
     with pytest.raises(fedomc.PayloadError, match="is not the number of a round"):
         client_out(policy()).process(message(model(), round=round), context_of("site-1", "server"))
-
-
-def test_an_uplink_is_refused() -> None:
-    with pytest.raises(fedomc.PolicyError, match=r"uplink=DRIVE1.*Use a policy without uplink"):
-        CompressFilter(fedomc.CompressionPolicy.parse("S1E3M7>DRIVE1"))

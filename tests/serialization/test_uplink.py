@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 import fedomc
-from fedomc.methods import Encoding, Packed, encode
+from fedomc.methods import Encoding, Packed, encode, parse_method
 from fedomc.methods.packed import draw_seed
 from fedomc.serialization import frame
-from fedomc.serialization.uplink import UplinkConfig, reply_frame
+from fedomc.serialization.uplink import Feedback, UplinkConfig, reply_frame
 from fedomc.tensor.compressed import compress
 from tests.conftest import randn, same_bits
 
@@ -166,3 +166,60 @@ def test_what_an_uplink_leaves_alone_and_what_is_wrong() -> None:
             reply_frame(torch.full(SHAPE, torch.nan), came, config, "w")
     data = reply_frame(randn(*SHAPE), randn(*SHAPE), config, "w")
     assert data is not None and values(frame.from_bytes(data).packed).count_nonzero() == 0
+
+
+class TestFeedback:
+    """What one reply loses is part of the next ones."""
+
+    @pytest.mark.parametrize("uplink", UPLINKS)
+    @pytest.mark.parametrize("arrival", list(arrivals("S1E2M1")))
+    def test_what_arrives_and_the_residual_are_the_changes_so_far(self, arrival: str, uplink: str) -> None:
+        value, came, config, change = arrivals(uplink)[arrival]
+        feedback, arrived = Feedback(), torch.zeros(SHAPE)
+        for count in range(1, 4):
+            before = torch.zeros(SHAPE) if feedback.residual is None else values(feedback.residual)
+            data = reply_frame(value, came, config, "w", feedback)
+            assert data is not None and feedback.residual is not None
+            found = frame.from_bytes(data, shape=SHAPE)
+            assert (found.kind, str(found.packed.method)) == (frame.UPDATE, uplink)
+            arrived += values(found.packed)
+            left = change + before - values(found.packed)
+            error = values(feedback.residual) - left  # of rounding to S1E4M3
+            assert float(error.norm()) <= 2.0**-4 * float(left.norm())
+            assert float((arrived + values(feedback.residual) - count * change).norm() / change.norm()) < 0.1 * count
+        assert str(feedback.residual.method) == "S1E4M3"
+
+    @pytest.mark.parametrize("uplink", UPLINKS)
+    def test_the_residual_stays_bounded_and_so_does_the_error_of_the_sum(self, uplink: str) -> None:
+        """Without feedback the error of a sum of n changes grows with the square root of n."""
+        rounds, errors = 60, {}
+        for name, feedback in (("with", Feedback()), ("without", None)):
+            total = torch.zeros(SHAPE)
+            for seed in range(rounds):
+                config = UplinkConfig(Encoding("S1E3M7", seed=seed, uplink=uplink), unquantized=frozenset({"w"}))
+                data = reply_frame(CHANGE, torch.zeros(SHAPE), config, "w", feedback)
+                assert data is not None
+                total += values(frame.from_bytes(data).packed)
+            errors[name] = float((total - rounds * CHANGE).norm() / CHANGE.norm())
+        assert errors["with"] < 1.3 and errors["with"] < 0.3 * errors["without"]
+
+    def test_codes_of_the_uplinks_method_travel_as_they_are_unless_there_is_a_residual(self) -> None:
+        encoding = Encoding.parse("S1E3M7+S1E2M1>S1E2M1")
+        tensor, feedback = compress(randn(*SHAPE), encoding, "w"), Feedback()
+        tensor.add_(CHANGE)
+        assert tensor.update is not None
+        as_it_is = frame.to_bytes(tensor.update, SHAPE, frame.UPDATE)
+        assert reply_frame(tensor, None, UplinkConfig(encoding), "w", feedback) == as_it_is
+        assert feedback.residual is None
+        feedback.residual = encode(CHANGE, parse_method("S1E4M3"))
+        assert reply_frame(tensor, None, UplinkConfig(encoding), "w", feedback) != as_it_is
+
+    def test_nothing_is_fed_back_where_nothing_is_encoded(self) -> None:
+        feedback = Feedback(encode(CHANGE, parse_method("S1E4M3")))
+        before = feedback.residual
+        config = UplinkConfig(Encoding.parse("S1E3M7>DRIVE1"))
+        assert reply_frame(randn(*SHAPE), None, config, "bias", feedback) is None
+        with pytest.raises(fedomc.NonFiniteError):
+            value, came, config, _ = arrivals("DRIVE1")["was sent dense"]
+            reply_frame(value * torch.nan, came, config, "w", feedback)
+        assert feedback.residual is before

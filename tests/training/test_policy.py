@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedomc import CompressedTensor, CompressionPolicy, Encoding, FloatFormat, FormatError, PolicyError, Selection
-from fedomc.training.policy import held_bytes
+from fedomc.training.selection import arrived_bytes, held_bytes
 
 SHAPES = {f"layer{i}.{kind}": shape for i in range(12) for kind, shape in (("w", (30 + i, 40)), ("bias", (30 + i,)))}
 MATRICES = [name for name in SHAPES if name.endswith("w")]
@@ -309,3 +310,37 @@ def test_what_is_kept_for_the_change_counts_as_held() -> None:
     assert held_bytes(SHAPES, uplink) == held_bytes(SHAPES, plain) + kept
     two, sent = (CompressionPolicy.parse(f"S1E2M3+S1E2M1{rest}").select(SHAPES) for rest in ("", ">DRIVE1"))
     assert held_bytes(SHAPES, two) == held_bytes(SHAPES, sent)
+
+
+class TestUplinkInclude:
+    """Variables whose change alone is compressed."""
+
+    shapes: ClassVar[dict[str, tuple[int, ...]]] = {"a.weight": (64, 64), "a.bias": (64,), "b.bias": (8,), "c": (64,)}
+
+    def test_names_further_variables_where_the_uplink_saves_bytes(self) -> None:
+        policy = CompressionPolicy.parse("S1E3M7>DRIVE1", uplink_include=["*.bias"])
+        assert policy.uplinked(self.shapes) == ("a.weight", "a.bias")  # DRIVE1 takes 140 bytes at least
+        selection = policy.select(self.shapes)
+        assert set(selection) == {"a.weight"} and selection.unquantized == ("a.bias",)
+        assert arrived_bytes(self.shapes, selection) == selection["a.weight"].nbytes(64 * 64) + 4 * 64
+        assert CompressionPolicy.parse("S1E3M7>DRIVE1").uplinked(self.shapes) == ("a.weight",)
+        assert CompressionPolicy.parse("S1E3M7").uplinked(self.shapes) == ()
+
+    def test_the_rest_of_partial_quantization_is_included(self) -> None:
+        shapes = {f"{i}.weight": (64, 64) for i in range(10)} | {f"{i}.bias": (64,) for i in range(10)}
+        policy = CompressionPolicy.parse("S1E3M7>S1E2M1@0.7", uplink_include=["*"])
+        selection = policy.select(shapes, round=2, client=1)
+        assert set(policy.uplinked(shapes)) == {*selection, *selection.unquantized} == set(shapes)
+        assert len(selection) == 7
+
+    @pytest.mark.parametrize(
+        ("how", "error"),
+        [
+            ({"uplink_include": ["*.bias"]}, "needs an uplink"),
+            ({"uplink": "DRIVE1", "uplink_include": "*.bias"}, "must be a list of patterns"),
+            ({"uplink": "DRIVE1", "uplink_include": ["x*"]}, "uplink_include: 'x\\*' matches none of 4 variables"),
+        ],
+    )
+    def test_wrong_ones_are_refused(self, how: dict[str, Any], error: str) -> None:
+        with pytest.raises(PolicyError, match=error):
+            CompressionPolicy("S1E3M7", **how).uplinked(self.shapes)

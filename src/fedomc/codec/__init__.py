@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedomc.codec import native, reference, reference_blocks
+from fedomc.codec import native, reference, reference_blocks, reference_rotation
 from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat, OCPElement
 from fedomc.codec.layout import BLOCK, CHUNK, SUMS, words_of
 from fedomc.codec.scaling import bounded_exponent, fitting_exponent
@@ -37,6 +37,8 @@ __all__ = [
     "fitting_exponent",
     "numbers_of",
     "pack",
+    "rotated_decode",
+    "rotated_encode",
     "unpack",
     "update",
     "words_of",
@@ -65,11 +67,15 @@ _SCHEMAS = {
     "Tensor(b!) scales, Tensor(c!) status) -> ()",
     "block_update": "(Tensor words, Tensor scales, int kind, int e, int m, int block, Tensor gradient, float alpha, "
     "int? seed, Tensor(a!) out, Tensor(b!) out_scales, Tensor(c!) status) -> ()",
+    "rotated_decode": "(Tensor words, Tensor scales, int bits, int seed, int start, Tensor(a!) out) -> ()",
+    "rotated_encode": "(Tensor values, int bits, int seed, int start, bool unbiased, Tensor(a!) words, "
+    "Tensor(b!) scales) -> ()",
 }
+_REFERENCES = {"block": reference_blocks, "rotated": reference_rotation}
 
 _library = torch.library.Library("fedomc", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
-    _module = reference_blocks if _name.startswith("block_") else reference
+    _module = _REFERENCES.get(_name.partition("_")[0], reference)
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
     _library.impl(_name, getattr(_module, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     if native.extension is not None:
@@ -301,6 +307,35 @@ def block_update(
     status = _status(gradient)
     _operators.block_update(words, scales, *numbers_of(element), block, gradient, alpha, seed, out, out_scales, status)
     return _outcome(status)
+
+
+def rotated_decode(words: Tensor, scales: Tensor, bits: int, seed: int, out: Tensor, *, start: int = 0) -> Tensor:
+    """Decode randomly rotated blocks; see ``methods.rotated``.
+
+    Args:
+        words: int32 ``[words_of(n, bits)]``.
+        scales: float32 ``[ceil(n / 1024)]``.
+        bits: of a code, 1 or 2.
+        seed: of the rotations, a 64-bit integer, signed.
+        out: float32 ``[n]``, contiguous, written.
+        start: where the values stand in their variable, a multiple of ``BLOCK``.
+
+    Returns:
+        ``out``.
+    """
+    _operators.rotated_decode(words, scales, bits, seed, start, out)
+    return out
+
+
+def rotated_encode(
+    values: Tensor, bits: int, seed: int, words: Tensor, scales: Tensor, *, start: int = 0, unbiased: bool = True
+) -> None:
+    """Rotate blocks of finite values and write codes and scales; arguments as in ``rotated_decode``.
+
+    ``unbiased`` chooses the scale with which the mean over all rotations is the values themselves; otherwise it is the
+    one of the least squared error, which is smaller.
+    """
+    _operators.rotated_encode(values, bits, seed, start, unbiased, words, scales)
 
 
 def unpack(words: Tensor, numel: int, bits: int) -> Tensor:

@@ -52,6 +52,8 @@ def load(setting: str) -> ModuleType | None:
         return None
 
 
+_UNSIGNED = 2**64 - 1
+
 extension = load(os.environ.get("FEDOMC_NATIVE", "auto"))
 """The extension, or None if the reference is used."""
 
@@ -152,6 +154,23 @@ def block_update(
     _extension().block_update(
         to_dlpack(words), to_dlpack(scales), kind, e, m, block, to_dlpack(gradient), alpha, seed is not None,
         seed or 0, to_dlpack(out), to_dlpack(out_scales), to_dlpack(status), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def rotated_decode(words: Tensor, scales: Tensor, bits: int, seed: int, start: int, out: Tensor) -> None:
+    """See ``reference_rotation.rotated_decode``."""
+    _extension().rotated_decode(
+        to_dlpack(words), to_dlpack(scales), bits, seed & _UNSIGNED, start, to_dlpack(out), torch.get_num_threads()
+    )
+
+
+def rotated_encode(
+    values: Tensor, bits: int, seed: int, start: int, unbiased: bool, words: Tensor, scales: Tensor
+) -> None:  # fmt: skip
+    """See ``reference_rotation.rotated_encode``."""
+    _extension().rotated_encode(
+        to_dlpack(values), bits, seed & _UNSIGNED, start, unbiased, to_dlpack(words), to_dlpack(scales),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -6,13 +6,14 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor, nn
 
-from fedomc.errors import PayloadError
+from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower.arrays import STYPE, flat_tensor, framed_array, read_packed, records_of, view_dense
 from fedomc.flower.chunks import ChunkedArray
 from fedomc.flower.config import CONFIG, from_config
+from fedomc.flower.feedback import Residuals
 from fedomc.flower.supervision import STEP_DRIFT, STEP_KEPT, STEP_NOISE
 from fedomc.serialization import frame
 from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
@@ -44,7 +45,7 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
         PayloadError: a variable is missing, unknown, damaged or has another shape. The model is unchanged, but with
             ``consume`` the message may be empty.
     """
-    arrays, config = _content(message)
+    _, arrays, config = _content(message)
     state = ModuleState.of(model)
     tied = [name for name in arrays if name in state.aliases]
     if tied:
@@ -65,7 +66,13 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
     return model
 
 
-def collect(model: nn.Module, message: Message | RecordDict | None = None, *, consume: bool = False) -> ArrayRecord:
+def collect(
+    model: nn.Module,
+    message: Message | RecordDict | None = None,
+    *,
+    consume: bool = False,
+    error_feedback: Context | None = None,
+) -> ArrayRecord:
     """Return a model's parameters and persistent buffers as arrays; compressed variables stay packed.
 
     Of a variable in two parts, only the update is returned, because the receiver already has the base.
@@ -78,6 +85,10 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
         consume: release each parameter once it is written, so that model and arrays are never both in memory, and
             store the arrays in the form in which Flower sends them, so that sending makes no copy. Afterwards, the
             parameters are on the meta device and have no gradients; ``install`` can fill the model again.
+        error_feedback: the client's context, in whose state the residual of each variable is kept: what the receiver
+            still lacks of the changes so far is added to the next change. It needs an uplink in the server's policy,
+            and a byte for each value that goes up in it. ``flower.feedback`` says when it helps and when it does harm:
+            not with momentum on the server.
 
     Returns:
         The arrays by qualified name; tied parameters appear once.
@@ -87,16 +98,21 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
         PayloadError: a variable has a dtype that numpy does not support; or the message is damaged, belongs to another
             model, or no longer has the bytes that are needed.
         PolicyError: the server requests entropy coding, but zstandard is not installed; or, with ``consume``, a
-            parameter is stepped in backward.
+            parameter is stepped in backward; or error feedback is requested without a message, or the server's
+            policy has no uplink.
     """
-    sent, config = ({}, None) if message is None else _content(message)
+    if error_feedback is not None and message is None:
+        raise PolicyError("error feedback needs the message that the model was filled from: pass it to collect")
+    model_key, sent, config = ("", {}, None) if message is None else _content(message)
+    # A client that is sent FP32 sends FP32, which loses nothing.
+    residuals = None if error_feedback is None or config is None else Residuals(error_feedback, model_key, config)
     state = ModuleState.of(model).tensors
     record, written = ArrayRecord(), [0]
 
     def emptied() -> Iterator[tuple[str, Tensor]]:
         for name in list(state):
             tensor = state.pop(name)
-            array = _written(tensor, name, sent.get(name), config)
+            array = _written(tensor, name, sent.get(name), config, residuals)
             written[0] += len(array.data)
             record[name] = ChunkedArray(array) if consume else array
             del array
@@ -104,7 +120,10 @@ def collect(model: nn.Module, message: Message | RecordDict | None = None, *, co
                 tensor.grad = None
                 yield name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
+    names = list(state)
     replace_parameters(model, emptied())
+    if residuals is not None:
+        residuals.keep(names)
     if consume:
         _trim_memory(written[0])
     return record
@@ -129,13 +148,15 @@ def step_metrics(model: nn.Module) -> dict[str, float]:
     return {STEP_KEPT: report.total.kept, STEP_NOISE: report.total.noise, STEP_DRIFT: report.total.drift}
 
 
-def _content(message: Message | RecordDict) -> tuple[Mapping[str, Array], UplinkConfig | None]:
+def _content(message: Message | RecordDict) -> tuple[str, Mapping[str, Array], UplinkConfig | None]:
+    """Return the name of the record of the model, its arrays, and what the sender asks for."""
     content = message.content if isinstance(message, Message) else message
-    records = list(records_of(content, ArrayRecord).values())
+    records = records_of(content, ArrayRecord)
     if len(records) != 1:
         raise PayloadError(f"the message has {len(records)} array records, but exactly one is expected")
+    ((key, arrays),) = records.items()
     config = records_of(content, ConfigRecord).get(CONFIG)
-    return records[0], None if config is None else from_config(config)
+    return key, arrays, None if config is None else from_config(config)
 
 
 def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> Tensor | OwnedValue:
@@ -199,13 +220,19 @@ def _differs_from_codes(config: UplinkConfig) -> bool:
     return config.entropy_coding or config.uplink is not None
 
 
-def _written(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> Array:
+def _written(
+    tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None, residuals: Residuals | None
+) -> Array:
     """Encode a variable for the reply; the array is the one that was received for it."""
     if array is not None and tuple(array.shape) != tuple(tensor.shape):
         raise PayloadError(f"{name} has shape {tuple(tensor.shape)}, but was received with {tuple(array.shape)}")
-    data = reply_frame(tensor, _sent(tensor, name, array, config), config, name)
+    shape = tuple(tensor.shape)
+    feedback = None if residuals is None else residuals.feedback(name, shape)
+    data = reply_frame(tensor, _sent(tensor, name, array, config), config, name, feedback)
+    if residuals is not None and feedback is not None:
+        residuals.add(name, shape, feedback)
     if data is not None:
-        return framed_array(data, tuple(tensor.shape))
+        return framed_array(data, shape)
     try:
         return Array(tensor.detach().cpu().numpy())
     except TypeError as error:

@@ -87,7 +87,7 @@ class Broadcast:
         pieces, encoding = self._pieces_for(policy, client), policy.encoding(round=self.round, client=client)
         unquantized = list[str]()
         if encoding.uplink is not None:
-            unquantized = [name for name in policy.compressible(self._shapes) if name not in pieces]
+            unquantized = [name for name in policy.uplinked(self._shapes) if name not in pieces]
             self._uplinks[node] = encoding.uplink, frozenset([*pieces, *unquantized])
         self._sent[node] = {name: piece.packed for name, piece in pieces.items()}
         payload = ArrayRecord()

@@ -10,13 +10,20 @@ from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower._flower import is_legacy_content
 from fedomc.flower.arrays import STYPE, flat_tensor, framed_array, read_packed, records_of, view_dense
 from fedomc.flower.config import CONFIG, from_config
+from fedomc.flower.feedback import Residuals
 from fedomc.serialization import frame
 from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 
 Received = dict[str, Sent]
 
 
-def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+def omc_mod(
+    message: Message,
+    context: Context,
+    call_next: Callable[[Message, Context], Message],
+    *,
+    error_feedback: bool = False,
+) -> Message:
     """Decode messages from ``OMCStrategy`` for unchanged client code, and encode its replies.
 
     Use it as ``ClientApp(mods=[omc_mod])`` if the training loop cannot be changed. It compresses **only
@@ -30,6 +37,9 @@ def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Co
     the policy, so are those that partial quantization left in FP32. They are looked up in the record of the reply that
     has the same name as the received one; other records are not changed.
 
+    ``ClientApp(mods=[functools.partial(omc_mod, error_feedback=True)])`` keeps in the context's state what the receiver
+    still lacks of the changes so far, and adds it to the next one; see ``flower.feedback`` for when it helps.
+
     The mod does not know the client's model. It therefore refuses messages whose FP32 values would take more than
     ``frame.MAX_EXPANSION`` times the received bytes.
 
@@ -37,7 +47,8 @@ def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Co
         PayloadError: a received variable is damaged, a returned one has another shape or dtype, or the decoded message
             would be too large.
         NonFiniteError: a returned value is NaN or infinite.
-        PolicyError: the message belongs to Flower's legacy API, which ``OMCStrategy`` does not support.
+        PolicyError: the message belongs to Flower's legacy API, which ``OMCStrategy`` does not support; or
+            error feedback is requested, but the server's policy has no uplink.
     """
     if is_legacy_content(message.content):
         raise PolicyError(
@@ -63,8 +74,9 @@ def omc_mod(message: Message, context: Context, call_next: Callable[[Message, Co
         return reply
     content = RecordDict(dict(reply.content.items()))
     records = records_of(reply.content, ArrayRecord)
-    for key, received in _answers(sent, records).items():
-        content[key] = _encoded(records[key], received, uplink)
+    for key, (sent_as, received) in _answers(sent, records).items():
+        residuals = Residuals(context, sent_as, uplink) if error_feedback else None
+        content[key] = _encoded(records[key], received, uplink, residuals)
     reply.content = content
     return reply
 
@@ -100,20 +112,26 @@ def _decoded(record: ArrayRecord, uplink: UplinkConfig) -> tuple[ArrayRecord, Re
     return decoded, received
 
 
-def _answers(sent: Mapping[str, Received], records: Mapping[str, ArrayRecord]) -> dict[str, Received]:
-    """Return the received variables for each record of a reply, matched by name or because there is only one."""
-    answers = {key: sent[key] for key in records if key in sent}
+def _answers(sent: Mapping[str, Received], records: Mapping[str, ArrayRecord]) -> dict[str, tuple[str, Received]]:
+    """Return the received record for each record of a reply, and its name: the same, or there is only one."""
+    answers = {key: (key, sent[key]) for key in records if key in sent}
     if not answers and len(sent) == len(records) == 1:
-        answers = {next(iter(records)): next(iter(sent.values()))}
+        answers = {next(iter(records)): next(iter(sent.items()))}
     return answers
 
 
-def _encoded(record: ArrayRecord, received: Received, uplink: UplinkConfig) -> ArrayRecord:
+def _encoded(record: ArrayRecord, received: Received, uplink: UplinkConfig, residuals: Residuals | None) -> ArrayRecord:
     encoded = ArrayRecord()
     for name, array in record.items():
+        shape = tuple(array.shape)
+        feedback = None if residuals is None else residuals.feedback(name, shape)
         if name in received:
-            data = reply_frame(torch.from_numpy(array.numpy()), received[name], uplink, name)
+            data = reply_frame(torch.from_numpy(array.numpy()), received[name], uplink, name, feedback)
             assert data is not None
-            array = framed_array(data, tuple(array.shape))
+            array = framed_array(data, shape)
+        if residuals is not None and feedback is not None:
+            residuals.add(name, shape, feedback)
         encoded[name] = array
+    if residuals is not None:
+        residuals.keep(record)
     return encoded

@@ -51,6 +51,8 @@ class MemoryBytes:
             function at a time, such as a layer or all weights of an LSTM.
         optimizer: the state of the optimizer, in FP32.
         activations: what is kept for the backward pass when the forward pass ends.
+        arrived: what a client was sent and keeps until it replies, because the change that goes back in an uplink is
+            taken against it; see ``training.selection.arrived_bytes``.
         transients: everything short-lived: decoded weights, gradients in flight, what a checkpoint recomputes.
         peak: the maximum of the total. It is at most the sum of the others, whose maxima occur at different times.
     """
@@ -60,6 +62,7 @@ class MemoryBytes:
     gradients: int
     optimizer: int
     activations: int
+    arrived: int
     transients: int
     peak: int
 
@@ -143,11 +146,12 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if lifetime.kind == "transients":
                 lifetime.kind = kind
 
-    def peaks(self, bytes_of: Callable[[Lifetime], int]) -> MemoryBytes:
+    def peaks(self, bytes_of: Callable[[Lifetime], int], arrived: int) -> MemoryBytes:
         """Return the maximum over time of the bytes of each kind, and of their total.
 
         Args:
             bytes_of: gives the bytes that a lifetime counts for.
+            arrived: bytes that are held all the time.
         """
         changes = np.zeros((len(KINDS), self.moment + 2), dtype=np.int64)
         for lifetime in self.lifetimes:
@@ -157,6 +161,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 changes[row, lifetime.start] += nbytes
                 changes[row, (self.moment if lifetime.end is None else lifetime.end) + 1] -= nbytes
         held = changes.cumsum(1)  # [kinds, moments]
+        held[KINDS.index("arrived")] += arrived
         peaks = dict(zip(KINDS, (int(each) for each in held.max(1)), strict=True))
         return MemoryBytes(**peaks, peak=int(held.sum(0).max()))
 
@@ -228,8 +233,13 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
                     self._decoded[name] = Lifetime(0, self._since, None, self._decoding(name), name)
                     self.lifetimes.append(self._decoded[name])
 
-    def peaks_with(self, encodings: Mapping[str, Encoding]) -> MemoryBytes:
-        """Return what the model would hold with some variables compressed, given their encodings by name."""
+    def peaks_with(self, encodings: Mapping[str, Encoding], arrived: int) -> MemoryBytes:
+        """Return what the model would hold with some variables compressed.
+
+        Args:
+            encodings: their encodings, by name.
+            arrived: bytes that are held all the time, as for ``peaks``.
+        """
 
         def bytes_of(lifetime: Lifetime) -> int:
             encoding = encodings.get(lifetime.variable)
@@ -251,7 +261,7 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
             chunk, following = min(size, CHUNK), min(max(size - CHUNK, 0), CHUNK)
             return 2 * packed[1] + 4 * max(3 * chunk, chunk + 3 * following)
 
-        return self.peaks(bytes_of)
+        return self.peaks(bytes_of, arrived)
 
     def _decoding(self, name: str) -> str:
         return "panel" if self._functions.get(name) in _BY_PANELS else "decoded"

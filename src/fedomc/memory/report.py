@@ -21,6 +21,7 @@ from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
 from fedomc.training.model import compress_, decompress_
 from fedomc.training.policy import CompressionPolicy
+from fedomc.training.selection import arrived_bytes
 from fedomc.training.stepping import step_in_backward
 from fedomc.training.trial import Arguments, arguments_of, copied, copy_of, forward, own_loss
 
@@ -32,7 +33,7 @@ _STEPS = 2  # the second one has the optimizer's state from its beginning
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What training a model holds in memory, by format; ``print`` shows a table.
+    """What training a model holds in memory, by format; ``print`` shows a table, with ``arrived`` if there is any.
 
     Attributes:
         predicted: from shapes, by format; empty if it was not asked for.
@@ -53,9 +54,11 @@ class MemoryReport:
         return [name for name, memory in (self.predicted | self.measured).items() if memory.peak <= budget]
 
     def __str__(self) -> str:
-        head = f"{'MB':16}{'':10}" + "".join(f"{kind:>13}" for kind in (*KINDS, "peak"))
+        found = [*self.predicted.values(), *self.measured.values()]
+        kinds = [kind for kind in KINDS if kind != "arrived" or any(memory.arrived for memory in found)]
+        head = f"{'MB':16}{'':10}" + "".join(f"{kind:>13}" for kind in (*kinds, "peak"))
         rows = [
-            f"{name:16}{source:10}" + "".join(f"{getattr(memory, kind) / 1e6:13.3f}" for kind in (*KINDS, "peak"))
+            f"{name:16}{source:10}" + "".join(f"{getattr(memory, kind) / 1e6:13.3f}" for kind in (*kinds, "peak"))
             for name in self.predicted or self.measured
             for source in ("predicted", "measured")
             if (memory := getattr(self, source).get(name)) is not None
@@ -79,7 +82,8 @@ def memory_report(
     """Report what training a model on a batch holds in memory, in several formats.
 
     The model, its gradients and the state of torch's random generators stay as they are. Frozen variables have no
-    gradient. Checkpoints in the model are taken into account.
+    gradient. Checkpoints in the model are taken into account. With an uplink, as in ``S1E3M7>DRIVE1``, a client also
+    keeps what it was sent; both ways to report compute this from shapes.
 
     Args:
         model: plain or compressed; on the meta device with ``measure=False``.
@@ -189,7 +193,7 @@ def _measured(model: nn.Module, batch: Arguments, training: _Training, encodings
     tracker = StorageTracker(trial, inputs)
     with tracker:
         training.run(trial, inputs, tracker, step_in_backward)
-    return tracker.peaks(lambda lifetime: lifetime.nbytes)
+    return tracker.peaks(lambda lifetime: lifetime.nbytes, arrived_bytes(model, encodings))
 
 
 def _predicted(
@@ -210,7 +214,7 @@ def _predicted(
         raise OMCError(
             f"the model's shapes depend on values ({error.func}) and cannot be predicted: pass predict=False"
         ) from error
-    return {name: tracker.peaks_with(encodings) for name, encodings in formats.items()}
+    return {name: tracker.peaks_with(each, arrived_bytes(model, each)) for name, each in formats.items()}
 
 
 def _step_shapes(

@@ -108,12 +108,15 @@ class Method(ABC):
         transforms: the names of the transformations that the method can apply before rounding.
         code_order: the ordering of the codes of the first field, for the entropy coding of differences: ``unsigned``,
             ``sign-magnitude`` or ``twos-complement``.
+        least_error: the transformation and the rounding with the least squared error, as error feedback needs them; an
+            empty transformation is the default one.
         holds: whether the method can hold variables during training; otherwise it is only for sending.
     """
 
     tag: ClassVar[int]
     transforms: ClassVar[tuple[str, ...]] = ("none",)
     code_order: ClassVar[str] = "unsigned"
+    least_error: ClassVar[tuple[str, str]] = ("", "nearest")
     holds: ClassVar[bool] = True
 
     # ---- name and header -------------------------------------------------------------------------------------------

@@ -39,26 +39,19 @@ class CompressFilter(ModelFilter):
     """Compress the models that the server sends to clients, or that a client sends back.
 
     The variables that stay FP32 are drawn from the policy's seed, the round and the client's name, alike on both sides.
-    Weights are encoded in the policy's format, differences of weights in its ``update_format`` if it has one. A policy
-    with an ``update_format`` needs clients that send differences. Variables that are not float32 stay as they are. What
-    a client sends is encoded by ``serialization.uplink``, as on every transport: the codes of a ``CompressedTensor``
-    are sent unchanged (among weights it must have one part, among differences two, of which only the update is sent),
-    and so is a variable whose values the client did not change.
+    Weights are encoded in the policy's format, differences of weights in its ``update_format`` if it has one. What
+    clients send is encoded in the policy's uplink, if it has one, and that includes the variables that stayed FP32 on
+    the way to them. A policy with an ``update_format`` or an uplink needs clients that send differences. Variables that
+    are not float32 stay as they are. What a client sends is encoded by ``serialization.uplink``, as on every transport:
+    the codes of a ``CompressedTensor`` are sent unchanged (among weights it must have one part, among differences two,
+    of which only the update is sent), and so is a variable whose values the client did not change.
 
     Attributes:
         policy: how to compress.
-
-    Raises:
-        PolicyError: the policy has an uplink, which only Flower's clients have so far.
     """
 
     def __init__(self, policy: CompressionPolicy) -> None:
         super().__init__()
-        if policy.uplink is not None:
-            raise PolicyError(
-                f"uplink={policy.uplink} is not supported: NVFlare's filters send back variables as they are held, or "
-                "differences in update_format. Use a policy without uplink, with update_format for differences"
-            )
         self.policy = policy
         self._lock = threading.Lock()
         self._round = -1
@@ -70,7 +63,7 @@ class CompressFilter(ModelFilter):
         Raises:
             PolicyError: the policy fits no variable; another filter has already encoded the model; a
                 ``CompressedTensor`` has one part where two are needed, or the other way round; a client sends whole
-                weights, but the policy has an ``update_format``.
+                weights, but the policy has an ``update_format`` or an uplink.
             NonFiniteError: a variable to compress has a NaN or an infinity.
         """
         if (kind := kind_of(dxo)) is None:
@@ -79,16 +72,19 @@ class CompressFilter(ModelFilter):
             raise PolicyError(f"the model is encoded already, by {other!r}: use only one of the two filters")
         to_client = self.is_task()
         client = name_of(fl_ctx.get_peer_context() if to_client else fl_ctx)
-        if not to_client and kind == frame.VARIABLE and self.policy.update_format is not None:
+        if not to_client and kind == frame.VARIABLE and needs_differences(self.policy):
             raise whole_weights_error(f"{client} sends", self.policy)
         round = round_of(shareable)
         shapes = {name: tuple(value.shape) for name, value in dxo.data.items() if _is_float32(value)}
-        selection = self.policy.select(shapes, round=round, client=client)
+        selection: dict[str, Encoding] = dict(self.policy.select(shapes, round=round, client=client))
+        encoding = self.policy.encoding(round=round, client=client)
+        if not to_client and self.policy.uplink is not None:
+            selection = dict.fromkeys(self.policy.uplinked(shapes), encoding)
         received = {} if to_client else fl_ctx.get_prop(RECEIVED, {})
         data, count = dict(dxo.data), 0
         for name, value in dxo.data.items():
             if is_compressed(value):
-                data[name] = _codes_frame(name, value, kind)
+                data[name] = _codes_frame(name, value, kind, None if to_client else encoding)
             elif name in selection and to_client:
                 data[name] = self._shared_frame(name, value, kind, round)
             elif name in selection:
@@ -110,8 +106,8 @@ class CompressFilter(ModelFilter):
             f"{before} -> {after} bytes; drawn to stay FP32: {some(left)}",
         )
         library = "torch" if any(isinstance(value, Tensor) for value in dxo.data.values()) else "numpy"
-        encoding = frame.encoding_fields(self.policy.encoding(round=round, client=client))
-        meta = {MetaKey.PROCESSED_ALGORITHM: ALGORITHM, ALGORITHM: {"library": library, **encoding}}
+        described = {"library": library, **frame.encoding_fields(encoding)}
+        meta = {MetaKey.PROCESSED_ALGORITHM: ALGORITHM, ALGORITHM: described}
         return replaced(dxo, data, meta)
 
     def _shared_frame(self, name: str, value: Any, kind: int, round: int) -> bytes:
@@ -126,15 +122,21 @@ class CompressFilter(ModelFilter):
             return data
 
 
+def needs_differences(policy: CompressionPolicy) -> bool:
+    """Tell whether a policy has a format for what a client changed."""
+    return policy.update_format is not None or policy.uplink is not None
+
+
 def whole_weights_error(who: str, policy: CompressionPolicy) -> PolicyError:
-    """Return the error for whole weights under a policy with an update format.
+    """Return the error for whole weights under a policy with an update format or an uplink.
 
     The update format would be ignored, and the weights rounded so coarsely that small changes are lost.
     """
+    option = "update_format" if policy.uplink is None else "uplink"
     return PolicyError(
-        f"{who} whole weights, but update_format={policy.update_format} is for what a client changed: pass "
+        f"{who} whole weights, but {option}={getattr(policy, option)} is for what a client changed: pass "
         "params_transfer_type=TransferType.DIFF to the recipe (in a script of your own, send ParamsType.DIFF), or use "
-        "a policy without update_format"
+        f"a policy without {option}"
     )
 
 
@@ -165,14 +167,16 @@ def _message_frame(name: str, value: Any, kind: int, how: Encoding) -> bytes:
 def _reply_frame(name: str, value: Any, kind: int, how: Encoding, received: frame.Frame | None) -> bytes:
     """Encode what a client sends of a dense variable, which is weights or differences by the kind of its message."""
     tensor, config = _as_tensor(value), uplink.UplinkConfig(how)
+    if how.uplink is not None:
+        return uplink.uplink_frame(tensor, None, config, name)
     if kind == frame.UPDATE:
         return uplink.change_frame(tensor, how.update_format or how.format, config, name)
     data = uplink.reply_frame(tensor, received, config, name)
     return uplink.value_frame(tensor, how.format, config, name) if data is None else data
 
 
-def _codes_frame(name: str, value: CompressedTensor, kind: int) -> bytes:
-    """Write the codes of a compressed variable, if they are of the kind of its message."""
+def _codes_frame(name: str, value: CompressedTensor, kind: int, how: Encoding | None) -> bytes:
+    """Write the codes of a compressed variable, if they are of the kind of its message; or its update in an uplink."""
     if kind == frame.VARIABLE and value.update is not None:
         raise PolicyError(
             f"{name} has two parts, of which only the update is sent, but the model is sent as weights: send it as "
@@ -183,6 +187,6 @@ def _codes_frame(name: str, value: CompressedTensor, kind: int) -> bytes:
             f"{name} has one part and no update, but the model is sent as differences: send weights "
             "(ParamsType.FULL), or use a policy with update_format"
         )
-    data = uplink.reply_frame(value, None, None, name)
+    data = uplink.reply_frame(value, None, None if how is None else uplink.UplinkConfig(how), name)
     assert data is not None
     return data

@@ -103,7 +103,7 @@ class DecompressFilter(ModelFilter):
                     parsed.shape
                 )
                 data[name] = values.numpy() if (sent_library or library) == "numpy" else values
-                if kind == frame.VARIABLE and encoding.update_format is None:
+                if kind == frame.VARIABLE and encoding.update_format is None and encoding.uplink is None:
                     frames[name] = parsed
         return replaced(dxo, data, {}), frames
 

@@ -13,7 +13,7 @@ from nvflare.recipe.spec import Recipe
 
 from fedomc.errors import PolicyError
 from fedomc.nvflare._nvflare import installed_on_sites
-from fedomc.nvflare.compress import CompressFilter, whole_weights_error
+from fedomc.nvflare.compress import CompressFilter, needs_differences, whole_weights_error
 from fedomc.nvflare.decompress import DecompressFilter
 from fedomc.training.policy import CompressionPolicy
 
@@ -33,11 +33,11 @@ def add_filters(
     Raises:
         RuntimeError: this version of NVFlare is not supported.
         PolicyError: ``tasks`` has ``*``, which NVFlare 2.9 writes into the job but matches with no task; or the policy
-            has an ``update_format`` and the recipe's clients send whole weights, which is NVFlare's default.
+            has an ``update_format`` or an uplink and the recipe's clients send whole weights, NVFlare's default.
     """
     if isinstance(tasks, str) or "*" in tasks:
         raise PolicyError(f"tasks={tasks!r} would filter nothing: list the names, such as ['train', 'validate']")
-    if policy.update_format is not None and getattr(recipe, "params_transfer_type", None) == TransferType.FULL:
+    if needs_differences(policy) and getattr(recipe, "params_transfer_type", None) == TransferType.FULL:
         sites = (getattr(recipe, "per_site_config", None) or {}).values()
         if not any("params_transfer_type" in site for site in sites):
             raise whole_weights_error("the recipe's clients send", policy)

@@ -35,7 +35,8 @@ from fedomc.tensor.compressed import compress, is_compressed
 from fedomc.tensor.steps import KEPT_ENOUGH, StepRecord, is_too_noisy, total
 from fedomc.training.advice import Advice, FormatAdvice, VariableAdvice, name_of
 from fedomc.training.lazy import check_initialized
-from fedomc.training.policy import CompressionPolicy, held_bytes
+from fedomc.training.policy import CompressionPolicy
+from fedomc.training.selection import held_bytes
 from fedomc.training.trial import arguments_of, copied, copy_of, forward, own_loss
 
 FORMATS = (
