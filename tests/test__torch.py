@@ -203,6 +203,48 @@ def test_storage_key() -> None:
     assert all(isinstance(key, int) for key in keys)
 
 
+def test_a_weak_reference_keeps_the_key_of_a_storage() -> None:
+    storage = torch.ones(10**6).untyped_storage()
+    key, reference = _torch.storage_key(storage), _torch.StorageWeakRef(storage)
+    assert reference.cdata == key and not reference.expired()
+    del storage
+    assert reference.expired()
+    assert key not in [_torch.storage_key(torch.ones(10**6).untyped_storage()) for _ in range(100)]
+
+
+def test_is_compiled() -> None:
+    layer = nn.Linear(2, 2)
+    assert not _torch.is_compiled(layer) and _torch.is_compiled(torch.compile(layer, backend="eager"))
+    layer.compile(backend="eager")
+    assert _torch.is_compiled(layer)
+
+
+def test_is_called_compiled() -> None:
+    found = []
+
+    @_torch.uncompiled("a test")
+    def ask() -> None:
+        found.append(_torch.is_called_compiled())
+
+    def function(x: Tensor) -> Tensor:
+        ask()
+        return x + 1
+
+    function(torch.ones(2))
+    torch.compile(function, backend="eager")(torch.ones(2))
+    assert found == [False, True]
+
+
+def test_calls_in_progress() -> None:
+    class Recursive(nn.Module):
+        def forward(self, depth: int) -> list[int]:
+            return [_torch.calls_in_progress(self), *(self(depth - 1) if depth else [])]
+
+    model = Recursive()
+    assert _torch.calls_in_progress(model) == 0
+    assert model(2) == [1, 2, 3] and nn.Sequential(model)(0) == [1]
+
+
 def test_sparse_parts() -> None:
     indices, values = torch.tensor([[0, 0, 1], [1, 1, 2]]), torch.arange(3.0)
     found = _torch.sparse_parts(torch.sparse_coo_tensor(indices, values, (2, 3)))

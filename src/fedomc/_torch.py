@@ -35,6 +35,7 @@ __all__ = [
     "FakeTensorMode",
     "StorageWeakRef",
     "TorchDispatchMode",
+    "calls_in_progress",
     "current_node",
     "dispatch_is_watched",
     "drop_hooks",
@@ -43,6 +44,8 @@ __all__ = [
     "has_hooks",
     "has_step_hooks",
     "in_reentrant_checkpoint",
+    "is_called_compiled",
+    "is_compiled",
     "linear_of_onednn",
     "no_overrides",
     "processor_name",
@@ -142,6 +145,31 @@ def uncompiled(reason: str) -> Callable[[Function], Function]:
 def dispatch_is_watched() -> bool:
     """Tell whether a mode of ``__torch_dispatch__`` or a profiler wants to see each operator."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled())
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Tell whether ``torch.compile`` made a module, or ``Module.compile`` compiled it in place."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def calls_in_progress(module: torch.nn.Module) -> int:
+    """Count how often a module is being called in this thread."""
+    calls, frame, call = 0, sys._getframe(), torch.nn.Module._call_impl.__code__
+    while frame is not None:
+        calls += frame.f_code is call and frame.f_locals["self"] is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls
+
+
+def is_called_compiled() -> bool:
+    """Tell whether a compiled function has called this code, which itself runs uncompiled."""
+    frame = sys._getframe()
+    while frame is not None:
+        code, name = frame.f_code.co_name, frame.f_globals.get("__name__")
+        if code == "compile_wrapper" and name == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def schema_of(operator: Any) -> Any:

@@ -1,12 +1,14 @@
 """Helpers of the tests of packed activations: the oracle is the gradient of plain torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
+from fedomc._torch import saved_tensors_hooks
 from fedomc.activations import forward_pass
 
 LOSSLESS = "S1E8M23"
@@ -17,6 +19,14 @@ def lossless(monkeypatch: pytest.MonkeyPatch) -> str:
     """Let a format with every bit be packed, with which gradients are those of torch to the last bit."""
     monkeypatch.setattr(forward_pass, "_GAIN", 2.0)
     return LOSSLESS
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Check that no test leaves a hook of saved tensors or a mode behind."""
+    yield
+    assert saved_tensors_hooks() is None
+    assert not has_torch_function((torch.ones(1),))
 
 
 class Function(nn.Module):

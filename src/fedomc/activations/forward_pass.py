@@ -67,13 +67,13 @@ class ForwardPass(TorchFunctionMode):
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, Kept.load)
 
     def __enter__(self) -> "ForwardPass":
+        self._hooks.__enter__()  # first, as it fails inside the transforms of torch.func
         super().__enter__()  # type: ignore[no-untyped-call]
-        self._hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.__exit__(*error)
         self._packed.clear()
         self._places.clear()
         self._exact.clear()

@@ -1,6 +1,5 @@
 """``compress_activations``: what a model's forward pass keeps for the backward pass is held as codes."""
 
-import sys
 import threading
 import weakref
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedomc._torch import saved_tensors_hooks
+from fedomc._torch import calls_in_progress, is_called_compiled, is_compiled, saved_tensors_hooks, uncompiled
 from fedomc.activations.forward_pass import CHECKPOINTS, ForwardPass
 from fedomc.errors import PolicyError
 from fedomc.methods import Method, parse_method
@@ -82,13 +81,13 @@ class PackedActivations:
 
     def _begin(self, model: nn.Module) -> None:
         passes = self._passes()
-        while passes and passes[-1] is not None and passes[-1].is_innermost and len(passes) >= _calls(model):
+        while passes and passes[-1] is not None and passes[-1].is_innermost and len(passes) >= calls_in_progress(model):
             self._end()  # an interrupt ended a forward pass without calling the hook
-        running = None
+        passes.append(None)  # _end is called also if what follows fails
         if torch.is_grad_enabled() and not _is_checkpointed():
             running = ForwardPass(model, self.method, self.rounding, self.seed, self._count)
             running.__enter__()
-        passes.append(running)
+            passes[-1] = running
 
     def _end(self) -> None:
         running = self._passes().pop() if self._passes() else None
@@ -155,6 +154,7 @@ _packing: "weakref.WeakKeyDictionary[nn.Module, PackedActivations]" = weakref.We
 """The packing by model; not an attribute, so that a model can be copied and pickled and its copy packs nothing."""
 
 
+@uncompiled("activations are packed in Python")
 def _begin(model: nn.Module, args: Any) -> None:
     """Begin a forward pass."""
     packing = _packing.get(model)
@@ -163,23 +163,12 @@ def _begin(model: nn.Module, args: Any) -> None:
         packing._begin(model)
 
 
+@uncompiled("activations are packed in Python")
 def _end(model: nn.Module, args: Any, output: Any) -> None:
     """End a forward pass, also one that failed."""
     packing = _packing.get(model)
     if packing is not None:
         packing._end()
-
-
-def _calls(model: nn.Module) -> int:
-    """Count how often a model is being called in this thread."""
-    calls, frame = 0, sys._getframe()
-    while frame is not None:
-        calls += frame.f_code is _CALL and frame.f_locals["self"] is model
-        frame = frame.f_back  # type: ignore[assignment]
-    return calls
-
-
-_CALL = nn.Module._call_impl.__code__
 
 
 def _is_checkpointed() -> bool:
@@ -194,10 +183,7 @@ def _check_not_compiled(model: nn.Module) -> None:
     Raises:
         PolicyError: the model or a module in it is compiled.
     """
-    compiled = torch.compiler.is_compiling() or any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
-    )
-    if compiled:
+    if is_called_compiled() or any(map(is_compiled, model.modules())):
         raise PolicyError(
             f"{type(model).__name__} is compiled with torch.compile, whose code saves what it likes for the backward "
             "pass: compress the activations of a model that is not compiled"
