@@ -103,7 +103,7 @@ def main() -> None:
             if found is not None and packs and number == 1:
                 found |= in_process({**job, "steps": 0}) or {}
             runs[batch, name].append(found)
-        print(f"round {number} of {options.rounds} done", flush=True)
+            print(f"round {number} of {options.rounds}: {batch} {name}", flush=True)
         rows = [found for batch, name in jobs if (found := row(batch, name, runs))]
         if options.json:  # after each round: a run may be stopped
             options.json.write_text(json.dumps({"rounds": number, "model": options.model, "rows": rows}, indent=2))
