@@ -25,6 +25,7 @@ from fedomc._torch import StorageWeakRef, saved_tensors_hooks, storage_key
 from fedomc.activations.attention import attention
 from fedomc.activations.kept import Coded, Flags, Kept, Span
 from fedomc.activations.operations import CHECKPOINT, SMALLEST, Keeping, Operation, operation_of
+from fedomc.activations.slabs import Slabs
 from fedomc.codec import INFINITY_BITS, absmax_bits
 from fedomc.errors import NonFiniteError
 from fedomc.methods import Method, Packed, encode
@@ -64,6 +65,7 @@ class ForwardPass(TorchFunctionMode):
         self._places: set[tuple[Any, ...]] = set()
         self._exact: set[tuple[int, int]] = set()
         self._storages: dict[int, StorageWeakRef] = {}
+        self._slabs = Slabs()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, Kept.load)
 
     def __enter__(self) -> "ForwardPass":
@@ -131,6 +133,7 @@ class ForwardPass(TorchFunctionMode):
                 self._check_finite(span.values, by)
             flags = (Flags.of_signs if keeping is Keeping.SIGNS else Flags.of_mask)(saved, by, span)
             if flags is not None:
+                flags.bits = self._slabs.empty(len(flags.bits), torch.uint8, saved.device).copy_(flags.bits)
                 self._note(place, saved_bytes, flags.bits.nbytes)
                 return flags
             if keeping is Keeping.MASK:
@@ -144,7 +147,9 @@ class ForwardPass(TorchFunctionMode):
         self.count += 1
         try:
             name = f"activation {self.count}"
-            return encode(values, self._method, rounding=self._rounding, seed=self._seed, name=name)
+            return encode(
+                values, self._method, rounding=self._rounding, seed=self._seed, name=name, room=self._slabs.empty
+            )
         except NonFiniteError:
             raise self._not_finite(by) from None
 
