@@ -235,14 +235,35 @@ def test_is_called_compiled() -> None:
     assert found == [False, True]
 
 
-def test_calls_in_progress() -> None:
-    class Recursive(nn.Module):
-        def forward(self, depth: int) -> list[int]:
-            return [_torch.calls_in_progress(self), *(self(depth - 1) if depth else [])]
+def test_running_modules() -> None:
+    class Nested(nn.Module):
+        def forward(self, depth: int) -> list[list[nn.Module]]:
+            return [list(_torch.running_modules()), *(self(depth - 1) if depth else [])]
 
-    model = Recursive()
-    assert _torch.calls_in_progress(model) == 0
-    assert model(2) == [1, 2, 3] and nn.Sequential(model)(0) == [1]
+    model = Nested()
+    outer = nn.Sequential(model)
+    assert list(_torch.running_modules()) == []
+    assert outer(1) == [[model, outer], [model, model, outer]]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant: bool) -> None:
+    found, inside = [], []
+
+    def pack(x: Tensor) -> Tensor:
+        found.append((x.numel(), _torch.saved_by_checkpoint()))
+        return x
+
+    def region(x: Tensor) -> Tensor:
+        inside.append(_torch.in_checkpoint())
+        return x.exp()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        x = torch.ones(3, requires_grad=True)
+        checkpoint(region, x * 1, use_reentrant=reentrant).exp()
+        assert not _torch.in_checkpoint()
+    assert (3, True) in found and (3, False) in found
+    assert inside == [not reentrant]
 
 
 def test_sparse_parts() -> None:

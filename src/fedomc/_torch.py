@@ -6,7 +6,7 @@ fails first and says what changed. Modules that ``import torch`` does not load a
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +35,6 @@ __all__ = [
     "FakeTensorMode",
     "StorageWeakRef",
     "TorchDispatchMode",
-    "calls_in_progress",
     "current_node",
     "dispatch_is_watched",
     "drop_hooks",
@@ -44,12 +43,15 @@ __all__ = [
     "has_hooks",
     "has_step_hooks",
     "in_reentrant_checkpoint",
+    "in_checkpoint",
     "is_called_compiled",
     "is_compiled",
     "linear_of_onednn",
     "no_overrides",
     "processor_name",
     "run_next_in_backward",
+    "running_modules",
+    "saved_by_checkpoint",
     "saved_tensors_hooks",
     "schema_of",
     "sparse_parts",
@@ -152,13 +154,27 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-def calls_in_progress(module: torch.nn.Module) -> int:
-    """Count how often a module is being called in this thread."""
-    calls, frame, call = 0, sys._getframe(), torch.nn.Module._call_impl.__code__
+def running_modules() -> Iterator[torch.nn.Module]:
+    """Iterate over the modules that are being called in this thread, the innermost first."""
+    frame, call = sys._getframe(), torch.nn.Module._call_impl.__code__
     while frame is not None:
-        calls += frame.f_code is call and frame.f_locals["self"] is module
+        if frame.f_code is call:
+            yield frame.f_locals["self"]
         frame = frame.f_back  # type: ignore[assignment]
-    return calls
+
+
+def saved_by_checkpoint() -> bool:
+    """Tell, in the hook that calls this, whether a checkpoint saves the tensor, that is an input of its region."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") == "torch.autograd.function" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == "torch.utils.checkpoint"
+
+
+def in_checkpoint() -> bool:
+    """Tell whether a non-reentrant checkpoint saves in its own way what is saved now."""
+    hooks = saved_tensors_hooks()
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def is_called_compiled() -> bool:

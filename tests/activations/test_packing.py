@@ -136,6 +136,14 @@ def test_what_many_operations_save_is_packed_once() -> None:
     assert packed.last.held == 4 * method.nbytes(x.numel())
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_keeps_is_packed(reentrant: bool) -> None:
+    model = Checkpointed(reentrant)
+    with compress_activations(model, "S1E4M3") as packed:
+        model(X)
+    assert packed.last.saved == 3 * X.nbytes  # the inputs of the layer before, of the region and of the layer after
+
+
 def test_an_activation_is_gone_as_soon_as_it_is_packed() -> None:
     alive: list[StorageWeakRef] = []
 

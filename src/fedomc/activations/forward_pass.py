@@ -12,7 +12,6 @@ address is no identity, as the next storage may be given it. A weak reference ke
 its address is not given away before the pass ends.
 """
 
-import sys
 from typing import Any
 from weakref import ref
 
@@ -21,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fedomc._torch import StorageWeakRef, saved_tensors_hooks, storage_key
+from fedomc._torch import (
+    StorageWeakRef,
+    running_modules,
+    saved_by_checkpoint,
+    saved_tensors_hooks,
+    storage_key,
+)
 from fedomc.activations.attention import attention
 from fedomc.activations.kept import Coded, Flags, Kept, Span
 from fedomc.activations.operations import CHECKPOINT, SMALLEST, Keeping, Operation, operation_of
@@ -32,9 +37,6 @@ from fedomc.methods import Method, Packed, encode
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GAIN = 0.75  # codes that take more than this part of the tensor's bytes are not worth their time
-
-CHECKPOINTS = "torch.utils.checkpoint"
-"""The module whose hooks and functions save for checkpoints."""
 
 
 class ForwardPass(TorchFunctionMode):
@@ -100,7 +102,7 @@ class ForwardPass(TorchFunctionMode):
 
     def _pack(self, saved: Tensor) -> Kept:
         operation = self._operation
-        if operation is None and sys._getframe(1).f_globals.get("__name__") == CHECKPOINTS:
+        if operation is None and saved_by_checkpoint():
             operation = CHECKPOINT
         by = "an operation" if operation is None else operation.name
         if type(saved) is not Tensor or saved.layout is not torch.strided or saved.dtype not in _DTYPES:
@@ -175,10 +177,5 @@ class ForwardPass(TorchFunctionMode):
 def _running_module(model: torch.nn.Module) -> str:
     """Name the innermost module of a model that runs, as found in the stack of calls."""
     names = {id(module): name for name, module in model.named_modules()}
-    frame = sys._getframe()
-    while frame is not None:
-        name = names.get(id(frame.f_locals.get("self")))
-        if name is not None:
-            return name or type(model).__name__
-        frame = frame.f_back  # type: ignore[assignment]
-    return type(model).__name__
+    inner = next((module for module in running_modules() if id(module) in names), model)
+    return names[id(inner)] or type(model).__name__

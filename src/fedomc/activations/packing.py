@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedomc._torch import calls_in_progress, is_called_compiled, is_compiled, saved_tensors_hooks, uncompiled
-from fedomc.activations.forward_pass import CHECKPOINTS, ForwardPass
+from fedomc._torch import in_checkpoint, is_called_compiled, is_compiled, running_modules, uncompiled
+from fedomc.activations.forward_pass import ForwardPass
 from fedomc.errors import PolicyError
 from fedomc.methods import Method, parse_method
 from fedomc.methods.method import ROUNDINGS
@@ -81,10 +81,11 @@ class PackedActivations:
 
     def _begin(self, model: nn.Module) -> None:
         passes = self._passes()
-        while passes and passes[-1] is not None and passes[-1].is_innermost and len(passes) >= calls_in_progress(model):
+        calls = sum(module is model for module in running_modules()) if passes else 1
+        while passes and passes[-1] is not None and passes[-1].is_innermost and len(passes) >= calls:
             self._end()  # an interrupt ended a forward pass without calling the hook
         passes.append(None)  # _end is called also if what follows fails
-        if torch.is_grad_enabled() and not _is_checkpointed():
+        if torch.is_grad_enabled() and not in_checkpoint():
             running = ForwardPass(model, self.method, self.rounding, self.seed, self._count)
             running.__enter__()
             passes[-1] = running
@@ -169,12 +170,6 @@ def _end(model: nn.Module, args: Any, output: Any) -> None:
     packing = _packing.get(model)
     if packing is not None:
         packing._end()
-
-
-def _is_checkpointed() -> bool:
-    """Tell whether this is inside a checkpointed region, which keeps nothing of its own and is run again."""
-    hooks = saved_tensors_hooks()
-    return hooks is not None and hooks[0].__module__ == CHECKPOINTS
 
 
 def _check_not_compiled(model: nn.Module) -> None:
