@@ -1,7 +1,5 @@
 """What autograd, modules and users do to packed activations: the gradient of plain torch, or an error that says so."""
 
-import copy
-import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,82 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fedomc
-from fedomc import NonFiniteError, PolicyError, compress_, compress_activations
+from fedomc import NonFiniteError, compress_activations
 from fedomc._torch import StorageWeakRef, saved_tensors_hooks
-from fedomc.errors import FormatError
 from fedomc.methods import parse_method
 from tests.activations.conftest import Function, error, gradients
-from tests.conftest import Twice, randn, same_bits
-
-X = randn(64, 4, 64)
-SEQUENCE = randn(32, 16, 64)
-IMAGES = randn(8, 3, 32, 32)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.before, self.inner, self.after = nn.Linear(64, 64), network(), nn.Linear(64, 64)
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(checkpoint(self.inner, self.before(x), use_reentrant=self.reentrant))
-
-
-class First(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[0]
-
-
-class SelfAttention(nn.Module):
-    """Three projections of one input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value = (nn.Linear(64, 64) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
-
-
-def network() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(64, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, 64), nn.LayerNorm(64), nn.ReLU(inplace=True)
-    )
-
-
-def images() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, groups=16),
-        nn.SiLU(), nn.Conv2d(16, 8, 1), nn.Flatten(), nn.LazyLinear(4),
-    )  # fmt: skip
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "network": (network, X),
-    "images": (images, IMAGES),
-    "module called twice": (lambda: First(nn.Sequential(nn.Linear(64, 64), nn.Tanh())), X),
-    "self-attention": (SelfAttention, SEQUENCE),
-    "multi-head attention": (lambda: nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), SEQUENCE),
-    "lstm": (lambda: nn.Sequential(network(), First(nn.LSTM(64, 32, batch_first=True))), SEQUENCE),
-    "checkpoint": (lambda: Checkpointed(False), X),
-    "reentrant checkpoint": (lambda: Checkpointed(True), X),
-}
-
-
-def build(name: str = "network", compressed: bool = False) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    make, x = MODELS[name]
-    model = make()
-    model(x)
-    return compress_(model, "S1E3M7@1.0") if compressed else model, x
+from tests.activations.models import MODELS, SEQUENCE, Checkpointed, X, build
+from tests.conftest import same_bits
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["plain", "compressed"])
@@ -389,109 +319,3 @@ def test_training_in_backward(compressed: bool) -> None:
             loss.backward()
             losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0]
-
-
-# ---- the handle ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "message"),
-    [
-        (("S1E9M3",), FormatError, "S1E9M3"),
-        (("DRIVE1",), PolicyError, "DRIVE1 is for what is sent"),
-        (("S1E4M3", "up"), PolicyError, "rounding='up' is unknown"),
-    ],
-)
-def test_wrong_arguments(arguments: tuple[str, ...], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        compress_activations(nn.Linear(2, 2), arguments[0], **dict(zip(["rounding"], arguments[1:], strict=False)))
-
-
-def test_a_second_call_is_an_error_until_the_first_is_removed() -> None:
-    model, _ = build()
-    handle = compress_activations(model, "S1E4M3")
-    with pytest.raises(PolicyError, match="already, in S1E4M3: call remove"):
-        compress_activations(model, "INT8")
-    handle.remove()
-    handle.remove()
-    compress_activations(model, "INT8").remove()
-    assert not model._forward_hooks and not model._forward_pre_hooks
-
-
-def test_a_part_of_a_model_may_have_a_format_of_its_own() -> None:
-    model, x = build()
-    with compress_activations(model, "S1E4M3") as outer, compress_activations(model[0], "S1E2M1") as inner:
-        model(x)
-    assert inner.last.saved == x.nbytes and outer.last.saved > 0
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])  # noqa: S301
-def test_a_copy_packs_nothing(copied: Callable[[nn.Module], nn.Module]) -> None:
-    model, x = build()
-    with compress_activations(model, "S1E2M1"):
-        other = copied(model)
-        found = gradients(other, x)
-    assert all(map(same_bits, found, gradients(model, x)))
-
-
-@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-def test_a_forward_pass_that_fails(kind: type[BaseException], lossless: str) -> None:
-    """An interrupt passes by the hooks of a module; the next forward pass, or ``remove``, ends what it left."""
-    model, x = build()
-    expected = gradients(model, x)
-
-    def fail(*_: Any) -> None:
-        raise kind
-
-    with compress_activations(model, lossless):
-        hook = model[3].register_forward_pre_hook(fail)
-        with pytest.raises(kind):
-            model(x)
-        hook.remove()
-        assert (saved_tensors_hooks() is None) == (kind is ValueError)
-        assert all(map(same_bits, gradients(model, x), expected))
-        assert saved_tensors_hooks() is None
-        hook = model[3].register_forward_pre_hook(fail)
-        with pytest.raises(kind):
-            model(x)
-        hook.remove()
-    assert saved_tensors_hooks() is None
-
-
-def test_a_model_that_calls_itself(lossless: str) -> None:
-    class Recursive(Twice):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(64, 64)
-
-        def forward(self, x: Tensor, depth: int = 2) -> Tensor:
-            return self(self.layer(x).tanh(), depth - 1) if depth else x
-
-    model = Recursive()
-    expected = gradients(model, X)
-    with compress_activations(model, lossless):
-        assert all(map(same_bits, gradients(model, X), expected))
-    assert saved_tensors_hooks() is None
-
-
-@pytest.mark.parametrize(
-    "compiled",
-    [
-        lambda m: torch.compile(m, backend="eager"),
-        lambda m: [m.compile(backend="eager"), m][1],
-        lambda m: nn.Sequential(torch.compile(m, backend="eager")),
-    ],
-    ids=["model", "in place", "part"],
-)
-def test_a_compiled_model_is_refused(compiled: Callable[[nn.Module], nn.Module]) -> None:
-    with pytest.raises(PolicyError, match="is compiled with torch"):
-        compress_activations(compiled(network()), "S1E4M3")
-
-
-def test_a_model_that_is_compiled_afterwards_is_refused() -> None:
-    model, x = build()
-    with compress_activations(model, "S1E4M3"):
-        compiled = torch.compile(model, backend="eager")
-        with pytest.raises(PolicyError, match="is compiled with torch"):
-            compiled(x)
-        assert saved_tensors_hooks() is None

@@ -11,6 +11,7 @@ decoded. (Mapping each activation on its own would take less memory still, but a
 
 import ctypes
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class Gaps:
 
     def __init__(self, every: int) -> None:
         self._every, self._bytes = every, 0
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+        library = None if sys.platform == "win32" else ctypes.CDLL(None)
+        self._trim = getattr(library, "malloc_trim", None)  # of glibc alone
 
     def count(self, nbytes: int) -> None:
         """Count bytes that were packed or decoded."""
