@@ -203,6 +203,69 @@ def test_storage_key() -> None:
     assert all(isinstance(key, int) for key in keys)
 
 
+def test_a_weak_reference_keeps_the_key_of_a_storage() -> None:
+    storage = torch.ones(10**6).untyped_storage()
+    key, reference = _torch.storage_key(storage), _torch.StorageWeakRef(storage)
+    assert reference.cdata == key and not reference.expired()
+    del storage
+    assert reference.expired()
+    assert key not in [_torch.storage_key(torch.ones(10**6).untyped_storage()) for _ in range(100)]
+
+
+def test_is_compiled() -> None:
+    layer = nn.Linear(2, 2)
+    assert not _torch.is_compiled(layer) and _torch.is_compiled(torch.compile(layer, backend="eager"))
+    layer.compile(backend="eager")
+    assert _torch.is_compiled(layer)
+
+
+def test_is_called_compiled() -> None:
+    found = []
+
+    @_torch.uncompiled("a test")
+    def ask() -> None:
+        found.append(_torch.is_called_compiled())
+
+    def function(x: Tensor) -> Tensor:
+        ask()
+        return x + 1
+
+    function(torch.ones(2))
+    torch.compile(function, backend="eager")(torch.ones(2))
+    assert found == [False, True]
+
+
+def test_running_modules() -> None:
+    class Nested(nn.Module):
+        def forward(self, depth: int) -> list[list[nn.Module]]:
+            return [list(_torch.running_modules()), *(self(depth - 1) if depth else [])]
+
+    model = Nested()
+    outer = nn.Sequential(model)
+    assert list(_torch.running_modules()) == []
+    assert outer(1) == [[model, outer], [model, model, outer]]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant: bool) -> None:
+    found, inside = [], []
+
+    def pack(x: Tensor) -> Tensor:
+        found.append((x.numel(), _torch.saved_by_checkpoint()))
+        return x
+
+    def region(x: Tensor) -> Tensor:
+        inside.append(_torch.in_checkpoint())
+        return x.exp()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        x = torch.ones(3, requires_grad=True)
+        checkpoint(region, x * 1, use_reentrant=reentrant).exp()
+        assert not _torch.in_checkpoint()
+    assert (3, True) in found and (3, False) in found
+    assert inside == [not reentrant]
+
+
 def test_sparse_parts() -> None:
     indices, values = torch.tensor([[0, 0, 1], [1, 1, 2]]), torch.arange(3.0)
     found = _torch.sparse_parts(torch.sparse_coo_tensor(indices, values, (2, 3)))

@@ -32,7 +32,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     """Execute the blocks of Python one after the other, in an empty folder; give the names that they define."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {"__name__": "readme"}
     for block in blocks:
         exec(block, names)  # noqa: S102
@@ -50,6 +50,11 @@ def test_the_advice_is_followed_as_it_says(names: dict[str, Any], capsys: pytest
     held = fedomc.parameter_bytes(names["network"]).ratio
     assert held == min(row.ratio for row in names["advice"].formats if row.holds) < 0.36
     assert str(names["advice"]) in capsys.readouterr().out
+
+
+def test_activations_take_what_it_says(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "28% of the activations' bytes" in capsys.readouterr().out
+    assert not names["layers"]._forward_hooks
 
 
 def test_a_file_is_read_without_fedomc_as_it_says(names: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Online Model Compression: parameters stay bit-packed in memory, on the wire and on disk while a model trains."""
 
+from fedomc.activations.packing import ActivationBytes, PackedActivations, compress_activations
 from fedomc.errors import (
     FolderLockedError,
     FormatError,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT",
+    "ActivationBytes",
     "Advice",
     "CompressedTensor",
     "CompressionPolicy",
@@ -39,6 +41,7 @@ __all__ = [
     "Method",
     "NonFiniteError",
     "OMCError",
+    "PackedActivations",
     "ParameterBytes",
     "PayloadError",
     "PolicyError",
@@ -51,6 +54,7 @@ __all__ = [
     "VariableAdvice",
     "advise",
     "compress_",
+    "compress_activations",
     "decompress_",
     "load_model",
     "materialize_",

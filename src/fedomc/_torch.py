@@ -6,13 +6,14 @@ fails first and says what changed. Modules that ``import torch`` does not load a
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,7 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
+    "StorageWeakRef",
     "TorchDispatchMode",
     "current_node",
     "dispatch_is_watched",
@@ -41,10 +43,15 @@ __all__ = [
     "has_hooks",
     "has_step_hooks",
     "in_reentrant_checkpoint",
+    "in_checkpoint",
+    "is_called_compiled",
+    "is_compiled",
     "linear_of_onednn",
     "no_overrides",
     "processor_name",
     "run_next_in_backward",
+    "running_modules",
+    "saved_by_checkpoint",
     "saved_tensors_hooks",
     "schema_of",
     "sparse_parts",
@@ -140,6 +147,45 @@ def uncompiled(reason: str) -> Callable[[Function], Function]:
 def dispatch_is_watched() -> bool:
     """Tell whether a mode of ``__torch_dispatch__`` or a profiler wants to see each operator."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled())
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Tell whether ``torch.compile`` made a module, or ``Module.compile`` compiled it in place."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def running_modules() -> Iterator[torch.nn.Module]:
+    """Iterate over the modules that are being called in this thread, the innermost first."""
+    frame, call = sys._getframe(), torch.nn.Module._call_impl.__code__
+    while frame is not None:
+        if frame.f_code is call:
+            yield frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def saved_by_checkpoint() -> bool:
+    """Tell, in the hook that calls this, whether a checkpoint saves the tensor, that is an input of its region."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") == "torch.autograd.function" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == "torch.utils.checkpoint"
+
+
+def in_checkpoint() -> bool:
+    """Tell whether a non-reentrant checkpoint saves in its own way what is saved now."""
+    hooks = saved_tensors_hooks()
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def is_called_compiled() -> bool:
+    """Tell whether a compiled function has called this code, which itself runs uncompiled."""
+    frame = sys._getframe()
+    while frame is not None:
+        code, name = frame.f_code.co_name, frame.f_globals.get("__name__")
+        if code == "compile_wrapper" and name == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def schema_of(operator: Any) -> Any:

@@ -224,6 +224,7 @@ def encode(
     rounding: str = "nearest",
     seed: int = 0,
     name: str = "variable",
+    room: Callable[[int, torch.dtype, torch.device], Tensor] | None = None,
 ) -> Packed:
     """Encode the values of a tensor of any shape.
 
@@ -234,13 +235,17 @@ def encode(
         rounding: ``nearest`` or ``stochastic``.
         seed: the seed of stochastic rounding.
         name: the name of the variable, for error messages and for deriving the seed.
+        room: allocates a flat tensor of a length, dtype and device; None for torch's allocator.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
     """
     flat = values.detach().to(torch.float32).contiguous().view(-1)
     fields = tuple(
-        torch.empty(field.length, dtype=field.dtype, device=flat.device) for field in method.fields(flat.numel())
+        torch.empty(field.length, dtype=field.dtype, device=flat.device)
+        if room is None
+        else room(field.length, field.dtype, flat.device)
+        for field in method.fields(flat.numel())
     )
     packed = Packed(method, flat.numel(), fields)
     found = method.encode(Source.of(flat), fields, packed._writing(transform, rounding, seed, name))
