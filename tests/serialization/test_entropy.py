@@ -279,7 +279,7 @@ def test_a_plane_with_larger_values_than_its_bits_is_refused() -> None:
 
 def test_another_shape_is_refused() -> None:
     for data in (frame.to_bytes(weights(), (5000,), lossless=True), frame.to_bytes(weights(), (5000,))):
-        with pytest.raises(PayloadError, match=r"^x: .*\(5000,\), \(50, 100\) expected"):
+        with pytest.raises(PayloadError, match=r"^x: .*\(5000,\), but \(50, 100\) is expected"):
             frame.from_bytes(data, "x", shape=(50, 100))
 
 

@@ -26,7 +26,7 @@ from fedomc_speech.settings import Settings
     [
         (["--format", "S1E3"], "S1E3"),
         (["--format", "S1E9M7"], "1 to 8 exponent bits"),
-        (["--format", "S1E3M7@1.5"], "0..1"),
+        (["--format", "S1E3M7@1.5"], "from 0 to 1"),
         (["--format", "S1E3M7@0"], "no variable"),
         (["--seed", "-1"], "seed=-1"),
         (["--corpus", "an4", "--corpus-path", "{tones}", "--cohort", "2", "--output", "/dev/null"], "/dev/null"),

@@ -146,7 +146,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if lifetime.kind == "transients":
                 lifetime.kind = kind
 
-    def peaks(self, bytes_of: Callable[[Lifetime], int], arrived: int) -> MemoryBytes:
+    def peaks(self, bytes_of: Callable[[Lifetime], int], arrived: int = 0) -> MemoryBytes:
         """Return the maximum over time of the bytes of each kind, and of their total.
 
         Args:
@@ -233,7 +233,7 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
                     self._decoded[name] = Lifetime(0, self._since, None, self._decoding(name), name)
                     self.lifetimes.append(self._decoded[name])
 
-    def peaks_with(self, encodings: Mapping[str, Encoding], arrived: int) -> MemoryBytes:
+    def peaks_with(self, encodings: Mapping[str, Encoding], arrived: int = 0) -> MemoryBytes:
         """Return what the model would hold with some variables compressed.
 
         Args:

@@ -41,7 +41,8 @@ from fedomc.training.trial import arguments_of, copied, copy_of, forward, own_lo
 
 FORMATS = (
     "S1E2M1", "S1E2M1/64", "NF4", "S1E2M3", "S1E2M3/64", "S1E3M4", "INT8", "S1E3M4/64", "S1E3M7",
-    "S1E2M1/64+S1E3M0", "S1E2M3/64+S1E3M0", "S1E2M3/64+S1E2M3", "S1E4M3+S1E2M1", "S1E3M7+S1E3M0", "S1E4M14",
+    "S1E2M1/64+S1E3M0", "S1E2M3/64+S1E3M0", "S1E2M3/64+S1E2M1/64", "S1E2M3/64+S1E2M3", "S1E4M3+S1E2M1",
+    "S1E3M7+S1E3M0", "S1E4M14",
 )  # fmt: skip
 """The formats that are compared by default."""
 

@@ -37,7 +37,7 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
     Example:
         >>> model = fedomc.compress_(torch.nn.Linear(512, 512))
         >>> f"{fedomc.parameter_bytes(model).ratio:.0%}"
-        '38%'
+        '32%'
     """
     selection = resolve_selection(model, selection)
     check_initialized(model)

@@ -16,10 +16,10 @@ from fedomc.methods import Encoding, Method, parse_method
 from fedomc.training.lazy import check_initialized
 from fedomc.training.selection import Selection, held_bytes, shapes_of
 
-DEFAULT = "S1E4M3+S1E2M1"
+DEFAULT = "S1E2M3/64+S1E2M1/64"
 """The formats that ``compress_`` uses if none are given, in the notation of ``CompressionPolicy.parse``.
 
-Twelve bits a value, eight of which a server sends; ``docs/results/recipes.md`` has the recipes that were measured.
+A value takes ten bits, of which a server sends six. ``docs/results/recipes.md`` has the recipes that were measured.
 """
 
 
