@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -154,21 +155,23 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """Iterate over a frame of the stack of calls and those that led to it, the outermost last."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def running_modules() -> Iterator[torch.nn.Module]:
     """Iterate over the modules that are being called in this thread, the innermost first."""
-    frame, call = sys._getframe(), torch.nn.Module._call_impl.__code__
-    while frame is not None:
-        if frame.f_code is call:
-            yield frame.f_locals["self"]
-        frame = frame.f_back  # type: ignore[assignment]
+    call = torch.nn.Module._call_impl.__code__
+    return (frame.f_locals["self"] for frame in _outwards(sys._getframe()) if frame.f_code is call)
 
 
 def saved_by_checkpoint() -> bool:
     """Tell, in the hook that calls this, whether a checkpoint saves the tensor, that is an input of its region."""
-    frame = sys._getframe(2)
-    while frame.f_globals.get("__name__") == "torch.autograd.function" and frame.f_back is not None:
-        frame = frame.f_back
-    return frame.f_globals.get("__name__") == "torch.utils.checkpoint"
+    modules = (frame.f_globals.get("__name__") for frame in _outwards(sys._getframe(2)))
+    return next(name for name in modules if name != "torch.autograd.function") == "torch.utils.checkpoint"
 
 
 def in_checkpoint() -> bool:
@@ -179,13 +182,10 @@ def in_checkpoint() -> bool:
 
 def is_called_compiled() -> bool:
     """Tell whether a compiled function has called this code, which itself runs uncompiled."""
-    frame = sys._getframe()
-    while frame is not None:
-        code, name = frame.f_code.co_name, frame.f_globals.get("__name__")
-        if code == "compile_wrapper" and name == "torch._dynamo.eval_frame":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return any(
+        frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+        for frame in _outwards(sys._getframe())
+    )
 
 
 def schema_of(operator: Any) -> Any:
@@ -250,12 +250,7 @@ def in_reentrant_checkpoint() -> bool:
 
     Torch has no query for this, so the call stack is searched for the backward function of the checkpoint.
     """
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT_BACKWARD:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return any(frame.f_code is _CHECKPOINT_BACKWARD for frame in _outwards(sys._getframe()))
 
 
 _CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__

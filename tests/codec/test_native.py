@@ -1,6 +1,6 @@
 """The C++ kernels: the same bits as the reference at every instruction set; bad input is an exception."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,16 +17,7 @@ FORMATS = (
     "S1E1M0 S1E1M2 S1E2M0 S1E2M1 S1E2M3 S1E3M2 S1E3M4 S1E3M7 S1E4M3 S1E4M8 S1E4M14 S1E5M2 S1E5M10 S1E6M9 S1E7M23 "
     "S1E8M7 S1E8M15 S1E8M23"
 ).split()
-LEVELS = native.extension.levels() if native.extension is not None else []
-
-
-@pytest.fixture(params=LEVELS, autouse=True)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run each test at every level."""
-    before = native.extension.level()
-    native.extension.set_level(request.param)
-    yield request.param
-    native.extension.set_level(before)
+pytestmark = pytest.mark.usefixtures("level")
 
 
 def some_values(n: int, seed: int = 0) -> Tensor:

@@ -1,7 +1,5 @@
 """The C++ kernels of blockwise methods: the same bits as the reference at every instruction set."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,16 +22,7 @@ ELEMENTS = {
     "s1e4m3": (3, 4, 3),
     "s1e5m6": (3, 5, 6),
 }
-LEVELS = native.extension.levels() if native.extension is not None else []
-
-
-@pytest.fixture(params=LEVELS, autouse=True)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run each test at every level."""
-    before = native.extension.level()
-    native.extension.set_level(request.param)
-    yield request.param
-    native.extension.set_level(before)
+pytestmark = pytest.mark.usefixtures("level")
 
 
 def some_values(n: int) -> Tensor:

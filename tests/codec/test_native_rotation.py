@@ -1,7 +1,5 @@
 """The C++ kernels of DRIVE1 and DRIVE2: the same bits as the reference at every instruction set."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,18 +8,9 @@ from fedomc import codec
 from fedomc.codec import native, reference_rotation
 from tests.conftest import bits_of, flushed_denormals, randn, threads
 
-LEVELS = native.extension.levels() if native.extension is not None else []
+pytestmark = pytest.mark.usefixtures("level")
 SIZES = (0, 1, 31, 33, 511, 512, 513, 1024, 1025, 5000, codec.CHUNK + 1025)
 widths = pytest.mark.parametrize("bits", [1, 2])
-
-
-@pytest.fixture(params=LEVELS, autouse=True)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run each test at every level."""
-    before = native.extension.level()
-    native.extension.set_level(request.param)
-    yield request.param
-    native.extension.set_level(before)
 
 
 def some_values(n: int) -> Tensor:

@@ -149,6 +149,26 @@ def with_codes(fmt: str, codes: Tensor, scales: Tensor) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [
+        ("S1E2M3/32", "MXFP6"), ("S1E3M2/32", "MXFP6E3M2"), ("S1E2M1/32", "MXFP4"),
+        ("S1E2M3/64", None), ("S1E4M3/32", None), ("S1E5M2/32", None), ("S1E2M2/32", None),
+    ],
+)  # fmt: skip
+def test_floats_by_block_are_those_of_ocp_where_blocks_and_codes_are(path: Path, name: str, twin: str | None) -> None:
+    model = model_of(name, weight=(6, 64))
+    if twin is None:
+        with pytest.raises(PayloadError, match=name):
+            save_model(model, path, interchange=True)
+        return
+    save_model(model, path, interchange=True)
+    assert tensors_of(path.read_bytes())["weight"][0] == MX[twin][0]
+    loaded = load_model(model_of(name, weight=(6, 64)), path)
+    assert same_bits(loaded.weight.dequantize(), model.weight.dequantize())
+    assert torch.equal(loaded.weight.base.codes, model.weight.base.codes)
+
+
 @formats
 @pytest.mark.parametrize("scale", [0, 1, 120, 239])
 def test_every_code_has_its_value_and_reserved_ones_the_largest(path: Path, fmt: str, scale: int) -> None:

@@ -132,5 +132,5 @@ class NormalFloat:
     )
 
 
-BlockElement = FloatElement | OCPElement | IntegerElement | NormalFloat
+BlockElement = FloatElement | IntegerElement | NormalFloat
 """The element format of a blockwise method."""

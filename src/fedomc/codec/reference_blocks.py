@@ -26,6 +26,7 @@ from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, No
 from fedomc.codec.layout import BLOCK
 from fedomc.codec.random import random_bits
 from fedomc.codec.reference import chunks_of, flushed, magnitudes, pack, round_to, stretch, unpack, values_of
+from fedomc.codec.scaling import largest_mantissa
 
 INTEGER, NORMAL_FLOAT, OCP, FLOAT = 0, 1, 2, 3
 """The kinds of elements in the operators' arguments; two further numbers give the parameters of each kind."""
@@ -140,11 +141,8 @@ def _scales(largest: Tensor, nothing: Tensor, element: BlockElement, stochastic:
     if isinstance(element, FloatElement):
         exponent = (largest.view(torch.int32) >> 23) - element.top_exponent
         if stochastic or not isinstance(element, OCPElement):
-            dropped = 23 - element.mantissa_bits
-            limit = element.max_code << dropped & 0x7FFFFF
-            if not stochastic and dropped:
-                limit += (1 << (dropped - 1)) - 1
-            exponent += (largest.view(torch.int32) & 0x7FFFFF) > limit
+            mantissa = largest.view(torch.int32) & 0x7FFFFF
+            exponent += mantissa > largest_mantissa(element, stochastic=stochastic)
         return torch.where(nothing, 127, exponent).clamp_(1, 254 - element.top_exponent).to(torch.uint8)
     scale = largest / element.max_value
     if isinstance(element, IntegerElement):

@@ -30,12 +30,16 @@ def fitting_exponent(magnitude_bits: int, element: FloatElement, *, stochastic: 
     if magnitude_bits == 0 or element.exponent_bits == 8:
         return 0
     field, mantissa = magnitude_bits >> 23, magnitude_bits & 0x7FFFFF
-    dropped = 23 - element.mantissa_bits
-    limit = (0x7FFFFF >> dropped << dropped) - (growing and element.mantissa_bits > 0) * (1 << dropped)
-    if not stochastic:
-        limit += (1 << dropped >> 1) - 1 if dropped else 0
-    exceeds = field > 0 and mantissa > limit
+    kept_free = (growing and element.mantissa_bits > 0) << (23 - element.mantissa_bits)
+    exceeds = field > 0 and mantissa > largest_mantissa(element, stochastic=stochastic) - kept_free
     return element.top_exponent - (field - 127 if field else -126) - exceeds
+
+
+def largest_mantissa(element: FloatElement, *, stochastic: bool) -> int:
+    """Return the largest mantissa, as float32 bits, that is not rounded beyond the largest code in the top binade."""
+    dropped = 23 - element.mantissa_bits
+    limit = element.max_code << dropped & 0x7FFFFF
+    return limit if stochastic or not dropped else limit + (1 << (dropped - 1)) - 1
 
 
 def bounded_exponent(exponent: int, element: FloatElement) -> int:

@@ -12,12 +12,12 @@ from fedomc.codec.elements import FloatElement
 from fedomc.errors import FormatError
 from fedomc.methods.blockwise import SharedExponent
 from fedomc.methods.interchange import Interchange
+from fedomc.methods.microscaling import BLOCK, ELEMENTS, NAMES, Microscaling
 
 MAX_EXPONENT_BITS, MAX_MANTISSA_BITS = 5, 6
 """The largest element, which keeps every decoded value zero or a normal float32 down to ``reference_blocks.LEAST``."""
 
 _NAME = re.compile(r"S1E(\d)M(0|[1-9]\d?)/(\d{1,6})")
-_DTYPES = {(2, 3): "F6_E2M3", (3, 2): "F6_E3M2", (2, 1): "F4"}
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class BlockFloat(SharedExponent):
 
     @property
     def interchange(self) -> Interchange | None:
-        """The export as elements of an OCP dtype with E8M0 scales, for blocks of 32 of those that have such a dtype."""
-        dtype = _DTYPES.get((self.exponent_bits, self.mantissa_bits))
-        if dtype is None or self.block != 32:
+        """The export of the OCP format with these blocks and all of these codes, such as MXFP6; None without one."""
+        name = NAMES.get((self.exponent_bits, self.mantissa_bits))
+        if name is None or self.block != BLOCK or ELEMENTS[name].reserved:
             return None
-        return Interchange(dtype, "F8_E8M0", self.code_bits, self.block, self.element.max_code)
+        return Microscaling(BLOCK, self.exponent_bits, self.mantissa_bits).interchange

@@ -33,7 +33,8 @@ _DTYPES = {
 }
 """The dtype of each format's elements, by its name in safetensors."""
 
-_NAMES = {(element.exponent_bits, element.mantissa_bits): name for name, element in ELEMENTS.items()}
+NAMES = {(element.exponent_bits, element.mantissa_bits): name for name, element in ELEMENTS.items()}
+"""The name of the format with elements of so many exponent and mantissa bits."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Microscaling(SharedExponent):
     mantissa_bits: int = 3
 
     def __post_init__(self) -> None:
-        if self.block != BLOCK or (self.exponent_bits, self.mantissa_bits) not in _NAMES:
+        if self.block != BLOCK or (self.exponent_bits, self.mantissa_bits) not in NAMES:
             raise FormatError(
                 f"E{self.exponent_bits}M{self.mantissa_bits} in blocks of {self.block} is no format of the OCP "
                 f"specification: use one of {', '.join(ELEMENTS)}"
@@ -76,7 +77,7 @@ class Microscaling(SharedExponent):
         return None if element is None else cls(BLOCK, element.exponent_bits, element.mantissa_bits)
 
     def __str__(self) -> str:
-        return _NAMES[self.exponent_bits, self.mantissa_bits]
+        return NAMES[self.exponent_bits, self.mantissa_bits]
 
     def header(self) -> bytes:
         """Return the numbers of exponent and mantissa bits, one byte each."""

@@ -116,7 +116,7 @@ def reply_frame(
             f"{name} is returned as {value.dtype} {shape}, but was received as torch.float32 {tuple(sent.shape)}: "
             "return the trained variable with its original dtype and shape"
         )
-    update = value.update if is_compressed(value) else None
+    update = _update_of(value)
     if config is not None and config.uplink is not None and (sent is not None or update is not None):
         return uplink_frame(value, sent, config, name, feedback)
     if is_compressed(value):
@@ -184,7 +184,7 @@ def uplink_frame(
 
     Of a dense variable without ``sent`` the value is the change.
     """
-    update = value.update if is_compressed(value) else None
+    update = _update_of(value)
     corrected = feedback is not None and feedback.residual is not None
     if update is None or update.method != config.uplink or corrected:
         update = encoded_change(value, sent, config.encoding, name, feedback)
@@ -208,7 +208,7 @@ def encoded_change(
         NonFiniteError: a change is NaN or infinite.
     """
     assert encoding.uplink is not None
-    update = value.update if is_compressed(value) else None
+    update = _update_of(value)
     flat = value if is_compressed(value) else value.detach().reshape(-1)
 
     def change(start: int, stop: int) -> Tensor:
@@ -251,6 +251,10 @@ def _encode_corrected(
     residual = Packed.zeros(RESIDUAL, packed.numel, "cpu")
     residual.rewrite(lacking, "", name=f"the residual of {name}")
     feedback.residual = residual
+
+
+def _update_of(value: Tensor) -> Packed | None:
+    return value.update if is_compressed(value) else None
 
 
 def _flat(value: Tensor) -> Tensor:
