@@ -50,11 +50,18 @@ class Rates:
 def policy_of(format: str, task: Task, seed: int) -> fedomc.CompressionPolicy | None:
     """Return the policy that a string such as ``S1E2M3+S1E3M0`` means here; None for FP32.
 
-    Rounding is stochastic in one part and in two.
+    Rounding is stochastic in one part and in two. With an uplink the change of all variables goes up in it, as no task
+    has running statistics.
     """
     if format == FP32:
         return None
-    return fedomc.CompressionPolicy.parse(format, rounding="stochastic", seed=seed, exclude=tuple(task.exclude))
+    return fedomc.CompressionPolicy.parse(
+        format,
+        rounding="stochastic",
+        seed=seed,
+        exclude=tuple(task.exclude),
+        uplink_include=("*",) if ">" in format else (),
+    )
 
 
 def run(
