@@ -42,7 +42,7 @@ class Documents(Task):
         "epoch-sgdm": (0.03, 0.1),
         "epoch-adamw": (0.00005, 0.0002),
     }
-    server_rates = (0.0001, 0.0003, 0.001)
+    server_rates = (0.0003, 0.001, 0.003)
 
     @functools.cache  # noqa: B019
     def examples(self, part: str) -> Examples:

@@ -37,7 +37,7 @@ class Speech(Task):
     batch = 8
     rounds = {"1-step": 40, "4-steps": 12, "epoch-sgdm": 4, "epoch-adamw": 4}  # noqa: RUF012
     rates = {  # noqa: RUF012
-        "1-step": (0.1, 0.3, 1.0),
+        "1-step": (0.03, 0.1, 0.3),
         "4-steps": (0.03, 0.1, 0.3),
         "epoch-sgdm": (0.003, 0.01, 0.03),
         "epoch-adamw": (0.0001, 0.0003, 0.001),
