@@ -64,6 +64,16 @@ def trained(message: Message) -> Message:
     return answer(message, collect(model, message))
 
 
+def test_a_policy_may_be_a_string_and_has_a_default() -> None:
+    assert OMCStrategy(FedAvg()).policy == fedomc.CompressionPolicy.parse(fedomc.DEFAULT)
+    policy = OMCStrategy(FedAvg(), "S1E3M7@0.9").policy
+    assert isinstance(policy, fedomc.CompressionPolicy)
+    assert str(policy.format) == "S1E3M7" and policy.fraction == 0.9
+    assert OMCStrategy(FedAvg(), None).policy is None
+    with pytest.raises(fedomc.FormatError, match="S2"):
+        OMCStrategy(FedAvg(), "S2")
+
+
 def test_every_client_gets_its_own_payload_and_each_variable_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
     real = downlink.encode

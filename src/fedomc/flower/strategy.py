@@ -23,7 +23,7 @@ from fedomc.flower.training_round import TrainingRound
 from fedomc.methods import Encoding, Method
 from fedomc.serialization.checkpointing import Checkpoints
 from fedomc.serialization.entropy import require
-from fedomc.training.policy import CompressionPolicy, TieredPolicy
+from fedomc.training.policy import DEFAULT, CompressionPolicy, TieredPolicy
 
 DIRECTIONS = ("none", "down", "up", "both")
 
@@ -59,8 +59,8 @@ class OMCStrategy(Strategy):
 
     Attributes:
         inner: the wrapped strategy.
-        policy: how to compress; None sends FP32 and only counts bytes. With a ``TieredPolicy`` each client gets the
-            format of its tier, which it announces if its app has ``app.query("fedomc")(fedomc.flower.announce)``.
+        policy: how to compress, or a policy's string such as ``S1E3M7@0.9``; None sends FP32 and counts bytes. With a
+            ``TieredPolicy`` each client gets the format of the tier that its ``app.query("fedomc")(announce)`` names.
         aggregate: ``delta`` averages the clients' changes, ``weights`` the weights that they return.
         client_name: returns the name of a node for random draws. The default is the node's ID, which differs between
             runs of a simulation.
@@ -86,7 +86,7 @@ class OMCStrategy(Strategy):
     def __init__(
         self,
         inner: Strategy,
-        policy: CompressionPolicy | TieredPolicy | None,
+        policy: CompressionPolicy | TieredPolicy | str | None = DEFAULT,
         *,
         aggregate: str = "delta",
         client_name: Callable[[int], str | int] = str,
@@ -107,7 +107,7 @@ class OMCStrategy(Strategy):
             require()
         defences.check_aggregate(inner, aggregate)
         self.inner = inner
-        self.policy = policy
+        self.policy = policy = CompressionPolicy.parse(policy) if isinstance(policy, str) else policy
         self.aggregate = aggregate
         self.entropy_coding = entropy_coding
         self.unquantized_format = None if unquantized_format is None else Encoding.parse(str(unquantized_format)).format
