@@ -1,4 +1,5 @@
 import logging
+import re
 
 import pytest
 import torch
@@ -190,3 +191,21 @@ def test_metrics_of_a_trained_model() -> None:
     assert found[STEP_KEPT] == pytest.approx(1, abs=0.1) and 0 < found[STEP_NOISE] < 0.1
     record = ArrayRecord(dict(collect(model).items()))
     assert list(record) == ["weight", "bias"]
+
+
+def test_variables_that_the_format_cannot_hold_are_warned_of_once(flower_log: pytest.LogCaptureFixture) -> None:
+    model = build()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.dim() > 1).view(-1)[0] = 1e3
+    arrays, grid = collect(model), FailingGrid(set())
+    for format, warned in (("S1E2M3", 1), ("S1E2M3/64", 0)):
+        flower_log.clear()
+        strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0), format)
+        with flower_log.at_level(logging.WARNING):
+            for number in (1, 2):
+                list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
+        found = {record.getMessage() for record in flower_log.records if "cannot hold" in record.getMessage()}
+        assert len(found) == warned
+        assert all(
+            re.match(r"round 1: S1E2M3 cannot hold 1 of 8 variables: it loses \d+% of 0\.weight", x) for x in found
+        )

@@ -3,25 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from torch import Tensor
 
 from fedomc.errors import PolicyError
-from fedomc.flower.arrays import STRETCH, Values, flat_tensor, packed_array, records_of, view_dense
+from fedomc.flower.arrays import Values, flat_tensor, packed_array, records_of, view_dense
 from fedomc.flower.config import CONFIG, to_config
 from fedomc.methods import Encoding, Method, Packed, encode
 from fedomc.serialization import frame
+from fedomc.training.fidelity import Distance, measure
 from fedomc.training.policy import CompressionPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A variable in one format: its array, its codes, and the sums of squares of the error and of the values."""
+    """A variable in one format: its array, its codes, and how far these are from the values."""
 
     array: Array
     packed: Packed
-    error: tuple[float, float]
+    distance: Distance
 
 
 class Broadcast:
@@ -41,7 +40,7 @@ class Broadcast:
         arrays: the model.
         round: the number of the round.
         nodes: the nodes that were sent the model.
-        errors: for each compressed variable, the sums of squares of its compression error and of its values.
+        distances: how far each compressed variable is from its values; of several formats, that of the largest error.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Broadcast:
         self._unquantized_format = unquantized_format
         self._shapes = float32_shapes(arrays)
         self._pieces: dict[tuple[object, ...], _Piece] = {}
-        self.errors: dict[str, tuple[float, float]] = {}
+        self.distances: dict[str, Distance] = {}
         self._dense: dict[str, Values] = {}
         self._former_pieces = {} if former is None else former.pieces_of(arrays)
         self._sent: dict[int, dict[str, Packed]] = {}
@@ -148,9 +147,9 @@ class Broadcast:
             values = flat_tensor(self.dense(name))
             packed = encode(values, how.format, how.transform, name=name)
             array = packed_array(packed, self._shapes[name], kind, entropy_coding=self._code_down)
-            piece = _Piece(array, packed, _error(packed, values))
+            piece = _Piece(array, packed, measure(packed, values))
         self._pieces[key] = piece
-        self.errors[name] = max(self.errors.get(name, (0.0, 0.0)), piece.error)
+        self.distances[name] = max(self.distances.get(name, piece.distance), piece.distance)
         return piece
 
     def release_former(self) -> None:
@@ -167,15 +166,3 @@ class Broadcast:
 def float32_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the float32 variables, the only ones that can be compressed."""
     return {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
-
-
-def _error(packed: Packed, values: Tensor) -> tuple[float, float]:
-    """Return the sums of squares of the compression error and of the values."""
-    error, size = 0.0, 0.0
-    scratch = torch.empty(min(STRETCH, values.numel()), dtype=torch.float32, device="cpu")
-    for start in range(0, values.numel(), STRETCH):
-        part = values[start : start + STRETCH]
-        difference = packed.decode(scratch[: part.numel()], start).sub_(part)
-        error += float(torch.dot(difference, difference))
-        size += float(torch.dot(part, part))
-    return error, size

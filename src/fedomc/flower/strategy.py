@@ -300,7 +300,8 @@ class OMCStrategy(Strategy):
             self._send(broadcast, messages)
         for message in messages:
             report.count("down", message)
-        report.errors = broadcast.errors
+        report.errors = {name: (found.error, found.size) for name, found in broadcast.distances.items()}
+        self._supervision.check_broadcast(server_round, broadcast.distances)
         self.traffic.append(Traffic(server_round, len(messages), down_bytes=report.down_bytes.total()))
         self._round = TrainingRound(
             broadcast,
@@ -339,8 +340,7 @@ class OMCStrategy(Strategy):
             metrics = MetricRecord({**metrics, **self.report.metrics(variables=False)})
         for observer in self.observers:
             observer(self.report)
-        sent, received = self.traffic[-1].sent, self._round.received
-        self._supervision.add(server_round, sent, received, metrics)
+        self._supervision.add(server_round, self.traffic[-1].sent, self._round.received, metrics)
         return arrays, metrics
 
     def configure_evaluate(

@@ -11,6 +11,7 @@ factor may be too small and clients agree in part only; they separate what was l
 
 import math
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from flwr.app import MetricRecord
@@ -18,6 +19,7 @@ from flwr.app import MetricRecord
 from fedomc.errors import RoundsFailedError
 from fedomc.flower._flower import logger
 from fedomc.tensor.steps import KEPT_ENOUGH, WAY_OUT, is_too_noisy
+from fedomc.training.fidelity import Distance, warning_of
 
 STEP_KEPT, STEP_NOISE, STEP_DRIFT = "fedomc.step-kept", "fedomc.step-noise", "fedomc.step-drift"
 """The names of the metrics that ``step_metrics`` adds to a reply."""
@@ -29,7 +31,8 @@ _MIN_ROUNDS = 5  # over fewer rounds, stochastic rounding may seem to lose steps
 class Supervision:
     """Raises an error if several rounds in a row fail, and warns once if rounding loses the clients' training steps.
 
-    It also warns once if the noise of rounding has moved the server's model too far.
+    It also warns once if the format cannot hold some of the variables that are sent, and once if the noise of rounding
+    has moved the server's model too far.
 
     Args:
         failures: the number of consecutive rounds without a usable reply that raises the error; None never raises it.
@@ -44,7 +47,19 @@ class Supervision:
         self._failed = self._rounds = self._used = 0
         self._kept: list[float] = []
         self._noise_energy = self._step_energy = 0.0  # relative to that of the weights
-        self._warned = self._warned_of_noise = False
+        self._warned = self._warned_of_noise = self._warned_of_format = False
+
+    def check_broadcast(self, number: int, distances: Mapping[str, Distance]) -> None:
+        """Warn if the format cannot hold some of the variables that are sent.
+
+        Args:
+            number: the number of the round.
+            distances: how far each variable's codes are from its values, by qualified name.
+        """
+        text = None if self._warned_of_format else warning_of(distances, self._format)
+        if text is not None:
+            self._warned_of_format = True
+            logger.warning("round %d: %s", number, text)
 
     def add(self, number: int, sent: int, received: int, metrics: MetricRecord | None) -> None:
         """Record the result of a round of training.

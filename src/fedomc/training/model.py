@@ -1,5 +1,6 @@
 """Compress and decompress the parameters of a model, and count the bytes that they hold."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from fedomc._torch import has_step_hooks
 from fedomc.errors import PolicyError
 from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress
+from fedomc.training.fidelity import Distance, measure, warning_of
 from fedomc.training.lazy import check_initialized
 from fedomc.training.policy import DEFAULT, CompressionPolicy
 
@@ -34,6 +36,9 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
             ``compress_``.
         NonFiniteError: a value is NaN or infinite. The variables before it are compressed by then; none is lost.
 
+    Warns:
+        UserWarning: the format cannot hold some of the variables, as ``training.fidelity`` explains.
+
     Example:
         >>> model = fedomc.compress_(torch.nn.Linear(512, 512))
         >>> f"{fedomc.parameter_bytes(model).ratio:.0%}"
@@ -53,10 +58,21 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
             raise PolicyError(
                 f"{name} is {parameters[name].dtype}: only float32 is compressed; call model.float() first"
             )
+    distances = dict[str, Distance]()
     replace_parameters(
-        model, ((name, compress(parameters.pop(name), encoding, name)) for name, encoding in selection.items())
+        model, ((name, _compressed(parameters.pop(name), how, name, distances)) for name, how in selection.items())
     )
+    text = warning_of(distances, "+".join(dict.fromkeys(str(how.format) for how in selection.values())))
+    if text is not None:
+        warnings.warn(text, stacklevel=2)
     return model
+
+
+def _compressed(values: Tensor, how: Encoding, name: str, distances: dict[str, Distance]) -> CompressedTensor:
+    with torch.no_grad():
+        compressed = compress(values, how, name)
+        distances[name] = measure(compressed.base, values.reshape(-1))
+    return compressed
 
 
 def resolve_selection(
