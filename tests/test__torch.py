@@ -111,20 +111,50 @@ def test_schema_of() -> None:
 
 def test_hooks() -> None:
     p = nn.Parameter(torch.ones(3))
-    assert not _torch.has_hooks(p) and not _torch.has_step_hooks(p)
+    assert not _torch.has_step_hooks(p)
     handle = p.register_hook(lambda gradient: None)
-    assert _torch.has_hooks(p) and not _torch.has_step_hooks(p)
+    assert not _torch.has_step_hooks(p)
     handle.remove()
     handle = p.register_post_accumulate_grad_hook(lambda parameter: None)
-    assert _torch.has_hooks(p) and _torch.has_step_hooks(p)
+    assert _torch.has_step_hooks(p)
     handle.remove()
-    assert not _torch.has_hooks(p)
-    _torch.drop_hooks(p)
-    calls = []
-    p.register_hook(calls.append)
-    p.register_post_accumulate_grad_hook(calls.append)
-    p.sum().backward()
+    assert not _torch.has_step_hooks(p)
+
+
+class Swapped(torch.Tensor):
+    def _use_count(self) -> int:
+        _torch.keep_hooks_in_swap(self)
+        return _torch.use_count(self)
+
+
+def test_hooks_survive_a_swap() -> None:
+    """``torch.utils.swap_tensors`` asks both tensors, which it calls t1 and t2, for their use count before it swaps."""
+    one, other = (torch.full((3,), value).as_subclass(Swapped).requires_grad_() for value in (1.0, 2.0))
+    calls: list[str] = []
+    one.register_hook(lambda gradient: calls.append("gradient"))
+    one.register_post_accumulate_grad_hook(lambda parameter: calls.append("step"))
+    torch.utils.swap_tensors(one, other)
+    assert one.detach().tolist() == [2, 2, 2]
+    one.sum().backward()
+    assert calls == ["gradient", "step"]
+
+
+def test_hooks_registered_after_a_swap_are_called() -> None:
+    one, other = (torch.full((3,), value).as_subclass(Swapped).requires_grad_() for value in (1.0, 2.0))
+    one.register_hook(lambda gradient: None).remove()
+    torch.utils.swap_tensors(one, other)
+    calls: list[torch.Tensor] = []
+    one.register_hook(calls.append)
+    one.register_post_accumulate_grad_hook(calls.append)
+    one.sum().backward()
     assert len(calls) == 2
+
+
+def test_hooks_are_not_lost_where_torch_swaps_in_another_way() -> None:
+    one = torch.ones(3).as_subclass(Swapped).requires_grad_()
+    one.register_hook(lambda gradient: None)
+    with pytest.raises(RuntimeError, match="hooks of a tensor would be lost"):
+        one._use_count()
 
 
 def test_use_count() -> None:

@@ -38,15 +38,14 @@ __all__ = [
     "TorchDispatchMode",
     "current_node",
     "dispatch_is_watched",
-    "drop_hooks",
     "forbid_memory_access",
     "has_constant",
-    "has_hooks",
     "has_step_hooks",
     "in_reentrant_checkpoint",
     "in_checkpoint",
     "is_called_compiled",
     "is_compiled",
+    "keep_hooks_in_swap",
     "linear_of_onednn",
     "no_overrides",
     "processor_name",
@@ -198,19 +197,32 @@ def has_constant(tensor: Any) -> bool:
     return tensor.constant is not None
 
 
-def has_hooks(tensor: Tensor) -> bool:
-    """Return whether a leaf has hooks on its gradient."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
-
-
 def has_step_hooks(tensor: Tensor) -> bool:
     """Return whether a leaf has hooks that run after its gradient has been accumulated."""
     return bool(tensor._post_accumulate_grad_hooks)
 
 
-def drop_hooks(tensor: Tensor) -> None:
-    """Remove the hook dictionaries of a leaf, even if they are empty."""
-    tensor._backward_hooks = tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+def keep_hooks_in_swap(tensor: Tensor) -> None:
+    """Let the hooks of a leaf survive ``torch.utils.swap_tensors``, which asks the tensor for its use count first.
+
+    A swap exchanges what two Python objects stand for, but neither their hooks nor what calls those: the hooks would
+    stay with the object and never be called again. The other tensor of the swap, which the stack of calls tells, is
+    therefore given the same hooks. Empty dictionaries are removed, as hooks registered after the swap would not be
+    called either.
+
+    Raises:
+        RuntimeError: torch swaps in a way that is unknown here, and the tensor has hooks.
+    """
+    hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    if not any(hooks):
+        tensor._backward_hooks = tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        return
+    swap = next((f for f in _outwards(sys._getframe()) if f.f_code is _SWAP_TENSORS), None)
+    if swap is None or not {"t1", "t2"} <= swap.f_locals.keys():
+        raise RuntimeError("hooks of a tensor would be lost when it is moved: remove them before, and add them after")
+    one, other = swap.f_locals["t1"], swap.f_locals["t2"]
+    if tensor is one and other is not one:
+        other._backward_hooks, other._post_accumulate_grad_hooks = hooks
 
 
 def use_count(tensor: Tensor) -> int:
@@ -254,6 +266,7 @@ def in_reentrant_checkpoint() -> bool:
 
 
 _CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__
+_SWAP_TENSORS = torch.utils.swap_tensors.__code__
 
 
 def linear_of_onednn() -> Any:

@@ -151,12 +151,12 @@ def test_values_that_are_no_dense_tensors(value: Any, says: str) -> None:
     [
         (lambda encoding: {"else.weight": encoding}, r"no parameter 'else\.weight'"),
         (lambda encoding: {"inner.1.running_mean": encoding}, "no parameter"),
-        (lambda encoding: {"small": encoding}, "small is torch.float16"),
+        (lambda encoding: {"small": encoding}, "small is torch.float64"),
     ],
 )
 def test_a_selection_of_another_model(selection: Callable[..., Any], says: str) -> None:
     model = on_meta()
-    model.small = nn.Parameter(torch.ones(2, 2, dtype=torch.float16))
+    model.small = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
     with pytest.raises(PolicyError, match=says):
         materialize_(model, iter(()), selection(POLICIES["two parts"].encoding()))
 

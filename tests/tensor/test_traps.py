@@ -454,11 +454,10 @@ class TestSavedAndMoved:
             once.backward()
         loss(packed, x).backward()
 
-    @pytest.mark.parametrize("change", ["half", "bfloat16", "double"])
-    def test_another_precision_is_an_error_that_changes_nothing(self, change: str) -> None:
+    def test_a_wider_precision_is_an_error_that_changes_nothing(self) -> None:
         plain, packed, x = build()
         with pytest.raises(RuntimeError, match=r"0\.weight is compressed.*decompress_"):
-            getattr(packed, change)()
+            packed.double()
         train(plain, x)
         train(packed, x)
         assert_same_parameters(plain, packed)

@@ -31,7 +31,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYog
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.flower.arrays import LazyArray, Values, dense_array, in_dtype
+from fedomc.flower.arrays import LazyArray, Values, array_of
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.variables import ReplyVariable, add_changes
 from fedomc.methods import Packed
@@ -99,7 +99,7 @@ class Mean:
         for name in replies[0][0]:
             if name not in self._sums:
                 values = self._broadcast.dense(name)
-                kind = torch.float32 if values.dtype == np.float32 else torch.float64
+                kind = torch.float32 if values.dtype in (np.float32, np.float16) else torch.float64
                 self._sums[name] = torch.zeros(values.size, dtype=kind, device="cpu")
             add_changes(self._sums[name], [(reply[name], weight) for reply, weight in replies])
         for reply, weight in replies:
@@ -124,7 +124,7 @@ class Mean:
         """Return the mean as plain arrays in the dtypes of the model; this consumes all sums."""
         record = ArrayRecord()
         for name, array in self._broadcast.arrays.items():
-            record[name] = dense_array(in_dtype(self._take(name), array.dtype))
+            record[name] = array_of(self._take(name), array.dtype)
         return record
 
     def _take(self, name: str) -> Values:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
@@ -15,6 +16,7 @@ from fedomc import codec
 from fedomc.errors import PayloadError
 from fedomc.methods import Packed
 from fedomc.serialization import frame
+from fedomc.serialization.tensor_file import raw_bytes
 
 STYPE = "fedomc.frame: read it with fedomc.flower.install or fedomc.flower.omc_mod"
 """The serialization type of an ``Array`` that holds a compressed variable.
@@ -22,6 +24,9 @@ STYPE = "fedomc.frame: read it with fedomc.flower.install or fedomc.flower.omc_m
 A client that does not know fedomc fails with Flower's error "Unsupported serialization type". The type is the only part
 of that message that can tell its user what to do.
 """
+
+BFLOAT16 = "fedomc.bfloat16: read it with fedomc.flower.install"
+"""The serialization type of an ``Array`` of bfloat16 values, little-endian, a dtype that numpy does not have."""
 
 STRETCH = 8 * codec.CHUNK
 """The number of values of a variable that are processed at a time, so that they stay in the processor's cache."""
@@ -53,7 +58,7 @@ def packed_array(
 
 
 def framed_array(data: bytes, shape: tuple[int, ...]) -> Array:
-    """Put a frame of a variable with the given shape into an ``Array``."""
+    """Put a frame of a variable with the given shape into an ``Array``; its dtype is the receiver's own."""
     return Array("float32", tuple(shape), STYPE, data)
 
 
@@ -76,6 +81,8 @@ def read_packed(array: Array, name: str, *, copy: bool, sent: Packed | None = No
 def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
     """View the values of a plain ``Array`` in its data, without a copy; they must not be modified.
 
+    Those of bfloat16 are a float32 copy.
+
     Args:
         array: the array.
         name: the variable's name, for error messages.
@@ -84,6 +91,11 @@ def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
     Raises:
         PayloadError: the data is not a numpy array of the array's shape, or a value is NaN or infinite.
     """
+    if array.stype == BFLOAT16:
+        values = _read_bfloat16(array, name).float().numpy()
+        if check and not _all_finite(values):
+            raise PayloadError(f"{name} has a value that is NaN or infinite")
+        return values
     if array.stype != "numpy.ndarray":
         raise PayloadError(f"{name}: serialization type {array.stype!r} is unknown")
     data = array.data
@@ -104,6 +116,60 @@ def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
     return values
 
 
+def read_dense(array: Array, name: str, *, check: bool = True) -> Tensor:
+    """View the values of a plain ``Array`` as a tensor of its dtype; arguments and errors as in ``view_dense``."""
+    if array.stype == BFLOAT16 and not check:
+        return _read_bfloat16(array, name)
+    values = view_dense(array, name, check=check)
+    try:
+        tensor = flat_tensor(values).view(tuple(array.shape))
+    except (TypeError, BufferError) as error:
+        raise PayloadError(f"{name}: {error}") from None
+    return tensor.to(torch.bfloat16) if array.stype == BFLOAT16 else tensor
+
+
+def dtype_of(array: Array, values: Values) -> str:
+    """Return the name of the dtype of a plain ``Array``'s values, of which ``view_dense`` gave a view."""
+    return "bfloat16" if array.stype == BFLOAT16 else str(values.dtype)
+
+
+def plain_array(tensor: Tensor, name: str) -> Array:
+    """Put a dense tensor into a plain ``Array``.
+
+    Raises:
+        PayloadError: numpy does not have the dtype, and it is not bfloat16.
+    """
+    values = tensor.detach().cpu()
+    if values.dtype is torch.bfloat16:
+        return Bfloat16Array(values)
+    try:
+        return Array(values.numpy())
+    except TypeError as error:
+        raise PayloadError(f"{name} is {tensor.dtype}, which cannot be sent: call model.float() first") from error
+
+
+def array_of(values: Values, dtype: str) -> Array:
+    """Put values into a plain ``Array`` of a dtype; conversion to integers rounds."""
+    if dtype == "bfloat16":
+        return Bfloat16Array(flat_tensor(np.ascontiguousarray(values)).to(torch.bfloat16).view(tuple(values.shape)))
+    return dense_array(_in_dtype(values, dtype))
+
+
+class Bfloat16Array(Array):
+    """An ``Array`` of bfloat16 values, which it gives to strategies as float32."""
+
+    def __init__(self, values: Tensor) -> None:
+        """Copy the values of a tensor on the CPU."""
+        super().__init__("bfloat16", tuple(values.shape), BFLOAT16, bytes(raw_bytes(values)))
+
+    def numpy(self) -> Values:
+        """Return the values as float32."""
+        return view_dense(self, "the array", check=False)
+
+    def __reduce__(self) -> Any:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
 def flat_tensor(values: Values) -> Tensor:
     """View values as a flat tensor; it must not be modified, because the values may be part of a message."""
     return from_dlpack(values.reshape(-1))
@@ -117,8 +183,7 @@ def dense_array(values: Values) -> Array:
     return Array(str(values.dtype), tuple(values.shape), "numpy.ndarray", data)
 
 
-def in_dtype(values: Values, dtype: str) -> Values:
-    """Convert values to a dtype; conversion to integers rounds."""
+def _in_dtype(values: Values, dtype: str) -> Values:
     target = np.dtype(dtype)
     if values.dtype == target:
         return values
@@ -135,6 +200,17 @@ class LazyArray(Array):
     def numpy(self) -> Values:
         """Compute the values."""
         return self._values()
+
+
+def _read_bfloat16(array: Array, name: str) -> Tensor:
+    if array.dtype != "bfloat16" or math.prod(array.shape) * 2 != len(array.data):
+        raise PayloadError(
+            f"{name}: {len(array.data)} bytes do not hold {array.dtype} {tuple(array.shape)} as bfloat16"
+        )
+    if not array.data:
+        return torch.empty(tuple(array.shape), dtype=torch.bfloat16, device="cpu")
+    words = np.frombuffer(array.data, "<i2").astype(np.int16, copy=False)
+    return from_dlpack(words).view(torch.bfloat16).view(tuple(array.shape))
 
 
 def _all_finite(values: Values) -> bool:

@@ -13,11 +13,13 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedomc.errors import PayloadError
-from fedomc.flower.arrays import dense_array, view_dense
+from fedomc.flower.arrays import array_of, view_dense
 from fedomc.flower.defences import accountant_of, adaptive_clipping_of, innermost, layers
 from fedomc.flower.traffic import Traffic
 from fedomc.serialization.checkpointing import Checkpoint
 from fedomc.training.policy import CompressionPolicy, TieredPolicy
+
+_STORED_AS = {"bfloat16": "float32"}  # a file of arrays has the dtypes of numpy
 
 _DERIVED = "current_arrays"
 """The attribute in which Flower's strategies keep the model itself; they assign it in every round."""
@@ -107,7 +109,7 @@ def from_checkpoint(
     """
     stored = checkpoint.arrays.get("model", {})
     described = {name: (array.shape, str(array.dtype)) for name, array in stored.items()}
-    if described != {name: (tuple(array.shape), array.dtype) for name, array in arrays.items()}:
+    if described != {name: (tuple(a.shape), _STORED_AS.get(a.dtype, a.dtype)) for name, a in arrays.items()}:
         raise PayloadError("the checkpoint has another model: use another folder to start a new run")
     try:
         progress = checkpoint.progress
@@ -139,8 +141,8 @@ def from_checkpoint(
     random.setstate(random_state)
     for attribute, value in optimizer.items():
         setattr(innermost(inner), attribute, value)
-    for name in arrays:
-        state.arrays[name] = dense_array(stored[name])
+    for name, array in arrays.items():
+        state.arrays[name] = array_of(stored[name], array.dtype)
     return state
 
 

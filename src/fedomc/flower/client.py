@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from torch import Tensor, nn
 
 from fedomc.errors import PayloadError, PolicyError
-from fedomc.flower.arrays import STYPE, flat_tensor, framed_array, read_packed, records_of, view_dense
+from fedomc.flower.arrays import STYPE, framed_array, plain_array, read_dense, read_packed, records_of
 from fedomc.flower.chunks import ChunkedArray
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.flower.feedback import Residuals
@@ -18,6 +18,7 @@ from fedomc.flower.supervision import STEP_DRIFT, STEP_KEPT, STEP_NOISE
 from fedomc.serialization import frame
 from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.dtypes import DTYPES
 from fedomc.training.model import replace_parameters
 from fedomc.training.module_state import ModuleState, OwnedValue, some
 from fedomc.training.step_report import step_report
@@ -95,8 +96,8 @@ def collect(
 
     Raises:
         NonFiniteError: a variable that has to be encoded has a value or a change that is NaN or infinite.
-        PayloadError: a variable has a dtype that numpy does not support; or the message is damaged, belongs to another
-            model, or no longer has the bytes that are needed.
+        PayloadError: a variable has a dtype that neither numpy has nor is bfloat16; or the message is damaged, belongs
+            to another model, or no longer has the bytes that are needed.
         PolicyError: the server requests entropy coding, but zstandard is not installed; or, with ``consume``, a
             parameter is stepped in backward; or error feedback is requested without a message, or the server's
             policy has no uplink.
@@ -164,10 +165,7 @@ def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> 
     if tuple(array.shape) != tuple(old.shape):
         raise PayloadError(f"{name} has shape {tuple(array.shape)}, but {tuple(old.shape)} in the model")
     if array.stype != STYPE:
-        try:
-            return flat_tensor(view_dense(array, name, check=False)).view(tuple(array.shape))
-        except (TypeError, BufferError) as error:
-            raise PayloadError(f"{name}: {error}") from None
+        return read_dense(array, name, check=False)
     if config is None:
         raise PayloadError(f"{name} is compressed, but the message has no {CONFIG!r} config record")
     # A base is never rewritten, so it may be a view of the message; a variable in one part needs its own memory.
@@ -175,13 +173,15 @@ def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> 
     if parsed.kind == frame.UPDATE:
         raise PayloadError(f"{name} contains only an update, from which a model cannot be filled: send the variable")
     if parsed.kind != frame.DENSE:
-        return CompressedTensor.from_packed(parsed.packed, config.encoding, parsed.shape, name)
+        dtype = old.dtype if old.dtype in DTYPES else torch.float32
+        return CompressedTensor.from_packed(parsed.packed, config.encoding, parsed.shape, name, dtype)
     if parsed.packed.method != config.unquantized_format:
         raise PayloadError(
             f"{name} is in {parsed.packed.method}, but the message says unquantized_format={config.unquantized_format}"
         )
     values = torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu")
-    return OwnedValue(parsed.packed.decode(values).view(parsed.shape))
+    decoded = parsed.packed.decode(values).view(parsed.shape)
+    return OwnedValue(decoded.to(old.dtype) if old.dtype in DTYPES else decoded)
 
 
 def _consumed(
@@ -233,10 +233,7 @@ def _written(
         residuals.add(name, shape, feedback)
     if data is not None:
         return framed_array(data, shape)
-    try:
-        return Array(tensor.detach().cpu().numpy())
-    except TypeError as error:
-        raise PayloadError(f"{name} is {tensor.dtype}, which cannot be sent: call model.float() first") from error
+    return plain_array(tensor, name)
 
 
 def _sent(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig | None) -> Sent | None:
@@ -251,7 +248,7 @@ def _sent(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig |
             "released: install without consume, or call collect before decompressing the model"
         )
     if array.stype != STYPE:
-        return flat_tensor(view_dense(array, name, check=False)).view(tuple(array.shape))
+        return read_dense(array, name, check=False)
     return read_packed(array, name, copy=False)
 
 

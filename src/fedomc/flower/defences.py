@@ -110,7 +110,7 @@ def check_model(inner: Strategy, arrays: ArrayRecord) -> None:
         PolicyError: the strategy clips, and a variable has an integer dtype.
     """
     for name, array in arrays.items():
-        if np.dtype(array.dtype).kind != "f" and clipping_of(inner) is not None:
+        if array.dtype != "bfloat16" and np.dtype(array.dtype).kind != "f" and clipping_of(inner) is not None:
             raise PolicyError(
                 f"{name} is {array.dtype}, and {type(clipping_of(inner)).__name__} can neither clip it nor add noise: "
                 f"leave it out of the messages, or use a layer without counters, such as GroupNorm ({GUIDE})"
@@ -208,7 +208,7 @@ def _scaled(broadcast: Broadcast, arrays: ArrayRecord, factor: float) -> ArrayRe
             scaled: Values = change.astype(own.dtype).reshape(own.shape)
             return scaled
 
-        record[name] = LazyArray(array.dtype, tuple(array.shape), values)
+        record[name] = LazyArray(broadcast.dense(name).dtype, tuple(array.shape), values)
     return record
 
 

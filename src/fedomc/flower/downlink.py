@@ -10,6 +10,7 @@ from fedomc.flower.arrays import Values, flat_tensor, packed_array, records_of, 
 from fedomc.flower.config import CONFIG, to_config
 from fedomc.methods import Encoding, Method, Packed, encode
 from fedomc.serialization import frame
+from fedomc.tensor.dtypes import NAMES
 from fedomc.training.fidelity import Distance, measure
 from fedomc.training.policy import CompressionPolicy
 
@@ -61,7 +62,7 @@ class Broadcast:
         self._code_down = entropy_coding in ("down", "both")
         self._code_up = entropy_coding in ("up", "both")
         self._unquantized_format = unquantized_format
-        self._shapes = float32_shapes(arrays)
+        self._shapes = compressible_shapes(arrays)
         self._pieces: dict[tuple[object, ...], _Piece] = {}
         self.distances: dict[str, Distance] = {}
         self._dense: dict[str, Values] = {}
@@ -163,6 +164,6 @@ class Broadcast:
         return self._pieces if same else {}
 
 
-def float32_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the float32 variables, the only ones that can be compressed."""
-    return {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == "float32"}
+def compressible_shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the float32, bfloat16 and float16 variables, the only ones that can be compressed."""
+    return {name: tuple(array.shape) for name, array in arrays.items() if array.dtype in NAMES}

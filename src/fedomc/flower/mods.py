@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower._flower import is_legacy_content
-from fedomc.flower.arrays import STYPE, flat_tensor, framed_array, read_packed, records_of, view_dense
+from fedomc.flower.arrays import BFLOAT16, STYPE, framed_array, read_dense, read_packed, records_of, view_dense
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.flower.feedback import Residuals
 from fedomc.serialization import frame
@@ -107,7 +107,9 @@ def _decoded(record: ArrayRecord, uplink: UplinkConfig) -> tuple[ArrayRecord, Re
                 .numpy()
             )
         elif uplink.asks_for_change(name):
-            received[name] = flat_tensor(view_dense(array, name)).view(tuple(array.shape))
+            received[name] = read_dense(array, name)
+        if array.stype == BFLOAT16:
+            array = Array(view_dense(array, name))
         decoded[name] = array
     return decoded, received
 

@@ -10,13 +10,14 @@ from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, Record
 from fedomc.errors import PayloadError
 from fedomc.flower import defences
 from fedomc.flower._flower import logger
-from fedomc.flower.arrays import STYPE, read_packed, records_of, view_dense
+from fedomc.flower.arrays import STYPE, dtype_of, read_packed, records_of, view_dense
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, read_metrics, with_weight
 from fedomc.flower.traffic import RoundReport
 from fedomc.flower.variables import ReplyVariable
 from fedomc.methods import Method, Packed
 from fedomc.serialization import frame
+from fedomc.tensor.dtypes import NAMES
 
 
 @dataclass
@@ -222,10 +223,10 @@ def _read_variable(
     sent = broadcast.dense(name) if packed is None else packed
     if array.stype != STYPE:
         values = view_dense(array, name)
-        if values.dtype != own.dtype:
-            raise PayloadError(f"{name} has dtype {values.dtype}, but was sent as {own.dtype}")
+        if dtype_of(array, values) != own.dtype:
+            raise PayloadError(f"{name} has dtype {dtype_of(array, values)}, but was sent as {own.dtype}")
         return ReplyVariable(values, sent, False)
-    if own.dtype != "float32":
+    if own.dtype not in NAMES:
         raise PayloadError(f"{name} is compressed, but was sent as {own.dtype}")
     parsed = read_packed(array, name, copy=False, sent=packed)
     is_update = parsed.kind == frame.UPDATE

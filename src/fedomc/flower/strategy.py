@@ -13,7 +13,7 @@ from fedomc.flower import defences
 from fedomc.flower._flower import logger, stand_in
 from fedomc.flower.aggregation import AGGREGATES
 from fedomc.flower.checkpointing import RunState, digest, from_checkpoint, settings_of, to_checkpoint
-from fedomc.flower.downlink import Broadcast, float32_shapes
+from fedomc.flower.downlink import Broadcast, compressible_shapes
 from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.replies import checked_evaluations
 from fedomc.flower.supervision import Supervision, gain_of
@@ -54,7 +54,7 @@ class OMCStrategy(Strategy):
     ``OMCStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), ...))``; see the module ``defences`` for what is
     refused and for clipping on the clients.
 
-    Parameters and buffers cannot be distinguished by name, so two-dimensional float32 buffers are compressed like
+    Parameters and buffers cannot be distinguished by name, so two-dimensional buffers of floats are compressed like
     parameters unless the policy excludes them.
 
     Attributes:
@@ -370,7 +370,7 @@ class OMCStrategy(Strategy):
         if not isinstance(tiers, TieredPolicy):
             return self._broadcast_by(lambda node: tiers, arrays, server_round)
         self._capabilities.ask(grid, {message.metadata.dst_node_id for message in messages})
-        shapes = float32_shapes(arrays)
+        shapes = compressible_shapes(arrays)
 
         def policy_of(node: int) -> CompressionPolicy | None:
             client = self.client_name(node)

@@ -11,7 +11,7 @@ from fedomc.errors import NonFiniteError, PayloadError
 from fedomc.flower import defences
 from fedomc.flower._flower import logger
 from fedomc.flower.aggregation import Mean, averages, decoded, is_the_mean
-from fedomc.flower.arrays import dense_array, in_dtype, view_dense
+from fedomc.flower.arrays import array_of, view_dense
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, with_weight
 from fedomc.flower.replies import Reply, checked_replies, like_most, log_left_out, without_others
@@ -270,7 +270,7 @@ def _in_dtypes_of(sent: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
     for name, array in arrays.items():
         dtype = sent[name].dtype
         if array.dtype != dtype:
-            array = dense_array(in_dtype(array.numpy(), dtype))
+            array = array_of(array.numpy(), dtype)
         try:
             view_dense(array, name)
         except PayloadError:

@@ -62,7 +62,7 @@ class ReplyVariable:
             values.add_difference_to(total, sent, weight, start)
         elif isinstance(values, Packed) or isinstance(sent, Packed):
             total.add_(self.change_from(values, torch.empty_like(total), start), alpha=weight)
-        elif total.dtype == torch.float32 and total.numel() >= codec.CHUNK:
+        elif total.dtype == torch.float32 and total.numel() >= codec.CHUNK and values.dtype == np.float32:
             codec.add_difference(flat_tensor(values)[start:stop], flat_tensor(sent)[start:stop], weight, total)
         else:  # a model has hundreds of small variables, for which numpy is faster than a call of the codec
             added = total.numpy()
@@ -77,7 +77,7 @@ def add_changes(total: Tensor, replies: Sequence[tuple[ReplyVariable, float]]) -
     The differences are computed first, value by value, so that the sum is rounded on the scale of the changes.
 
     Args:
-        total: the sum, float32 ``[numel]``, or float64 for dense values.
+        total: the sum, float32 ``[numel]``, or float64 for dense values of no shorter float.
         replies: the variable in each reply and the reply's weight, in the order of addition.
     """
     read = [(variable, variable.read(), weight) for variable, weight in replies]

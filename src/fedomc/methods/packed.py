@@ -191,7 +191,7 @@ class Packed:
         new = Packed(self.method, self.numel, fields, self.state.draws + 1)
         if accepts is not None and not accepts(new):
             raise NonFiniteError(
-                f"{name} would have a base and an update whose sum is beyond float32; nothing was changed. "
+                f"{name} would have a value beyond its dtype; nothing was changed. "
                 "Look for a diverging loss, lower the learning rate or clip the gradient"
             )
         self._replace(new.state)
@@ -240,7 +240,9 @@ def encode(
     Raises:
         NonFiniteError: a value is NaN or infinite.
     """
-    flat = values.detach().to(torch.float32).contiguous().view(-1)
+    flat = values.detach().contiguous().view(-1)
+    if flat.dtype not in (torch.bfloat16, torch.float16):
+        flat = flat.to(torch.float32)
     fields = tuple(
         torch.empty(field.length, dtype=field.dtype, device=flat.device)
         if room is None
@@ -248,7 +250,9 @@ def encode(
         for field in method.fields(flat.numel())
     )
     packed = Packed(method, flat.numel(), fields)
-    found = method.encode(Source.of(flat), fields, packed._writing(transform, rounding, seed, name))
+    wide = flat.dtype is torch.float32
+    source = Source.of(flat) if wide else Source(flat.numel(), lambda start, stop: flat[start:stop].float())
+    found = method.encode(source, fields, packed._writing(transform, rounding, seed, name))
     packed._finish(fields, found, name)
     return packed
 

@@ -31,6 +31,7 @@ from fedomc.nvflare.messages import (
 )
 from fedomc.serialization import frame, uplink
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.dtypes import NAMES
 from fedomc.training.module_state import some
 from fedomc.training.policy import CompressionPolicy
 
@@ -41,8 +42,9 @@ class CompressFilter(ModelFilter):
     The variables that stay FP32 are drawn from the policy's seed, the round and the client's name, alike on both sides.
     Weights are encoded in the policy's format, differences of weights in its ``update_format`` if it has one. What
     clients send is encoded in the policy's uplink, if it has one, and that includes the variables that stayed FP32 on
-    the way to them. A policy with an ``update_format`` or an uplink needs clients that send differences. Variables that
-    are not float32 stay as they are. What a client sends is encoded by ``serialization.uplink``, as on every transport:
+    the way to them. A policy with an ``update_format`` or an uplink needs clients that send differences. Other
+    variables than float32, bfloat16 and float16 stay as they are. What a client sends is encoded by
+    ``serialization.uplink``, as on every transport:
     the codes of a ``CompressedTensor`` are sent unchanged (among weights it must have one part, among differences two,
     of which only the update is sent), and so is a variable whose values the client did not change.
 
@@ -75,7 +77,7 @@ class CompressFilter(ModelFilter):
         if not to_client and kind == frame.VARIABLE and needs_differences(self.policy):
             raise whole_weights_error(f"{client} sends", self.policy)
         round = round_of(shareable)
-        shapes = {name: tuple(value.shape) for name, value in dxo.data.items() if _is_float32(value)}
+        shapes = {name: tuple(value.shape) for name, value in dxo.data.items() if _is_compressible(value)}
         selection: dict[str, Encoding] = dict(self.policy.select(shapes, round=round, client=client))
         encoding = self.policy.encoding(round=round, client=client)
         if not to_client and self.policy.uplink is not None:
@@ -106,7 +108,9 @@ class CompressFilter(ModelFilter):
             f"{before} -> {after} bytes; drawn to stay FP32: {some(left)}",
         )
         library = "torch" if any(isinstance(value, Tensor) for value in dxo.data.values()) else "numpy"
-        described = {"library": library, **frame.encoding_fields(encoding)}
+        narrow = {name: dtype_of(dxo.data[name]) for name in data if isinstance(data[name], bytes)}
+        narrow = {name: dtype for name, dtype in narrow.items() if dtype != "float32"}
+        described = {"library": library, **({"dtypes": narrow} if narrow else {}), **frame.encoding_fields(encoding)}
         meta = {MetaKey.PROCESSED_ALGORITHM: ALGORITHM, ALGORITHM: described}
         return replaced(dxo, data, meta)
 
@@ -140,8 +144,8 @@ def whole_weights_error(who: str, policy: CompressionPolicy) -> PolicyError:
     )
 
 
-def _is_float32(value: Any) -> bool:
-    return isinstance(value, np.ndarray | Tensor) and dtype_of(value) == "float32"
+def _is_compressible(value: Any) -> bool:
+    return isinstance(value, np.ndarray | Tensor) and dtype_of(value) in NAMES
 
 
 def _nbytes(value: Any) -> int:

@@ -26,6 +26,7 @@ from fedomc.nvflare.messages import (
 )
 from fedomc.serialization import frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.dtypes import NAMES
 from fedomc.training.module_state import is_finite
 
 _LIBRARIES = ("numpy", "torch")
@@ -74,7 +75,7 @@ class DecompressFilter(ModelFilter):
         """Return the decoded model, and the frames of the variables that a client may send back as they came."""
         if (kind := kind_of(dxo)) is None:  # NVFlare would take it for weights
             raise PayloadError(f"{dxo.data_kind!r}, where weights, differences or metrics are expected")
-        library, encoding = _read_meta(dxo.meta)
+        library, encoding, dtypes = _read_meta(dxo.meta)
         if keep and encoding is not None and library != "torch":
             raise PolicyError(
                 "compressed=True needs a job that exchanges tensors: server_expected_format=ExchangeFormat.PYTORCH"
@@ -92,34 +93,46 @@ class DecompressFilter(ModelFilter):
                 raise PayloadError(f"{name} as bytes, but nothing in the meta says how to decode them")
             # A base is never rewritten, so it may stay in the message's memory; a variable in one part may not.
             parsed = frame.from_bytes(value, name, copy=keep and encoding.update_format is None, shape=shape)
-            if dtype not in (None, "float32"):
+            if dtype not in (None, *NAMES):
                 raise PayloadError(f"{name} compressed, but {dtype} was sent")
+            own = getattr(torch, dtype or dtypes.get(name, "float32"))
             if parsed.kind != kind:
                 raise PayloadError(f"{name} as a frame of kind {parsed.kind}, but {dxo.data_kind} have kind {kind}")
             if keep:
-                data[name] = CompressedTensor.from_packed(parsed.packed, encoding, parsed.shape, name)
+                data[name] = CompressedTensor.from_packed(parsed.packed, encoding, parsed.shape, name, own)
+                if not is_finite(data[name]):
+                    raise PayloadError(f"{name} with a value beyond {own}")
             else:
                 values = parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu")).view(
                     parsed.shape
                 )
+                values = values.to(own)
+                if own is not torch.float32 and not is_finite(values):
+                    raise PayloadError(f"{name} with a value beyond {own}")
                 data[name] = values.numpy() if (sent_library or library) == "numpy" else values
                 if kind == frame.VARIABLE and encoding.update_format is None and encoding.uplink is None:
                     frames[name] = parsed
         return replaced(dxo, data, {}), frames
 
 
-def _read_meta(meta: Mapping[str, Any] | None) -> tuple[str, Encoding | None]:
-    """Return the library of the arrays, and the encoding; None for the encoding if nothing was compressed."""
+def _read_meta(meta: Mapping[str, Any] | None) -> tuple[str, Encoding | None, Mapping[str, str]]:
+    """Return the library of the arrays, the encoding, and the dtypes of compressed variables that are not float32.
+
+    The encoding is None if nothing was compressed.
+    """
     meta = meta or {}
     algorithm = meta.get(MetaKey.PROCESSED_ALGORITHM)
     if algorithm is None:
-        return "numpy", None
+        return "numpy", None, {}
     fields = meta.get(ALGORITHM)
     if algorithm != ALGORITHM or not isinstance(fields, Mapping):
         raise PayloadError(f"a model encoded by {algorithm!r}, {ALGORITHM!r} expected")
     if fields.get("library") not in _LIBRARIES:
         raise PayloadError(f"arrays of {fields.get('library')!r}, one of {', '.join(_LIBRARIES)} expected")
-    return fields["library"], frame.read_encoding(fields)
+    dtypes = fields.get("dtypes", {})
+    if not isinstance(dtypes, Mapping) or not all(type(dtype) is str and dtype in NAMES for dtype in dtypes.values()):
+        raise PayloadError(f"variables of dtypes {dtypes!r}, of which each must be one of {', '.join(NAMES)}")
+    return fields["library"], frame.read_encoding(fields), dtypes
 
 
 def _checked(name: str, value: Any, shape: Sequence[int] | None, dtype: str | None, library: str | None) -> Any:
@@ -133,7 +146,7 @@ def _checked(name: str, value: Any, shape: Sequence[int] | None, dtype: str | No
         numbers = value.dtype.kind in "fiub"
     if not numbers:
         raise PayloadError(f"{name} as {dtype_of(value)}, plain numbers are expected")
-    if library not in (None, library_of(value)) or (dtype == "float32" != dtype_of(value)):
+    if library not in (None, library_of(value)) or (dtype in NAMES and dtype != dtype_of(value)):
         raise PayloadError(f"{name} as {dtype_of(value)} of {library_of(value)}, but {dtype} of {library} was sent")
     if not (is_finite(value) if isinstance(value, Tensor) else np.isfinite(value).all()):
         raise PayloadError(f"{name} with a value that is NaN or infinite")

@@ -29,6 +29,7 @@ from fedomc.serialization.tensor_file import (
     write_tensor_file,
 )
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.dtypes import NAMES
 from fedomc.training.model import resolve_selection
 from fedomc.training.module_state import ModuleState, is_finite, some
 from fedomc.training.policy import CompressionPolicy
@@ -197,7 +198,8 @@ def _describe(tensor: CompressedTensor) -> dict[str, Any]:
     draws = [part.draws for part in tensor.parts]
     if tensor.update is not None and not tensor.update.is_zero:
         draws[1] = max(1, draws[1])  # 0 says that there is no frame, but another process may have written to it
-    return {**fields, "shape": list(tensor.shape), "draws": draws}
+    dtype = {} if tensor.dtype is torch.float32 else {"dtype": str(tensor.dtype).removeprefix("torch.")}
+    return {**fields, **dtype, "shape": list(tensor.shape), "draws": draws}
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -210,6 +212,7 @@ class _Description:
     encoding: Encoding
     shape: tuple[int, ...]
     draws: list[int]
+    dtype: torch.dtype
 
     @property
     def has_update(self) -> bool:
@@ -269,11 +272,11 @@ class _ModelFile:
             base = self._packed(name, name, variable, frame.VARIABLE, variable.encoding.format)
         base.state = base.state._replace(draws=variable.draws[0])
         if not variable.has_update:
-            return CompressedTensor.from_packed(base, variable.encoding, variable.shape, name)
+            return CompressedTensor.from_packed(base, variable.encoding, variable.shape, name, variable.dtype)
         assert variable.encoding.update_format is not None
         update = self._packed(name + _UPDATE, name, variable, frame.UPDATE, variable.encoding.update_format)
         update.state = update.state._replace(draws=variable.draws[1])
-        return CompressedTensor(base, update, variable.encoding, variable.shape, name)
+        return CompressedTensor(base, update, variable.encoding, variable.shape, name, dtype=variable.dtype)
 
     def _packed(self, key: str, name: str, variable: _Description, kind: int, format: Method) -> Packed:
         data = self._file.tensor(key)
@@ -331,7 +334,10 @@ def _read_fields(name: str, fields: Any) -> _Description:
         raise PayloadError(f"{name}: the metadata have an invalid shape {shape!r} or number of draws {draws!r}")
     if frame.is_too_large(shape):
         raise PayloadError(f"{name}: shape {tuple(shape)} is too large")
-    return _Description(encoding, tuple(shape), draws)
+    dtype = fields.get("dtype", "float32")
+    if dtype not in NAMES:
+        raise PayloadError(f"{name}: the metadata have dtype {dtype!r}, but only {', '.join(NAMES)} are compressed")
+    return _Description(encoding, tuple(shape), draws, getattr(torch, dtype))
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:

@@ -17,6 +17,7 @@ from fedomc.methods import Encoding, Method, Packed, encode, parse_method
 from fedomc.methods.packed import draw_seed
 from fedomc.serialization import frame
 from fedomc.tensor.compressed import is_compressed
+from fedomc.tensor.dtypes import DTYPES
 
 Sent = frame.Frame | Tensor
 """A variable as a client received it: a frame, or its values."""
@@ -94,7 +95,8 @@ def reply_frame(
     earlier replies lost is added, and the sum is encoded with the least squared error instead.
 
     Args:
-        value: the variable after training, of any shape, on any device; float32 if it was received as a frame.
+        value: the variable after training, of any shape, on any device; of one of ``DTYPES`` if it was received as
+            a frame.
         sent: the variable as the client received it: a frame, or its values if its name is in ``unquantized``; None
             for any other variable. For a compressed variable, it is only needed if that has one part, and only for
             entropy coding or for an uplink method.
@@ -111,9 +113,9 @@ def reply_frame(
         PolicyError: entropy coding is requested, but zstandard is not installed.
     """
     shape, coded = tuple(value.shape), config is not None and config.entropy_coding
-    if sent is not None and (shape != tuple(sent.shape) or value.dtype != torch.float32):
+    if sent is not None and (shape != tuple(sent.shape) or value.dtype not in DTYPES):
         raise PayloadError(
-            f"{name} is returned as {value.dtype} {shape}, but was received as torch.float32 {tuple(sent.shape)}: "
+            f"{name} is returned as {value.dtype} {shape}, but was received compressed, as {tuple(sent.shape)}: "
             "return the trained variable with its original dtype and shape"
         )
     update = _update_of(value)
@@ -271,5 +273,5 @@ def _holds(packed: Packed, values: Tensor) -> bool:
     return all(
         torch.equal(packed.decode(torch.empty(len(part), dtype=torch.float32, device="cpu"), start), part)
         for start in range(0, len(values), CHUNK)
-        for part in (values[start : start + CHUNK],)
+        for part in (values[start : start + CHUNK].float(),)
     )

@@ -1,4 +1,4 @@
-"""``CompressedTensor``: a tensor that behaves as float32 and is stored as packed codes.
+"""``CompressedTensor``: a tensor that behaves as a dense one and is stored as packed codes.
 
 [Note: who runs an operation]
 The class knows how to decode and re-encode itself. How torch operates on it is defined in other modules, which register
@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fedomc import codec
 from fedomc._torch import (
-    drop_hooks,
     forbid_memory_access,
-    has_hooks,
+    keep_hooks_in_swap,
     no_overrides,
     transforms_are_active,
     tree_leaves,
@@ -30,9 +29,11 @@ from fedomc._torch import (
     wrapper_tensor,
 )
 from fedomc.codec.workspace import PANEL_BYTES, workspace
+from fedomc.errors import NonFiniteError
 from fedomc.methods import Encoding, Method, Packed, encode, parse_method, registered
 from fedomc.methods.packed import State
-from fedomc.tensor.arrays import numpy_of
+from fedomc.tensor.arrays import DecodedArrays
+from fedomc.tensor.dtypes import DTYPES, LIMITS
 from fedomc.tensor.handlers import BACKWARD, FALLBACK, FUNCTIONS, METHODS, OPERATORS, Handler
 from fedomc.tensor.panels import panel_rows, panels
 from fedomc.tensor.steps import StepRecord
@@ -40,8 +41,11 @@ from fedomc.tensor.steps import StepRecord
 _PARTS = ("base", "update")
 
 
-class CompressedTensor(Tensor):
-    """A tensor that is stored as bit-packed low-precision floats and behaves as a float32 tensor.
+class CompressedTensor(DecodedArrays, Tensor):
+    """A tensor that is stored as bit-packed low-precision floats and behaves as a dense tensor of its dtype.
+
+    The codes know nothing of the dtype, one of ``DTYPES``: their float32 values are rounded to it where they are used.
+    Changes in place are computed from the float32 values.
 
     Attributes:
         base: the codes of the whole variable; with an update part, the codes as received, which are never rewritten.
@@ -66,9 +70,10 @@ class CompressedTensor(Tensor):
         shape: Sequence[int],
         name: str = "variable",
         requires_grad: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> "CompressedTensor":
         """Wrap packed parts without copying; users call ``from_dense`` or ``from_packed`` instead."""
-        self = wrapper_tensor(cls, shape, torch.float32, base.codes.device, requires_grad)
+        self = wrapper_tensor(cls, shape, dtype, base.codes.device, requires_grad)
         forbid_memory_access(self)
         self.base, self.update, self.encoding, self.variable = base, update, encoding, name
         self.steps = StepRecord(name, str((update or base).method), encoding.rounding, encoding.seed)
@@ -92,7 +97,8 @@ class CompressedTensor(Tensor):
         """Compress a tensor.
 
         Args:
-            values: a tensor of any shape with finite values.
+            values: a tensor of any shape with finite values. Its dtype is that of the result; other dtypes than
+                ``DTYPES`` become float32.
             format: the compression method, such as ``S1E3M7`` or ``NF4``.
             update_format: if given, in-place updates accumulate in a separate part of this format.
             transform: the transformation before rounding; see ``Encoding``.
@@ -110,7 +116,12 @@ class CompressedTensor(Tensor):
 
     @classmethod
     def from_packed(
-        cls, base: Packed, encoding: Encoding, shape: Sequence[int], name: str = "variable"
+        cls,
+        base: Packed,
+        encoding: Encoding,
+        shape: Sequence[int],
+        name: str = "variable",
+        dtype: torch.dtype = torch.float32,
     ) -> "CompressedTensor":
         """Wrap a packed variable; if the encoding has an ``update_format``, start with an update of zeros.
 
@@ -119,11 +130,12 @@ class CompressedTensor(Tensor):
             encoding: how the variable is encoded; its format is replaced by that of the packed variable.
             shape: the shape of the variable.
             name: the variable's name in error messages.
+            dtype: of the tensor, one of ``DTYPES``.
         """
         encoding = encoding.with_format(base.method)
         method = encoding.update_format
         update = None if method is None else Packed.zeros(method, base.numel, base.codes.device)
-        return cls(base, update, encoding, shape, name)
+        return cls(base, update, encoding, shape, name, dtype=dtype)
 
     @property
     def format(self) -> Method:
@@ -141,15 +153,17 @@ class CompressedTensor(Tensor):
         return sum(part.nbytes for part in self.parts)
 
     def dequantize(self) -> Tensor:
-        """Decode to a new dense float32 tensor that is detached from autograd."""
+        """Decode to a new dense tensor of the same dtype that is detached from autograd."""
+        if self.dtype is not torch.float32:
+            return self.decode().to(self.dtype)
         return self._decoded(torch.empty(self.base.numel, dtype=torch.float32, device=self.base.codes.device))
 
     def decode(self) -> Tensor:
-        """Decode into scratch memory, for short-lived use; otherwise the same as ``dequantize``."""
+        """Decode to float32 values in scratch memory, for short-lived use."""
         return self._decoded(self.empty(0, self.base.numel))
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
-        """Decode rows ``[start, stop)`` of the first dimension into scratch memory."""
+        """Decode rows ``[start, stop)`` of the first dimension to float32 values in scratch memory."""
         width = self.base.numel // self.shape[0]
         begin = start * width // codec.BLOCK * codec.BLOCK
         with no_overrides():
@@ -196,26 +210,33 @@ class CompressedTensor(Tensor):
             return produce(start, stop) - part.decode(self.empty(start, stop), start)
 
         sample = self.steps.begin(part, asked, self.decode_range) if is_step else None
-        part.rewrite(produce, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+        part.rewrite(produce, how.transform, how.rounding, how.seed, self.variable, self._is_finite)
         if sample is not None:
             self.steps.end(part, sample)
 
     def add_part(self, values: Tensor, alpha: float) -> None:
-        """Add ``alpha`` times flat float32 values to the part that in-place operations modify, in one pass."""
+        """Add ``alpha`` times flat values to the part that in-place operations modify, in one pass."""
         how, part = self.encoding, self.parts[-1]
+        if values.dtype is not torch.float32:
+            values = self.empty(0, part.numel).copy_(values)
         sample = self.steps.begin(part, lambda start, stop: values[start:stop] * alpha, self.decode_range)
-        part.add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._sum_is_finite)
+        part.add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._is_finite)
         if sample is not None:
             self.steps.end(part, sample)
 
-    def _sum_is_finite(self, update: Packed) -> bool:
-        """Tell whether the base plus a new update is finite everywhere."""
-        if self.update is None or self.base.bound + update.bound < 2.0**127:
+    def is_finite(self) -> bool:
+        """Tell whether all values are finite: no code is infinite in float32, but other dtypes end sooner."""
+        return self._is_finite(self.parts[-1])
+
+    def _is_finite(self, new: Packed) -> bool:
+        """Tell whether all values are finite in this dtype once a new part replaces the last one."""
+        parts = (*self.parts[:-1], new)
+        dtype = self.dtype
+        if (dtype is torch.float32 and len(parts) == 1) or sum(part.bound for part in parts) < LIMITS[dtype]:
             return True
-        ranges = ((start, min(start + codec.CHUNK, update.numel)) for start in range(0, update.numel, codec.CHUNK))
+        ranges = ((start, min(start + codec.CHUNK, new.numel)) for start in range(0, new.numel, codec.CHUNK))
         return all(
-            bool(self.base.decode_with(update, self.empty(start, stop), start).isfinite().all())
-            for start, stop in ranges
+            bool(_decode(parts, self.empty(start, stop), start).to(dtype).isfinite().all()) for start, stop in ranges
         )
 
     def empty(self, start: int, stop: int) -> Tensor:
@@ -233,24 +254,25 @@ class CompressedTensor(Tensor):
             change = f"{self.variable} of shape {tuple(self.shape)} cannot become {tuple(values.shape)}"
             raise RuntimeError(f"{change}: decompress_ the model, or replace the parameter")
         flat = values.reshape(-1)
-        self.rewrite(lambda start, stop: flat[start:stop], is_step=False)
+        self.rewrite(lambda start, stop: flat[start:stop].to(torch.float32), is_step=False)
 
     def decode_range(self, start: int, stop: int) -> Tensor:
-        """Decode values ``[start, stop)`` of the flattened variable; ``start`` is a multiple of the block size."""
+        """Decode float32 values ``[start, stop)`` of the flattened variable; ``start`` is a multiple of a block."""
         return self._decode_into(self.empty(start, stop), start)
 
     def _decode_into(self, values: Tensor, start: int) -> Tensor:
         codes = self.base.codes
         if type(codes) is not Tensor:
             codes[:1].tolist()  # under torch.compile the codes are fake tensors: this forces a graph break
-        if self.update is None or self.update.is_zero:
-            return self.base.decode(values, start)
-        return self.base.decode_with(self.update, values, start)
+        return _decode(self.parts, values, start)
 
-    def like(self, parts: Sequence[Packed]) -> "CompressedTensor":
-        """Wrap other parts with this tensor's encoding, shape and name."""
+    def like(self, parts: Sequence[Packed], dtype: torch.dtype | None = None) -> "CompressedTensor":
+        """Wrap other parts with this tensor's encoding, shape and name, and its dtype unless another is given."""
         base, *update = parts
-        return CompressedTensor(base, update[0] if update else None, self.encoding, self.shape, self.variable)
+        kind = self.dtype if dtype is None else dtype
+        return CompressedTensor(
+            base, update[0] if update else None, self.encoding, self.shape, self.variable, dtype=kind
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Show shape, format and size; showing values would need a dense copy."""
@@ -260,54 +282,9 @@ class CompressedTensor(Tensor):
         )
 
     def _use_count(self) -> int:
-        """Return the use count for ``torch.utils.swap_tensors``, with which ``Module.to`` moves a parameter.
-
-        Raises:
-            RuntimeError: the tensor has hooks, which the swap would lose.
-        """
-        if has_hooks(self):
-            raise RuntimeError(
-                f"{self.variable} has hooks that would be lost: move the model first, and call step_in_backward (or "
-                "register hooks) afterwards. remove() removes the hooks of step_in_backward"
-            )
-        # If an empty hook dictionary stayed, hooks registered after the move would never be called.
-        drop_hooks(self)
+        """Return the use count for ``torch.utils.swap_tensors``, with which ``Module.to`` moves a parameter."""
+        keep_hooks_in_swap(self)
         return use_count(self)
-
-    def data_ptr(self) -> int:
-        """Return 0: no memory holds the decoded values."""
-        return 0
-
-    def storage(self) -> torch.TypedStorage:
-        """Raise an error: no storage holds the decoded values.
-
-        Raises:
-            RuntimeError: always; safetensors and ``save_pretrained`` of transformers call this method.
-        """
-        raise RuntimeError(
-            f"{self.variable} is compressed and has no storage of its values: save the model with fedomc.save_model, "
-            "or decompress_ it (or a deep copy of it) before safetensors or save_pretrained write it"
-        )
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """Decode to a numpy array, read-only unless ``force`` is set because writes would not reach the codes."""
-        return numpy_of(self.dequantize(), force)
-
-    def tolist(self) -> Any:
-        """Decode to nested lists."""
-        return self.dequantize().tolist()
-
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.dequantize().__dlpack__(*args, **kwargs)
-
-    def __dlpack_device__(self) -> Any:
-        return self.dequantize().__dlpack_device__()
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.dequantize().__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def __format__(self, spec: str) -> str:
-        return self.dequantize().__format__(spec) if spec else str(self)  # type: ignore[no-untyped-call]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Return the names of the inner tensors and the metadata, as required of traceable tensor subclasses."""
@@ -317,18 +294,18 @@ class CompressedTensor(Tensor):
             for field in packed.method.fields(packed.numel)
         ]
         counts = tuple((part.draws, part.state.is_zero) for part in self.parts)
-        return names, (self.encoding, tuple(self.shape), self.variable, counts)
+        return names, (self.encoding, tuple(self.shape), self.variable, counts, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> "CompressedTensor":
         """Rebuild the tensor from its inner tensors and the metadata."""
-        encoding, shape, name, counts = meta
+        encoding, shape, name, counts, dtype = meta
         numel = torch.Size(shape).numel()
         parts = []
         for part, method, (draws, is_zero) in zip(_PARTS, encoding.methods, counts, strict=False):
             fields = tuple(inner[f"{part}_{field.name}"] for field in method.fields(numel))
             parts.append(Packed(method, numel, fields, draws, is_zero=is_zero))
-        return CompressedTensor(parts[0], parts[1] if len(parts) > 1 else None, encoding, shape, name)
+        return CompressedTensor(parts[0], parts[1] if len(parts) > 1 else None, encoding, shape, name, dtype=dtype)
 
     def __getattr__(self, name: str) -> Any:
         """Look up an inner tensor by its ``__tensor_flatten__`` name, such as ``base_codes``."""
@@ -380,14 +357,34 @@ def _handled(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[st
         return handler(func, args, kwargs)
 
 
-def compress(values: Tensor, encoding: Encoding, name: str = "variable") -> CompressedTensor:
+def _decode(parts: Sequence[Packed], values: Tensor, start: int) -> Tensor:
+    """Decode the sum of parts, of which an update may be known to be zero."""
+    base, *update = parts
+    if not update or update[0].is_zero:
+        return base.decode(values, start)
+    return base.decode_with(update[0], values, start)
+
+
+def compress(
+    values: Tensor, encoding: Encoding, name: str = "variable", dtype: torch.dtype | None = None
+) -> CompressedTensor:
     """Compress a tensor with the given encoding, rounding to nearest.
 
+    Args:
+        values: of any shape.
+        encoding: how.
+        name: of the variable, for error messages.
+        dtype: of the result, one of ``DTYPES``; by default that of the values.
+
     Raises:
-        NonFiniteError: a value is NaN or infinite.
+        NonFiniteError: a value is NaN or infinite, or is rounded to one that is infinite in float16 or bfloat16.
     """
+    dtype = dtype or (values.dtype if values.dtype in DTYPES else torch.float32)
     base = encode(values, encoding.format, encoding.transform, name=name)
-    return CompressedTensor.from_packed(base, encoding, values.shape, name)
+    compressed = CompressedTensor.from_packed(base, encoding, values.shape, name, dtype)
+    if not compressed.is_finite():
+        raise NonFiniteError(f"{name} has values that {encoding.format} rounds beyond {dtype}: keep it dense")
+    return compressed
 
 
 def is_compressed(x: Any) -> TypeGuard[CompressedTensor]:

@@ -63,7 +63,7 @@ def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not is_compressed(target):
         func(target, values.dequantize() if is_compressed(values) else values)
         return
-    if values.dtype != torch.float32 or values.shape != target.shape or values.device != target.device:
+    if values.dtype != target.dtype or values.shape != target.shape or values.device != target.device:
         raise RuntimeError(
             f"{target.variable} is compressed and cannot become {values.dtype} {tuple(values.shape)} "
             f"on {values.device}: decompress_ the model first"

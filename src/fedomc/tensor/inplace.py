@@ -8,6 +8,7 @@ from torch import Tensor
 from fedomc import codec
 from fedomc.methods import Packed
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.tensor.dtypes import DTYPES
 from fedomc.tensor.handlers import OPERATORS
 
 _aten = torch.ops.aten
@@ -40,21 +41,22 @@ def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _move(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if kwargs.get("dtype") not in (None, torch.float32):
+    dtype = kwargs.get("dtype")
+    if dtype not in (None, *DTYPES):
         return NotImplemented
-    return args[0].like([part.to(kwargs.get("device") or args[0].device) for part in args[0].parts])
+    return args[0].like([part.to(kwargs.get("device") or args[0].device) for part in args[0].parts], dtype)
 
 
 def _empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a compressed tensor of zeros on another device, for ``Module.to_empty``."""
-    device = kwargs.get("device")
-    if device is None or kwargs.get("dtype") not in (None, torch.float32):
+    device, dtype = kwargs.get("device"), kwargs.get("dtype")
+    if device is None or dtype not in (None, *DTYPES):
         return _new_like(func, args, kwargs)
-    return args[0].like([Packed.zeros(part.method, part.numel, device) for part in args[0].parts])
+    return args[0].like([Packed.zeros(part.method, part.numel, device) for part in args[0].parts], dtype)
 
 
 def _new_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(torch.empty(args[0].shape, dtype=torch.float32, device=args[0].device), *args[1:], **kwargs)
+    return func(torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
 
 
 def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,7 +75,10 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     def operand(x: Any, start: int, stop: int) -> Any:
         if is_compressed(x):
             return x.decode_range(start, stop)
-        return x[start:stop] if isinstance(x, Tensor) and x.dim() else x
+        if not isinstance(x, Tensor):
+            return x
+        part = x[start:stop] if x.dim() else x
+        return part.to(torch.float32) if part.dtype in DTYPES else part
 
     # With two parts, additive operators change only the update, so the base need not be decoded.
     alone = target.update if func in _ADDITIVE else None
@@ -94,7 +99,7 @@ def _add(func: Any, target: CompressedTensor, operand: Any, alpha: Any) -> bool:
     """Add a dense operand in one pass, as optimizers do; return False for unsupported operands."""
     if not isinstance(operand, Tensor) or is_compressed(operand):
         return False
-    if operand.dim() == 0 or operand.dtype is not torch.float32 or operand.device != target.device:
+    if operand.dim() == 0 or operand.dtype not in DTYPES or operand.device != target.device:
         return False
     factor = float(alpha) if func is _aten.add_.Tensor else -float(alpha)
     target.add_part(operand.reshape(-1), factor)
@@ -106,13 +111,13 @@ def _add_decoded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     dense, x = args
     if is_compressed(dense) or not is_compressed(x) or not _fits(dense, x) or dense.dim() == 0:
         return NotImplemented
-    if dense.dtype is not torch.float32 or dense.device != x.device:
+    if dense.dtype not in (torch.float32, x.dtype) or dense.device != x.device:
         return NotImplemented
     result = dense.clone(memory_format=torch.contiguous_format)
     flat = result.view(-1)
     for start in range(0, len(flat), codec.CHUNK):
         chunk = flat[start : start + codec.CHUNK]
-        chunk.add_(x.decode_range(start, start + len(chunk)), **kwargs)
+        chunk.add_(x.decode_range(start, start + len(chunk)).to(x.dtype), **kwargs)
     return result
 
 

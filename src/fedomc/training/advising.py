@@ -35,6 +35,7 @@ from fedomc.tensor.compressed import compress, is_compressed
 from fedomc.tensor.steps import KEPT_ENOUGH, StepRecord, is_too_noisy, total
 from fedomc.training.advice import Advice, FormatAdvice, VariableAdvice, name_of
 from fedomc.training.lazy import check_initialized
+from fedomc.training.model import check_dtype
 from fedomc.training.policy import CompressionPolicy
 from fedomc.training.selection import held_bytes
 from fedomc.training.trial import arguments_of, copied, copy_of, forward, own_loss
@@ -160,10 +161,7 @@ def _check(model: nn.Module, optimizer: Optimizer, policies: Sequence[Compressio
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     selected = {name for policy in policies for name in policy.select(model)}
     for name in sorted(selected):
-        if parameters[name].dtype is not torch.float32:
-            raise PolicyError(
-                f"{name} is {parameters[name].dtype}: only float32 is compressed; call model.float() first"
-            )
+        check_dtype(name, parameters[name])
     if not any(id(parameters[name]) in stepped for name in selected):
         raise PolicyError(
             f"the optimizer steps none of {len(selected)} variables, such as {min(selected)!r}: pass one that was made "

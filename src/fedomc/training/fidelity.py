@@ -42,11 +42,11 @@ class Distance(NamedTuple):
 
 
 def measure(packed: Packed, values: Tensor) -> Distance:
-    """Compare a packed variable with the flat float32 values that it holds; decodes 2 MB at a time."""
+    """Compare a packed variable with the flat values that it holds; decodes 2 MB at a time."""
     error = size = lost = 0.0
     scratch = torch.empty(min(_STRETCH, values.numel()), dtype=torch.float32, device=values.device)
     for start in range(0, values.numel(), _STRETCH):
-        part = values[start : start + _STRETCH]
+        part = values[start : start + _STRETCH].float()
         difference = packed.decode(scratch[: part.numel()], start).sub_(part)
         error += float(torch.dot(difference, difference))
         size += float(torch.dot(part, part))

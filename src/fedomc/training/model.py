@@ -11,6 +11,7 @@ from fedomc._torch import has_step_hooks
 from fedomc.errors import PolicyError
 from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress
+from fedomc.tensor.dtypes import DTYPES, NAMES
 from fedomc.training.fidelity import Distance, measure, warning_of
 from fedomc.training.lazy import check_initialized
 from fedomc.training.policy import DEFAULT, CompressionPolicy
@@ -31,9 +32,9 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
 
     Raises:
         FormatError: the text is not a format.
-        PolicyError: the selection is of another model; or a selected variable is compressed already, is not float32,
-            has no values (meta device, lazy module), or is stepped in backward: call ``step_in_backward`` after
-            ``compress_``.
+        PolicyError: the selection is of another model; or a selected variable is compressed already, is neither
+            float32 nor bfloat16 nor float16, has no values (meta device, lazy module), or is stepped in backward: call
+            ``step_in_backward`` after ``compress_``.
         NonFiniteError: a value is NaN or infinite. The variables before it are compressed by then; none is lost.
 
     Warns:
@@ -54,10 +55,7 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
             raise PolicyError(f"{name} is compressed already: decompress_ the model first")
         if parameters[name].is_meta:
             raise PolicyError(f"{name} is on the meta device and has no values: materialize_ the model instead")
-        if parameters[name].dtype is not torch.float32:
-            raise PolicyError(
-                f"{name} is {parameters[name].dtype}: only float32 is compressed; call model.float() first"
-            )
+        check_dtype(name, parameters[name])
     distances = dict[str, Distance]()
     replace_parameters(
         model, ((name, _compressed(parameters.pop(name), how, name, distances)) for name, how in selection.items())
@@ -97,7 +95,7 @@ def resolve_selection(
 
 
 def decompress_(model: nn.Module) -> nn.Module:
-    """Replace all compressed parameters of a model by dense FP32 ones.
+    """Replace all compressed parameters of a model by dense ones of the same dtype.
 
     Args:
         model: is changed in place.
@@ -140,6 +138,19 @@ def replace_parameters(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -
         for module, key in places[name]:
             setattr(module, key, new)
         del old  # not to be held while the next value is made
+
+
+def check_dtype(name: str, parameter: Tensor) -> None:
+    """Refuse to compress a parameter of a dtype that is not for weights.
+
+    Raises:
+        PolicyError: the dtype is another than float32, bfloat16 and float16.
+    """
+    if parameter.dtype not in DTYPES:
+        raise PolicyError(
+            f"{name} is {parameter.dtype}, but only {', '.join(NAMES)} are compressed: exclude it in the policy, "
+            "or call model.float() first"
+        )
 
 
 def check_replaceable(name: str, parameter: Tensor) -> None:

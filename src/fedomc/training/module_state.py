@@ -10,7 +10,7 @@ from fedomc import codec
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress, is_compressed
-from fedomc.training.model import check_replaceable, replace_parameters
+from fedomc.training.model import check_dtype, check_replaceable, replace_parameters
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ class ModuleState:
             old = self.tensors.get(self.aliases.get(name, name))
             if not isinstance(old, nn.Parameter):
                 raise PolicyError(f"the model has no parameter {name!r}: select from this model")
-            if old.dtype is not torch.float32:
-                raise PolicyError(f"{name} is {old.dtype}: only float32 is compressed; call model.float() first")
+            check_dtype(name, old)
         return {self.aliases.get(name, name): encoding for name, encoding in selection.items()}
 
     def _check_replaceable(self) -> None:
@@ -189,16 +188,16 @@ class ModuleState:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether all values of a tensor, dense or compressed, are finite; little memory is taken."""
-    if is_compressed(tensor) and (tensor.update is None or tensor.update.is_zero):
-        return True  # no code of one part decodes to anything else; only the sum of two parts may leave the range
+    if is_compressed(tensor):
+        return tensor.is_finite()
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    flat = tensor if is_compressed(tensor) else tensor.detach().reshape(-1)
-    if flat.dtype is torch.float32 and not is_compressed(flat):
+    flat = tensor.detach().reshape(-1)
+    if flat.dtype is torch.float32:
         return codec.absmax_bits(flat) < codec.INFINITY_BITS  # one pass, where torch would make a tensor of truths
     for start in range(0, tensor.numel(), codec.CHUNK):
         stop = min(start + codec.CHUNK, tensor.numel())
-        part = flat.decode_range(start, stop) if is_compressed(flat) else flat[start:stop]
+        part = flat[start:stop]
         if not bool(torch.isfinite(part.float() if part.itemsize == 1 else part).all()):
             return False
     return True
@@ -228,7 +227,7 @@ def _accepted(name: str, given: Tensor | OwnedValue, old: Tensor, encoding: Enco
         if not isinstance(old, nn.Parameter):
             value = value.dequantize()
     elif encoding is not None:
-        value = compress(value, encoding, name)
+        value = compress(value, encoding, name, old.dtype)
     else:
         copy = not isinstance(given, OwnedValue)
         value = value.detach().to(old.dtype, copy=copy, memory_format=torch.contiguous_format)

@@ -59,7 +59,7 @@ class _Convolution(torch.autograd.Function):
             return gradients.pop(0) if of_x else None, gradients.pop(0) if of_weight else None, None
         transposed = how[3]
         x_gradient = torch.zeros_like(x) if of_x else None
-        weight_gradient = torch.empty(weight.shape, dtype=torch.float32, device=weight.device) if of_weight else None
+        weight_gradient = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if of_weight else None
         for start, stop in weight.panels():
             place = (slice(None), slice(start, stop))
             at_x, at_gradient = (x[place], gradient) if transposed else (x, gradient[place])

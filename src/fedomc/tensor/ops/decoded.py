@@ -18,20 +18,20 @@ from torch import Tensor
 
 from fedomc._torch import run_next_in_backward, saved_tensors_hooks, tree_leaves, tree_map
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
-
-_CAST = (torch.float16, torch.bfloat16)  # dtypes that autocast casts, as it does float32
+from fedomc.tensor.dtypes import DTYPES
 
 
 class _Decode(torch.autograd.Function):
-    """Decodes a weight; its backward pass is the identity."""
+    """Decodes a weight to a dtype; its backward pass returns the gradient in the weight's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, weight: CompressedTensor) -> Tensor:
-        return weight.decode()
+    def forward(ctx: Any, weight: CompressedTensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = weight.dtype
+        return weight.decode().to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
 
 
 @dataclass
@@ -82,19 +82,25 @@ class _SavedElsewhere:
 
 
 def with_decoded_weights(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype = torch.float32
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None = None
 ) -> Any:
-    """Call a torch function on weights decoded to the given dtype, none of which outlives the call."""
+    """Call a torch function on decoded weights, none of which outlives the call.
+
+    Args:
+        func: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        dtype: to which weights are decoded; None is the dtype of each.
+    """
     weights: dict[int, CompressedTensor] = {}  # keyed by the address of the decoded values
 
     def decode(x: Any) -> Any:
         if not is_compressed(x):
             return x
-        values: Tensor = _Decode.apply(x)  # type: ignore[no-untyped-call]
+        values: Tensor = _Decode.apply(x, dtype or x.dtype)  # type: ignore[no-untyped-call]
         if values.grad_fn is not None:
             # Otherwise this node would run last in the backward pass, with the gradients of all layers alive.
             run_next_in_backward(values)
-        values = values.to(dtype)
         weights[values.untyped_storage().data_ptr()] = x
         return values
 
@@ -125,7 +131,7 @@ def with_autocast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     The weights are decoded to the autocast dtype: otherwise autocast would cast them and autograd would save the copy.
     """
     weight = next(x for x in tree_leaves((args, kwargs)) if is_compressed(x))
-    return with_decoded_weights(func, args, kwargs, autocast_dtype(weight) or torch.float32)
+    return with_decoded_weights(func, args, kwargs, autocast_dtype(weight))
 
 
 def einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -142,7 +148,10 @@ def autocast_dtype(weight: CompressedTensor) -> torch.dtype | None:
 
 
 def is_operand(x: Tensor, weight: CompressedTensor) -> bool:
-    """Tell whether a tensor can be multiplied with a weight in panels: it must be dense and of a supported dtype."""
+    """Tell whether a tensor can be multiplied with a weight in panels: it must be dense and of the same dtype.
+
+    Under autocast, which casts both, it may be any dtype that is cast.
+    """
     if is_compressed(x) or x.layout is not torch.strided or x.is_nested:
         return False
-    return x.dtype is torch.float32 or (x.dtype in _CAST and torch.is_autocast_enabled(weight.device.type))
+    return x.dtype is weight.dtype or (x.dtype in DTYPES and torch.is_autocast_enabled(weight.device.type))

@@ -25,10 +25,14 @@ class _Embedding(torch.autograd.Function):
             raise IndexError(
                 f"{weight.variable} has rows 0 to {len(weight) - 1}: no row {int(rows[0 if rows[0] < 0 else -1])}"
             )
-        values = torch.empty(len(rows), weight.shape[1], dtype=torch.float32, device=weight.device)  # [U, D]
+        values = torch.empty(len(rows), weight.shape[1], dtype=weight.dtype, device=weight.device)  # [U, D]
         for begin, end in _runs(rows, weight.shape[1], weight.panel_rows):
             first, last = int(rows[begin]), int(rows[end - 1])
-            torch.index_select(weight.decode_rows(first, last + 1), 0, rows[begin:end] - first, out=values[begin:end])
+            decoded, within = weight.decode_rows(first, last + 1), rows[begin:end] - first
+            if values.dtype is torch.float32:
+                torch.index_select(decoded, 0, within, out=values[begin:end])
+            else:
+                values[begin:end] = decoded.index_select(0, within)
         return values[places]
 
     @staticmethod

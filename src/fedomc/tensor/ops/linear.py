@@ -44,7 +44,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x = x.reshape(-1, x.shape[-1])
     return (
         times_weight(rows, ctx.weight.load()).view(ctx.shape) if of_x else None,
-        times_x(rows.t(), x).float() if of_weight else None,  # [out, in]
+        times_x(rows.t(), x).to(ctx.weight.tensor.dtype) if of_weight else None,  # [out, in]
         rows.sum(0) if of_bias else None,
     )
 
@@ -53,10 +53,10 @@ def _times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
     panels = weight.panels()
     if len(panels) == 1:
         return product(rows, weight.decode().to(rows.dtype))
-    out = rows.new_zeros(len(rows), weight.shape[1])
+    out = rows.new_zeros(len(rows), weight.shape[1], dtype=torch.float32)  # a narrower sum would round at each panel
     for start, stop in panels:
         out += product(rows[:, start:stop], weight.decode_rows(start, stop).to(rows.dtype))
-    return out
+    return out.to(rows.dtype)
 
 
 def _torch_times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
