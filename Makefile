@@ -52,7 +52,7 @@ sanitize: $(INSTALLED)
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) apps/speech/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedomc needs Python 3.11 or newer: make PYTHON=python3.11")'
-	$(BIN)/pip install --constraint constraints.txt --editable '.[flower,nvflare,benchmarks,dev]' --editable apps/speech
+	$(BIN)/pip install --constraint constraints.txt --editable '.[flower,nvflare,huggingface,benchmarks,dev]' --editable apps/speech
 	touch $@
 
 clean:

@@ -1,0 +1,121 @@
+"""Checkpoints are packed as they are read, saved packed, and read back bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fedomc
+from fedomc import CompressedTensor
+from fedomc.errors import PayloadError, PolicyError
+from fedomc.huggingface import OMCConfig
+from tests.conftest import randn
+
+TOKENS = {"input_ids": torch.arange(12).view(2, 6)}
+SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "pad_token_id": 0}
+VIT = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+WHISPER = {
+    "vocab_size": 128, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "num_mel_bins": 16,
+    "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0, "decoder_start_token_id": 1,
+}  # fmt: skip
+T5 = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
+    "BertModel": ({**SMALL, "intermediate_size": 96}, TOKENS),
+    "RobertaForMaskedLM": ({**SMALL, "intermediate_size": 96}, TOKENS),
+    "GPT2LMHeadModel": ({"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}, TOKENS),
+    "LlamaForCausalLM": (LLAMA, TOKENS),
+    "Gemma3ForCausalLM": ({**LLAMA, "head_dim": 16}, TOKENS),
+    "T5ForConditionalGeneration": (T5, {**TOKENS, "decoder_input_ids": torch.arange(8).view(2, 4)}),
+    "ViTModel": (VIT, {"pixel_values": randn(2, 3, 16, 16)}),
+    "WhisperForConditionalGeneration": (
+        WHISPER, {"input_features": randn(2, 16, 40), "decoder_input_ids": torch.arange(8).view(2, 4)}
+    ),
+    "MixtralForCausalLM": ({**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}, TOKENS),
+    "MambaForCausalLM": ({"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}, TOKENS),
+}  # fmt: skip
+
+
+def saved(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+    """Save a small model in several files; return its class and a batch."""
+    torch.manual_seed(0)
+    cls, (options, batch) = getattr(transformers, name), ARCHITECTURES[name]
+    cls(cls.config_class(**options)).to(dtype).save_pretrained(path, max_shard_size="100KB")
+    return cls, {key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.items()}
+
+
+def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    cls, batch = saved(name, tmp_path / "plain", dtype)
+    expected = fedomc.compress_(cls.from_pretrained(tmp_path / "plain"), "S1E3M7")
+    packed = cls.from_pretrained(tmp_path / "plain", quantization_config=OMCConfig("S1E3M7"))
+    for (key, p), q in zip(expected.named_parameters(), packed.parameters(), strict=True):
+        assert type(p) is type(q) and p.dtype is q.dtype and torch.equal(p.detach(), q.detach()), key
+    assert any(isinstance(p, CompressedTensor) and p.dtype is dtype for p in packed.parameters())
+    assert torch.equal(output(packed, batch), output(expected, batch))
+    packed.save_pretrained(tmp_path / "packed")
+    again = cls.from_pretrained(tmp_path / "packed")
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["format"] == "S1E3M7"
+    for (key, p), q in zip(packed.named_parameters(), again.parameters(), strict=True):
+        assert type(p) is type(q) and p.dtype is q.dtype, key
+        if isinstance(p, CompressedTensor):
+            assert all(map(torch.equal, p.base.fields, q.base.fields)), key
+    assert torch.equal(output(again, batch), output(packed, batch))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Any:
+    cls, _ = saved("LlamaForCausalLM", tmp_path / "plain", torch.float32)
+    return cls.from_pretrained(tmp_path / "plain", quantization_config=OMCConfig("S1E2M3/64+S1E2M1/64"))
+
+
+def test_trained_variables_in_two_parts_are_not_saved_in_silence(llama: Any, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path / "before")
+    fedomc.step_in_backward(llama, torch.optim.SGD, lr=0.1)
+    llama(**TOKENS, labels=TOKENS["input_ids"]).loss.backward()
+    with pytest.raises(PolicyError, match=r"embed_tokens\.weight has been trained in two parts.*save_model"):
+        llama.save_pretrained(tmp_path / "after")
+
+
+def test_only_what_is_asked_for_is_packed(tmp_path: Path) -> None:
+    cls, _ = saved("LlamaForCausalLM", tmp_path, torch.float32)
+    config = OMCConfig("S1E3M7", exclude=["*embed_tokens*", "lm_head*"])
+    model = cls.from_pretrained(tmp_path, quantization_config=config)
+    packed = {name for name, p in model.named_parameters() if isinstance(p, CompressedTensor)}
+    assert packed and not any("embed" in name or "lm_head" in name for name in packed)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x[:-1], "bytes do not hold"),
+        (lambda x: torch.cat((x[:-1], x[-1:] ^ 1)), "checksum"),
+        (lambda x: torch.zeros(64, 64), "but should be packed"),
+    ],
+    ids=["cut off", "damaged", "dense"],
+)
+def test_a_spoiled_file_is_refused(llama: Any, tmp_path: Path, spoil: Any, message: str) -> None:
+    llama.save_pretrained(tmp_path / "packed")
+    path, name = tmp_path / "packed" / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        texts = file.metadata()
+    save_file({**tensors, name: spoil(tensors[name])}, path, texts)
+    with pytest.raises(PayloadError, match=rf"{name}.*{message}"):
+        type(llama).from_pretrained(tmp_path / "packed")
