@@ -127,6 +127,20 @@ void block_decode(const BlockPacked& packed, const Element& element, float* out,
   with_decoder(packed, element, [&](auto decode) { decode_chunk(out, n, streaming, decode); });
 }
 
+void block_decode_sum(const BlockPacked& base, const Element& element, const BlockPacked& update,
+                      const Element& update_element, float* out, std::size_t n, bool streaming) {
+  with_decoder(base, element, [&](auto decode) {
+    with_decoder(update, update_element, [&](auto decode_update) {
+      decode_chunk(out, n, streaming, [&](std::size_t block, std::size_t count, float* to) {
+        alignas(64) Values changes;
+        decode(block, count, to);
+        decode_update(block, count, changes.data());
+        for (std::size_t i = 0; i < kBlock; i += kWidth) store(to + i, load<F>(to + i) + load<F>(changes.data() + i));
+      });
+    });
+  });
+}
+
 // ---- values to codes ----------------------------------------------------------------------------------------------
 
 // Uniform random numbers in [0, 1) with 24 bits.
