@@ -258,8 +258,15 @@ void encode_rows(std::size_t n, const Element& element, const Rounding& rounding
       all = max(all, largest);
       const float divisor =
           choose_scale(largest_lane(largest), element, rounding.stochastic, scales + (at + begin) / room.block);
-      for (std::size_t i = begin; i < begin + room.block; i += kWidth)
-        store(codes.data() + i, round(load<F>(values + i) / splat(divisor), i));
+      const float inverse = 1.0f / divisor;
+      for (std::size_t i = begin; i < begin + room.block; i += kWidth) {
+        const F value = load<F>(values + i);
+        if constexpr (sizeof(Scale) == 1) {  // a power of two, whose inverse is exact
+          store(codes.data() + i, round(value * inverse, i));
+        } else {
+          store(codes.data() + i, round(value / splat(divisor), i));
+        }
+      }
     }
     for (std::size_t i = count; i < kBlock; ++i) codes[i] = 0;
     pack(codes, element.bits, count, room.words + block * element.bits * kLanes);
