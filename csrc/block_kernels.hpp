@@ -127,6 +127,20 @@ void block_decode(const BlockPacked& packed, const Element& element, float* out,
   with_decoder(packed, element, [&](auto decode) { decode_chunk(out, n, streaming, decode); });
 }
 
+void block_decode_sum(const BlockPacked& base, const Element& element, const BlockPacked& update,
+                      const Element& update_element, float* out, std::size_t n, bool streaming) {
+  with_decoder(base, element, [&](auto decode) {
+    with_decoder(update, update_element, [&](auto decode_update) {
+      decode_chunk(out, n, streaming, [&](std::size_t block, std::size_t count, float* to) {
+        alignas(64) Values changes;
+        decode(block, count, to);
+        decode_update(block, count, changes.data());
+        for (std::size_t i = 0; i < kBlock; i += kWidth) store(to + i, load<F>(to + i) + load<F>(changes.data() + i));
+      });
+    });
+  });
+}
+
 // ---- values to codes ----------------------------------------------------------------------------------------------
 
 // Uniform random numbers in [0, 1) with 24 bits.
@@ -244,8 +258,15 @@ void encode_rows(std::size_t n, const Element& element, const Rounding& rounding
       all = max(all, largest);
       const float divisor =
           choose_scale(largest_lane(largest), element, rounding.stochastic, scales + (at + begin) / room.block);
-      for (std::size_t i = begin; i < begin + room.block; i += kWidth)
-        store(codes.data() + i, round(load<F>(values + i) / splat(divisor), i));
+      const float inverse = 1.0f / divisor;
+      for (std::size_t i = begin; i < begin + room.block; i += kWidth) {
+        const F value = load<F>(values + i);
+        if constexpr (sizeof(Scale) == 1) {  // a power of two, whose inverse is exact
+          store(codes.data() + i, round(value * inverse, i));
+        } else {
+          store(codes.data() + i, round(value / splat(divisor), i));
+        }
+      }
     }
     for (std::size_t i = count; i < kBlock; ++i) codes[i] = 0;
     pack(codes, element.bits, count, room.words + block * element.bits * kLanes);

@@ -20,6 +20,8 @@ struct Kernels {
                  std::uint32_t* words, Found& found);
   std::uint32_t (*largest)(const float* values, std::size_t n);
   void (*block_decode)(const BlockPacked& packed, const Element& element, float* out, std::size_t n, bool streaming);
+  void (*block_decode_sum)(const BlockPacked& base, const Element& element, const BlockPacked& update,
+                           const Element& update_element, float* out, std::size_t n, bool streaming);
   void (*block_encode)(const float* values, std::size_t n, const Element& element, const Rounding& rounding,
                        const BlockRoom& room, Found& found);
   void (*block_update)(const BlockPacked& packed, const float* gradient, float alpha, std::size_t n,

@@ -222,6 +222,24 @@ void block_decode(const InWords& words, const InScales& scales, int kind, unsign
   });
 }
 
+void block_decode_sum(const InWords& words, const InScales& scales, int kind, unsigned e, unsigned m, std::size_t block,
+                      const InWords& update_words, const InScales& update_scales, int update_kind, unsigned update_e,
+                      unsigned update_m, std::size_t update_block, const OutValues& out, unsigned threads) {
+  const Element element = checked_element(kind, e, m);
+  const Element update_element = checked_element(update_kind, update_e, update_m);
+  check_blockwise(words, scales, element, block, out.size());
+  check_blockwise(update_words, update_scales, update_element, update_block, out.size());
+  check_apart(words, out);
+  check_apart(scales, out);
+  check_apart(update_words, out);
+  check_apart(update_scales, out);
+  in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
+    current()->block_decode_sum(packed_from(words, scales, element, block, at), element,
+                                packed_from(update_words, update_scales, update_element, update_block, at),
+                                update_element, out.data() + at, count, out.size() >= kStreamingValues);
+  });
+}
+
 void block_encode(const InValues& values, int kind, unsigned e, unsigned m, std::size_t block, bool stochastic,
                   std::uint64_t seed, std::uint64_t start, const OutWords& words, const OutScales& scales,
                   const OutStatus& status, unsigned threads) {
@@ -322,6 +340,9 @@ NB_MODULE(_native, module) {
   module.def("update", &fedomc::update, words, scale_offset, "e"_a, "m"_a, "gradient"_a.noconvert(), "alpha"_a,
              "rescale"_a, "stochastic"_a, "seed"_a, out, "out_scale_offset"_a.noconvert(), status, "threads"_a);
   module.def("block_decode", &fedomc::block_decode, words, scales, "kind"_a, "e"_a, "m"_a, "block"_a, out, "threads"_a);
+  module.def("block_decode_sum", &fedomc::block_decode_sum, words, scales, "kind"_a, "e"_a, "m"_a, "block"_a,
+             "update_words"_a.noconvert(), "update_scales"_a.noconvert(), "update_kind"_a, "update_e"_a, "update_m"_a,
+             "update_block"_a, out, "threads"_a);
   module.def("block_encode", &fedomc::block_encode, values, "kind"_a, "e"_a, "m"_a, "block"_a, "stochastic"_a, "seed"_a,
              "start"_a, words, scales, status, "threads"_a);
   module.def("block_update", &fedomc::block_update, words, scales, "kind"_a, "e"_a, "m"_a, "block"_a,

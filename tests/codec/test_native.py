@@ -238,6 +238,9 @@ def bad_calls() -> dict[str, Callable[[], object]]:
         "size of blocks": lambda: x.block_decode(packed8, scales, 0, 8, 0, 48, values, 1),
         "number of scales": lambda: x.block_decode(packed8, scales[:-1], 0, 8, 0, 64, values, 1),
         "dtype of scales": lambda: x.block_decode(packed8, bytes_of_scales[:16], 0, 8, 0, 64, values, 1),
+        "scales of an update": lambda: x.block_decode_sum(
+            packed8, scales, 0, 8, 0, 64, packed8, scales[:-1], 0, 8, 0, 64, values, 1
+        ),
         "words of blocks": lambda: x.block_decode(packed8[:-1], scales, 0, 8, 0, 64, values, 1),
         "blocks onto themselves": lambda: x.block_update(
             packed8, scales, 0, 8, 0, 64, values, 0.1, False, 0, packed8, torch.zeros(16), status, 1
@@ -295,6 +298,7 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
         "add_difference": (randn(n), randn(n, seed=1), 0.3, out),
         "encode": (randn(n), 3, 7, 0, None, 0, words, sums, status),
         "block_decode": (packed8, scales, 0, 8, 0, 64, out),
+        "block_decode_sum": (packed8, scales, 0, 8, 0, 64, packed8, scales, 0, 8, 0, 64, out),
         "block_encode": (randn(n), 0, 8, 0, 64, None, 0, packed8, scales, status),
         "block_update": (packed8, scales, 0, 8, 0, 64, randn(n), 0.1, 3, packed8.clone(), scales.clone(), status),
         "update": (words, scaling(0.5, 0.1), 3, 7, randn(n), 0.1, True, 3, again, scaling(0.0, 0.0), status),

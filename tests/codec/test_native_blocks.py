@@ -79,6 +79,24 @@ def test_any_codes_and_scales_decode_alike(element: tuple[int, int, int]) -> Non
     assert (bits_of(found[0]) == bits_of(found[1])).all() and found[0].isfinite().all()
 
 
+@pytest.mark.parametrize("update", ["s1e2m3", "e2m1", "int4", "nf4"])
+@pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
+def test_a_sum_decodes_as_its_two_parts_do(element: tuple[int, int, int], update: str) -> None:
+    change, blocks = ELEMENTS[update], (64, 32)
+    for n in (1, 33, 1024, codec.CHUNK + 1025):
+        base, other = room(n, element, blocks[0]), room(n, change, blocks[1])
+        native.block_encode(some_values(n), *element, blocks[0], None, 0, *base)
+        native.block_encode(randn(n, seed=3), *change, blocks[1], None, 0, *other)
+        parts = (*base[:2], *element, blocks[0], *other[:2], *change, blocks[1])
+        values, changes, ours, theirs = (torch.full((n,), float("nan")) for _ in range(4))
+        native.block_decode(*base[:2], *element, blocks[0], values)
+        native.block_decode(*other[:2], *change, blocks[1], changes)
+        native.block_decode_sum(*parts, ours)
+        reference_blocks.block_decode_sum(*parts, theirs)
+        assert (bits_of(ours) == bits_of(values + changes)).all(), n
+        assert (bits_of(theirs) == bits_of(values + changes)).all(), n
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
 def test_what_is_not_finite_is_seen(element: tuple[int, int, int], bad: float) -> None:

@@ -267,6 +267,7 @@ def test_any_fields_are_refused_or_decode_to_finite_values(name: str, numel: int
 
 
 @held
+@pytest.mark.filterwarnings("ignore:.* cannot hold")  # of SIGNS
 def test_memory_is_accounted_for(name: str) -> None:
     shapes = {"weight": (300, 40), "bias": (300,)}
     selection = CompressionPolicy(name).select(shapes)

@@ -15,6 +15,7 @@ from fedomc.codec import native, reference, reference_blocks, reference_rotation
 from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat, OCPElement
 from fedomc.codec.layout import BLOCK, CHUNK, SUMS, words_of
 from fedomc.codec.scaling import bounded_exponent, fitting_exponent
+from fedomc.codec.schemas import SCHEMAS
 
 __all__ = [
     "BLOCK",
@@ -26,6 +27,7 @@ __all__ = [
     "add_difference",
     "backend",
     "block_decode",
+    "block_decode_sum",
     "block_encode",
     "block_update",
     "bounded_exponent",
@@ -49,32 +51,10 @@ INFINITY_BITS = 0x7F800000
 
 _STATUS = 2  # elements of a status tensor: the bits of the largest magnitude, and whether any value changed
 
-_SCHEMAS = {
-    "absmax": "(Tensor values, Tensor(a!) out) -> ()",
-    "decode": "(Tensor words, Tensor scale_offset, int e, int m, Tensor(a!) out) -> ()",
-    "decode_sum": "(Tensor words, Tensor scale_offset, int e, int m, Tensor update_words, Tensor update_scale_offset, "
-    "int update_e, int update_m, Tensor(a!) out) -> ()",
-    "decode_add": "(Tensor words, Tensor scale_offset, int e, int m, float weight, Tensor(a!) out) -> ()",
-    "decode_add_difference": "(Tensor words, Tensor scale_offset, int e, int m, Tensor subtrahend_words, "
-    "Tensor subtrahend_scale_offset, int subtrahend_e, int subtrahend_m, float weight, Tensor(a!) out) -> ()",
-    "add_difference": "(Tensor values, Tensor subtrahend, float weight, Tensor(a!) out) -> ()",
-    "encode": "(Tensor values, int e, int m, int exponent, int? seed, int start, Tensor(a!) words, Tensor(b!) sums, "
-    "Tensor(c!) status) -> ()",
-    "update": "(Tensor words, Tensor scale_offset, int e, int m, Tensor gradient, float alpha, bool rescale, "
-    "int? seed, Tensor(a!) out, Tensor(b!) out_scale_offset, Tensor(c!) status) -> ()",
-    "block_decode": "(Tensor words, Tensor scales, int kind, int e, int m, int block, Tensor(a!) out) -> ()",
-    "block_encode": "(Tensor values, int kind, int e, int m, int block, int? seed, int start, Tensor(a!) words, "
-    "Tensor(b!) scales, Tensor(c!) status) -> ()",
-    "block_update": "(Tensor words, Tensor scales, int kind, int e, int m, int block, Tensor gradient, float alpha, "
-    "int? seed, Tensor(a!) out, Tensor(b!) out_scales, Tensor(c!) status) -> ()",
-    "rotated_decode": "(Tensor words, Tensor scales, int bits, int seed, int start, Tensor(a!) out) -> ()",
-    "rotated_encode": "(Tensor values, int bits, int seed, int start, bool unbiased, Tensor(a!) words, "
-    "Tensor(b!) scales) -> ()",
-}
 _REFERENCES = {"block": reference_blocks, "rotated": reference_rotation}
 
 _library = torch.library.Library("fedomc", "DEF")  # type: ignore[no-untyped-call]
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in SCHEMAS.items():
     _module = _REFERENCES.get(_name.partition("_")[0], reference)
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
     _library.impl(_name, getattr(_module, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -84,8 +64,12 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.register_fake(f"fedomc::{_name}", lambda *args: None, lib=_library)
 
 _operators = SimpleNamespace(
-    **{name: native.past_dispatcher(name, getattr(torch.ops.fedomc, name).default) for name in _SCHEMAS}
+    **{name: native.past_dispatcher(name, getattr(torch.ops.fedomc, name).default) for name in SCHEMAS}
 )
+
+
+BlockPart = tuple[Tensor, Tensor, BlockElement, int]
+"""The codes of a blockwise method: words, scales, element and block size."""
 
 
 class Outcome(NamedTuple):
@@ -269,6 +253,25 @@ def block_decode(words: Tensor, scales: Tensor, element: BlockElement, block: in
         ``out``.
     """
     _operators.block_decode(words, scales, *numbers_of(element), block, out)
+    return out
+
+
+def block_decode_sum(base: BlockPart, update: BlockPart, out: Tensor) -> Tensor:
+    """Decode the sum of a base and its update in one pass.
+
+    Args:
+        base: the words, scales, element and block size of the base, as in ``block_decode``.
+        update: those of the update.
+        out: float32 ``[n]``, contiguous; it is overwritten.
+
+    Returns:
+        ``out``.
+    """
+    (words, scales, element, block), (update_words, update_scales, update_element, update_block) = base, update
+    _operators.block_decode_sum(
+        words, scales, *numbers_of(element), block,
+        update_words, update_scales, *numbers_of(update_element), update_block, out,
+    )  # fmt: skip
     return out
 
 

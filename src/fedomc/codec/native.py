@@ -135,6 +135,18 @@ def block_decode(words: Tensor, scales: Tensor, kind: int, e: int, m: int, block
     )
 
 
+def block_decode_sum(
+    words: Tensor, scales: Tensor, kind: int, e: int, m: int, block: int,
+    update_words: Tensor, update_scales: Tensor, update_kind: int, update_e: int, update_m: int, update_block: int,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """See ``reference_blocks.block_decode_sum``."""
+    _extension().block_decode_sum(
+        to_dlpack(words), to_dlpack(scales), kind, e, m, block, to_dlpack(update_words), to_dlpack(update_scales),
+        update_kind, update_e, update_m, update_block, to_dlpack(out), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def block_encode(
     values: Tensor, kind: int, e: int, m: int, block: int, seed: int | None, start: int,
     words: Tensor, scales: Tensor, status: Tensor,

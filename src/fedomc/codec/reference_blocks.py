@@ -62,6 +62,18 @@ def block_decode(words: Tensor, scales: Tensor, kind: int, e: int, m: int, block
         part.copy_(_decoded(words, scales, element, block, at, part))
 
 
+def block_decode_sum(
+    words: Tensor, scales: Tensor, kind: int, e: int, m: int, block: int,
+    update_words: Tensor, update_scales: Tensor, update_kind: int, update_e: int, update_m: int, update_block: int,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Decode the sum of a base and its update into ``out``."""
+    element, update_element = block_element(kind, e, m), block_element(update_kind, update_e, update_m)
+    for at, part in chunks_of(out):
+        part.copy_(_decoded(words, scales, element, block, at, part))
+        part.add_(_decoded(update_words, update_scales, update_element, update_block, at, part))
+
+
 def block_encode(
     values: Tensor, kind: int, e: int, m: int, block: int, seed: int | None, start: int,
     words: Tensor, scales: Tensor, status: Tensor,

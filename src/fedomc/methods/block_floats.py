@@ -4,6 +4,7 @@ One scale for a variable is set by its largest value. The largest weight of a pr
 others, which are then left with the format's lowest codes. A scale for each block confines it to its block, for a byte.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -56,7 +57,7 @@ class BlockFloat(SharedExponent):
     @property
     def element(self) -> FloatElement:
         """The float format of the elements."""
-        return FloatElement(self.exponent_bits, self.mantissa_bits)
+        return _element(self.exponent_bits, self.mantissa_bits)
 
     @classmethod
     def from_name(cls, text: str) -> Self | None:
@@ -93,3 +94,6 @@ class BlockFloat(SharedExponent):
         if name is None or self.block != BLOCK or ELEMENTS[name].reserved:
             return None
         return Microscaling(BLOCK, self.exponent_bits, self.mantissa_bits).interchange
+
+
+_element = functools.cache(FloatElement)  # an element caches what is derived from it, and each step asks for it

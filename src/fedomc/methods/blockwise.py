@@ -89,6 +89,14 @@ class Blockwise(Method):
             present[0], present[1], self.element, self.block, gradient, alpha, out[0], out[1], seed=writing.seed
         )
 
+    def decode_sum(self, fields: Fields, update: Method, update_fields: Fields, out: Tensor) -> Tensor:
+        """Decode a base and add an update, in one pass if the update is blockwise too."""
+        if isinstance(update, Blockwise):
+            base = (fields[0], fields[1], self.element, self.block)
+            change = (update_fields[0], update_fields[1], update.element, update.block)
+            return codec.block_decode_sum(base, change, out)
+        return super().decode_sum(fields, update, update_fields, out)
+
     @property
     def largest_magnitude(self) -> float:
         """The largest magnitude of any code, including codes that are never written."""
