@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SANITIZED := build/sanitized
 
-.PHONY: demo experiments test test-deployment fuzz lint types layers tests sanitize clean
+.PHONY: demo experiments test test-deployment test-gpu fuzz lint types layers tests sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech compare --name demo
@@ -35,6 +35,10 @@ tests: $(INSTALLED)
 # A real deployment of apps/speech on this machine, and everything that can happen to it; about a quarter of an hour.
 test-deployment: $(INSTALLED)
 	$(BIN)/pytest -m deployment -v apps/speech/tests/deployment
+
+# What needs a CUDA device; without one, it fails and says so.
+test-gpu: $(INSTALLED)
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu -v tests
 
 # Everything that reads bytes from outside, for five minutes or FUZZ='--seconds 3600 --seed 1'.
 fuzz: $(INSTALLED)

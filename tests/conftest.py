@@ -3,12 +3,14 @@
 import copy
 import gc
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import gfloat
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing
 from hypothesis import settings
@@ -17,9 +19,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from fedomc import CompressedTensor, CompressionPolicy, FloatFormat, compress_
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: its kernels then run on the CPU
 torch.set_num_threads(1)
 settings.register_profile("fedomc", deadline=None, max_examples=100, derandomize=True)
 settings.load_profile("fedomc")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse to run without a device what needs one."""
+    needing = [item for item in session.items if item.get_closest_marker("gpu")]
+    if needing and not session.config.option.collectonly and not torch.cuda.is_available():
+        pytest.exit(f"there is no CUDA device here: {len(needing)} tests that need one were NOT run", returncode=1)
 
 
 def bits_of(values: Tensor) -> np.ndarray:

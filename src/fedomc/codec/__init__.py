@@ -1,8 +1,8 @@
 """Converts between float32 values and packed codes, for whole variables or stretches that begin at a block boundary.
 
 Methods call these functions without knowing which backend runs them. Each function is a ``torch.library`` operator, so
-the dispatcher chooses the backend: the C++ kernels for CPU tensors, and the reference, written in PyTorch operations,
-for all others. Both produce the same bits for any number of threads.
+the dispatcher chooses the backend: the C++ kernels for CPU tensors, Triton kernels for decoding floats on CUDA devices,
+and the reference, written in PyTorch operations, for all else. All produce the same bits.
 """
 
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedomc.codec import native, reference, reference_blocks, reference_rotation
+from fedomc.codec import native, reference, reference_blocks, reference_rotation, triton_dispatch
 from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat, OCPElement
 from fedomc.codec.layout import BLOCK, CHUNK, SUMS, words_of
 from fedomc.codec.scaling import bounded_exponent, fitting_exponent
@@ -60,6 +60,8 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(_name, getattr(_module, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     if native.extension is not None:
         _library.impl(_name, getattr(native, _name), "CPU")  # type: ignore[no-untyped-call]
+    if _name in triton_dispatch.OPERATORS:
+        _library.impl(_name, triton_dispatch.operator(_name), "CUDA")  # type: ignore[no-untyped-call]
     # All results are written to arguments, so there is nothing to allocate for fake tensors.
     torch.library.register_fake(f"fedomc::{_name}", lambda *args: None, lib=_library)
 

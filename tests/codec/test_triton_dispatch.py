@@ -1,0 +1,27 @@
+"""Which implementation decodes on a CUDA device; there need not be one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fedomc.codec import reference, triton_dispatch
+
+
+def test_cuda_tensors_have_kernels_of_their_own() -> None:
+    for name in triton_dispatch.OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fedomc::{name}", "CUDA")
+
+
+def test_without_triton_the_reference_serves_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fedomc.codec.triton_kernels", raising=False)
+    monkeypatch.delattr("fedomc.codec.triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.warns(RuntimeWarning, match="install triton"):
+        assert triton_dispatch.implementation.__wrapped__() is reference
+
+
+def test_importing_fedomc_does_not_import_triton() -> None:
+    code = "import sys, fedomc; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0  # noqa: S603
