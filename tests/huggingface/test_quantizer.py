@@ -119,3 +119,24 @@ def test_a_spoiled_file_is_refused(llama: Any, tmp_path: Path, spoil: Any, messa
     save_file({**tensors, name: spoil(tensors[name])}, path, texts)
     with pytest.raises(PayloadError, match=rf"{name}.*{message}"):
         type(llama).from_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_trains_and_saves_what_it_trained(tmp_path: Path, bf16: bool) -> None:
+    cls, _ = saved("LlamaForCausalLM", tmp_path / "plain", torch.float32)
+    model = cls.from_pretrained(tmp_path / "plain", quantization_config=OMCConfig("S1E3M7"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens = torch.arange(8) * 3
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, save_steps=2,
+        max_grad_norm=1.0, learning_rate=1e-2, bf16=bf16, use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": tokens, "labels": tokens}] * 8
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)  # type: ignore[arg-type]
+    assert trainer.train().training_loss > 0
+    for name, p in model.named_parameters():
+        assert isinstance(p, CompressedTensor) is isinstance(before[name], CompressedTensor), name
+        assert not torch.equal(p.detach(), before[name]), name
+    again = cls.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert type(p) is type(q) and torch.equal(p.detach(), q.detach()), name
