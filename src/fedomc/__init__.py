@@ -2,6 +2,7 @@
 
 from fedomc.activations.packing import ActivationBytes, PackedActivations, compress_activations
 from fedomc.errors import (
+    BaseModelError,
     FolderLockedError,
     FormatError,
     NonFiniteError,
@@ -17,6 +18,7 @@ from fedomc.serialization.model_file import load_model, materialize_, save_model
 from fedomc.tensor.compressed import CompressedTensor
 from fedomc.training.advice import Advice, FormatAdvice, VariableAdvice
 from fedomc.training.advising import advise
+from fedomc.training.base_model import base_digest
 from fedomc.training.model import ParameterBytes, compress_, decompress_, parameter_bytes
 from fedomc.training.policy import DEFAULT, CompressionPolicy, TieredPolicy
 from fedomc.training.selection import Selection
@@ -29,6 +31,7 @@ __all__ = [
     "DEFAULT",
     "ActivationBytes",
     "Advice",
+    "BaseModelError",
     "CompressedTensor",
     "CompressionPolicy",
     "Encoding",
@@ -53,6 +56,7 @@ __all__ = [
     "TieredPolicy",
     "VariableAdvice",
     "advise",
+    "base_digest",
     "compress_",
     "compress_activations",
     "decompress_",

@@ -21,6 +21,10 @@ class PayloadError(OMCError):
     """Bytes from outside are not a valid compressed variable, or do not fit the model."""
 
 
+class BaseModelError(PayloadError):
+    """A message is for another base model than the one that the client has; the message names both digests."""
+
+
 class RoundsFailedError(OMCError):
     """In too many consecutive rounds, no client sent a usable reply."""
 

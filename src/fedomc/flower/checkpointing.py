@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedomc.errors import PayloadError
+from fedomc.flower._flower import logger
 from fedomc.flower.arrays import array_of, view_dense
 from fedomc.flower.defences import accountant_of, adaptive_clipping_of, innermost, layers
 from fedomc.flower.traffic import Traffic
@@ -143,6 +145,37 @@ def from_checkpoint(
         setattr(innermost(inner), attribute, value)
     for name, array in arrays.items():
         state.arrays[name] = array_of(stored[name], array.dtype)
+    return state
+
+
+def checked_resumption(state: RunState, arrays: ArrayRecord, num_rounds: int, folder: Path) -> RunState:
+    """Return the state of a run that is resumed or already finished, after logging which of them it is.
+
+    Args:
+        state: the state in the folder.
+        arrays: the initial model that is given now; a run that goes on does not use it.
+        num_rounds: the number of rounds to run in all.
+        folder: the folder of the checkpoints.
+
+    Raises:
+        PayloadError: the run is finished, and began with another initial model.
+    """
+    other = state.initial != digest(arrays)
+    if state.round >= num_rounds:
+        if other:
+            raise PayloadError(
+                f"the run in {folder} finished after round {state.round}, but began with another initial model: "
+                "use another folder for a new run, or pass the initial model of this run"
+            )
+        logger.info("already finished: %s has the model after round %d of %d", folder, state.round, num_rounds)
+        return state
+    logger.info("resumed after round %d of %d from %s", state.round, num_rounds, folder)
+    if other:
+        logger.warning(
+            "the run in %s began with another initial model, so the given one is not used: to start a new run with "
+            "it, use another folder",
+            folder,
+        )
     return state
 
 

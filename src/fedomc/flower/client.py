@@ -3,7 +3,7 @@
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower.arrays import STYPE, framed_array, plain_array, read_dense, read_packed, records_of
+from fedomc.flower.base_model import part_to_fill
 from fedomc.flower.chunks import ChunkedArray
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.flower.feedback import Residuals
@@ -19,6 +20,7 @@ from fedomc.serialization import frame
 from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.dtypes import DTYPES
+from fedomc.training.base_model import TRAINABLE, travelling
 from fedomc.training.model import replace_parameters
 from fedomc.training.module_state import ModuleState, OwnedValue, some
 from fedomc.training.step_report import step_report
@@ -27,22 +29,32 @@ _LEAST_TRIM = 32 * 2**20
 """The number of freed bytes below which the C library is not asked to return memory to the system."""
 
 
-def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = False) -> nn.Module:
+def install(
+    model: nn.Module, message: Message | RecordDict, *, consume: bool = False, check_base: bool = True
+) -> nn.Module:
     """Fill a model from a message; compressed variables stay packed, and no FP32 copy of them is made.
 
+    A message may have only the variables that are trained, such as the adapters of ``peft``, if it names the base model
+    that it is for (``OMCStrategy(base=...)``). The base model is what the message does not have. The model must hold it
+    already, packed or plain; it must be frozen and have the digest in the message, and is not touched.
+
     Args:
-        model: the model, which may be on the meta device; its parameters and persistent buffers are replaced. Buffers
-            that are not part of the state_dict must already have values, because no message contains them.
-        message: the message, with one ``ArrayRecord`` of all parameters and persistent buffers, and with the
-            ``fedomc`` config record if variables are compressed.
+        model: the model, which may be on the meta device; its parameters and persistent buffers, or those in the
+            message, are replaced. Buffers that are not part of the state_dict must already have values, because no
+            message contains them.
+        message: the message, with one ``ArrayRecord`` of parameters and persistent buffers, and with the ``fedomc``
+            config record if variables are compressed.
         consume: release the message's bytes as they are read, so that message and model are never both in memory.
             Bytes that ``collect`` will need are kept: with an uplink method, those of variables in one part and of
             those that partial quantization left in FP32.
+        check_base: whether the digest of the base model is checked. Pass False on the server, where arrays do not come
+            with a digest.
 
     Returns:
         The model.
 
     Raises:
+        BaseModelError: the model has another base model than the message names. The model is unchanged.
         PayloadError: a variable is missing, unknown, damaged or has another shape. The model is unchanged, but with
             ``consume`` the message may be empty.
     """
@@ -53,7 +65,7 @@ def install(model: nn.Module, message: Message | RecordDict, *, consume: bool = 
         raise PayloadError(
             f"{some(tied)} is tied to another variable and must be sent under one name only: send collect(model)"
         )
-    state.check_names(arrays.keys())
+    state = part_to_fill(state, arrays.keys(), message, check_base=check_base)
     parameters = {name for name, tensor in state.tensors.items() if isinstance(tensor, nn.Parameter)}
     items = _consumed(message, parameters, config) if consume else iter(arrays.items())
     size = sum(len(array.data) for array in arrays.values())
@@ -71,18 +83,23 @@ def collect(
     model: nn.Module,
     message: Message | RecordDict | None = None,
     *,
+    variables: str | Sequence[str] | None = None,
     consume: bool = False,
     error_feedback: Context | None = None,
 ) -> ArrayRecord:
     """Return a model's parameters and persistent buffers as arrays; compressed variables stay packed.
 
-    Of a variable in two parts, only the update is returned, because the receiver already has the base.
+    Of a model with frozen parameters, only what is trained is returned, unless ``variables`` says otherwise; of a
+    variable in two parts only the update, because the receiver already has the base.
 
     Args:
         model: the model, plain or compressed.
         message: the message that the model was filled from. If it is given, the arrays are encoded as the server
             requested, see ``serialization.uplink.reply_frame``: as changes by an uplink method, or entropy coded.
             Variables that were received compressed but are dense in the model are then compressed again.
+        variables: what is returned: ``trainable``: parameters that require gradients, and the buffers of modules that
+            have such parameters themselves; ``all``; or name patterns, such as ``["*lora_*"]``. None is what the
+            message has, or, without a message, ``trainable``.
         consume: release each parameter once it is written, so that model and arrays are never both in memory, and
             store the arrays in the form in which Flower sends them, so that sending makes no copy. Afterwards, the
             parameters are on the meta device and have no gradients; ``install`` can fill the model again.
@@ -100,14 +117,14 @@ def collect(
             to another model, or no longer has the bytes that are needed.
         PolicyError: the server requests entropy coding, but zstandard is not installed; or, with ``consume``, a
             parameter is stepped in backward; or error feedback is requested without a message, or the server's
-            policy has no uplink.
+            policy has no uplink; or ``variables`` names none, or has a pattern that matches none.
     """
     if error_feedback is not None and message is None:
         raise PolicyError("error feedback needs the message that the model was filled from: pass it to collect")
     model_key, sent, config = ("", {}, None) if message is None else _content(message)
     # A client that is sent FP32 sends FP32, which loses nothing.
     residuals = None if error_feedback is None or config is None else Residuals(error_feedback, model_key, config)
-    state = ModuleState.of(model).tensors
+    state = _collected(ModuleState.of(model), variables, sent)
     record, written = ArrayRecord(), [0]
 
     def emptied() -> Iterator[tuple[str, Tensor]]:
@@ -147,6 +164,17 @@ def step_metrics(model: nn.Module) -> dict[str, float]:
     if not report.variables:
         return {}
     return {STEP_KEPT: report.total.kept, STEP_NOISE: report.total.noise, STEP_DRIFT: report.total.drift}
+
+
+def _collected(
+    state: ModuleState, variables: str | Sequence[str] | None, sent: Mapping[str, Array]
+) -> dict[str, Tensor]:
+    """Return the variables that are returned to the sender."""
+    if variables is None and sent:
+        if unknown := [name for name in sent if name not in state.tensors]:
+            raise PayloadError(f"the message has {some(unknown)}, which the model does not have")
+        return state.part(sent.keys()).tensors
+    return state.part(travelling(state, variables or TRAINABLE)).tensors
 
 
 def _content(message: Message | RecordDict) -> tuple[str, Mapping[str, Array], UplinkConfig | None]:

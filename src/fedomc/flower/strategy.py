@@ -8,11 +8,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedomc.errors import PayloadError, PolicyError
+from fedomc.errors import PolicyError
 from fedomc.flower import defences
 from fedomc.flower._flower import logger, stand_in
 from fedomc.flower.aggregation import AGGREGATES
-from fedomc.flower.checkpointing import RunState, digest, from_checkpoint, settings_of, to_checkpoint
+from fedomc.flower.base_model import name_base, read_digests
+from fedomc.flower.checkpointing import (
+    RunState,
+    checked_resumption,
+    digest,
+    from_checkpoint,
+    settings_of,
+    to_checkpoint,
+)
 from fedomc.flower.downlink import Broadcast, compressible_shapes
 from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.replies import checked_evaluations
@@ -72,6 +80,8 @@ class OMCStrategy(Strategy):
         observers: functions that are called with the report of each round of training.
         failed_rounds: the number of consecutive rounds without a usable reply that ends the run with an error. A
             shorter run in which every round failed ends with the error, too. None never raises it.
+        base: the digests of the base models that a client may have, each from ``fedomc.base_digest(model)``, if the
+            messages have only what is trained, such as adapters. ``install`` refuses a message for another base model.
         traffic: the bytes of the training messages of each round.
         report: the cost of the last round, by variable. Its totals are among the round's metrics, such as
             ``fedomc.up-bytes``.
@@ -79,8 +89,8 @@ class OMCStrategy(Strategy):
     Raises:
         FormatError: a format does not exist.
         PolicyError: ``aggregate`` or ``entropy_coding`` is unknown, the cap is below 1, zstandard is not installed but
-            entropy coding is requested, ``weights`` is used with a strategy that clips, or the unquantized format is
-            only for an uplink.
+            entropy coding is requested, ``weights`` is used with a strategy that clips, the unquantized format is only
+            for an uplink, or a text is not a digest.
     """
 
     def __init__(
@@ -96,6 +106,7 @@ class OMCStrategy(Strategy):
         checkpoints: Checkpoints | None = None,
         observers: Sequence[Observer] = (),
         failed_rounds: int | None = 3,
+        base: str | Sequence[str] = (),
     ) -> None:
         if aggregate not in AGGREGATES:
             raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
@@ -116,6 +127,7 @@ class OMCStrategy(Strategy):
         self.checkpoints = checkpoints
         self.observers = observers
         self.failed_rounds = failed_rounds
+        self.base = read_digests(base)
         self.traffic: list[Traffic] = []
         self.report: RoundReport | None = None
         self._supervision = Supervision(
@@ -242,23 +254,7 @@ class OMCStrategy(Strategy):
         state = self._restored(arrays)
         if self.checkpoints is None or not state.round:
             return state
-        folder, other = self.checkpoints.folder, state.initial != digest(arrays)
-        if state.round >= num_rounds:
-            if other:
-                raise PayloadError(
-                    f"the run in {folder} finished after round {state.round}, but began with another initial model: "
-                    "use another folder for a new run, or pass the initial model of this run"
-                )
-            logger.info("already finished: %s has the model after round %d of %d", folder, state.round, num_rounds)
-            return state
-        logger.info("resumed after round %d of %d from %s", state.round, num_rounds, folder)
-        if other:
-            logger.warning(
-                "the run in %s began with another initial model, so the given one is not used: to start a new run with "
-                "it, use another folder",
-                folder,
-            )
-        return state
+        return checked_resumption(state, arrays, num_rounds, self.checkpoints.folder)
 
     def _restored(self, arrays: ArrayRecord) -> RunState:
         stored = None if self.checkpoints is None else self.checkpoints.resume()
@@ -269,7 +265,8 @@ class OMCStrategy(Strategy):
         return state
 
     def _settings(self) -> dict[str, object]:
-        return {**settings_of(self.inner, self.aggregate, self.policy), "weight_cap": self.weight_cap}
+        settings = {**settings_of(self.inner, self.aggregate, self.policy), "weight_cap": self.weight_cap}
+        return {**settings, "base": list(self.base)} if self.base else settings
 
     def _inner_in_place(self) -> Strategy:
         """Return the inner strategy for its own ``start``, with its configuring and aggregating methods replaced."""
@@ -362,6 +359,7 @@ class OMCStrategy(Strategy):
         """Compress the model in each message; the broadcast replaces the former one."""
         for message in messages:
             broadcast.compress(message)
+            name_base(message, self.base)
         broadcast.release_former()
         self._broadcast = broadcast
 

@@ -15,6 +15,7 @@ from fedomc.tensor.dtypes import DTYPES, NAMES
 from fedomc.training.fidelity import Distance, measure, warning_of
 from fedomc.training.lazy import check_initialized
 from fedomc.training.policy import DEFAULT, CompressionPolicy
+from fedomc.training.selection import check_patterns, matches
 
 
 def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionPolicy | str = DEFAULT) -> nn.Module:
@@ -94,19 +95,28 @@ def resolve_selection(
     return selection
 
 
-def decompress_(model: nn.Module) -> nn.Module:
-    """Replace all compressed parameters of a model by dense ones of the same dtype.
+def decompress_(model: nn.Module, include: Sequence[str] = ()) -> nn.Module:
+    """Replace compressed parameters of a model by dense ones of the same dtype.
 
     Args:
         model: is changed in place.
+        include: name patterns of the parameters, such as ``["*lora_*"]`` to keep the base model packed; empty is all.
 
     Returns:
         The model.
 
     Raises:
-        PolicyError: a variable is stepped in backward: call ``remove()`` on what ``step_in_backward`` returned.
+        PolicyError: a variable is stepped in backward: call ``remove()`` on what ``step_in_backward`` returned; or a
+            pattern matches no parameter, or ``include`` is a string.
     """
-    compressed = {name: p for name, p in model.named_parameters() if isinstance(p, CompressedTensor)}
+    parameters = dict(model.named_parameters())
+    check_patterns("include", include, parameters)
+    compressed = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if isinstance(parameter, CompressedTensor) and (not include or matches(name, include))
+    }
+    del parameters
     replace_parameters(model, ((name, compressed.pop(name).dequantize()) for name in list(compressed)))
     return model
 

@@ -62,6 +62,11 @@ class ModuleState:
                     aliases[name] = first
         return cls(module, tensors, aliases)
 
+    def part(self, names: Collection[str]) -> "ModuleState":
+        """Return the part of the state that has the given first names, with their aliases."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name in names}
+        return ModuleState(self.module, tensors, {k: name for k, name in self.aliases.items() if name in tensors})
+
     def check_names(self, names: Collection[str], tied: Mapping[str, str] | None = None) -> None:
         """Check that values with these names are the whole state and nothing else.
 

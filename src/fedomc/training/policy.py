@@ -1,11 +1,10 @@
 """Which variables of a model are compressed, for which client, in which round, and how."""
 
-import fnmatch
 import functools
 import hashlib
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
@@ -14,7 +13,7 @@ from torch import nn
 from fedomc.errors import PolicyError
 from fedomc.methods import Encoding, Method, parse_method
 from fedomc.training.lazy import check_initialized
-from fedomc.training.selection import Selection, held_bytes, shapes_of
+from fedomc.training.selection import Selection, check_patterns, held_bytes, matches, shapes_of
 
 DEFAULT = "S1E2M3/64+S1E2M1/64"
 """The formats that ``compress_`` uses if none are given, in the notation of ``CompressionPolicy.parse``.
@@ -129,7 +128,7 @@ class CompressionPolicy:
 
     def format_of(self, name: str) -> Method:
         """Return the format of a variable, or of its base."""
-        own = (fmt for pattern, fmt in dict(self.format_by_name).items() if fnmatch.fnmatchcase(name, pattern))
+        own = (fmt for pattern, fmt in dict(self.format_by_name).items() if matches(name, (pattern,)))
         return parse_method(next(own, self.format))
 
     def encoding(self, format: Method | None = None, *, round: int = 0, client: str | int = "") -> Encoding:
@@ -172,18 +171,18 @@ class CompressionPolicy:
         sizes, shapes = self.compressible(variables), shapes_of(variables)
         if self.uplink is None:
             return ()
-        _check_matches("uplink_include", self.uplink_include, shapes)
+        check_patterns("uplink_include", self.uplink_include, shapes)
         uplink = parse_method(self.uplink)
         return tuple(
             name
             for name, shape in shapes.items()
             if name in sizes
-            or (_matches(name, self.uplink_include) and 0 < uplink.nbytes(math.prod(shape)) < 4 * math.prod(shape))
+            or (matches(name, self.uplink_include) and 0 < uplink.nbytes(math.prod(shape)) < 4 * math.prod(shape))
         )
 
     def _find_compressible(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         for field_name, patterns in (("include", self.include), ("format_by_name", dict(self.format_by_name))):
-            _check_matches(field_name, patterns, shapes)
+            check_patterns(field_name, patterns, shapes)
         sizes = {name: math.prod(shape) for name, shape in shapes.items() if self._may_compress(name, shape)}
         if not sizes:
             raise PolicyError(
@@ -224,9 +223,9 @@ class CompressionPolicy:
             sum(size > 1 for size in shape) < 2 or self._padding_eats_savings(name, shape)
         ):
             return False
-        if math.prod(shape) == 0 or (self.include and not _matches(name, self.include)):
+        if math.prod(shape) == 0 or (self.include and not matches(name, self.include)):
             return False
-        return not _matches(name, self.exclude)
+        return not matches(name, self.exclude)
 
     def _padding_eats_savings(self, name: str, shape: Sequence[int]) -> bool:
         """Tell whether a variable would hold no less than in FP32; never of formats that save nothing at any size."""
@@ -312,15 +311,6 @@ class TieredPolicy:
         return policy
 
 
-def _check_matches(field_name: str, patterns: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> None:
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
-            raise PolicyError(
-                f"{field_name}: {pattern!r} matches none of {len(shapes)} variables, "
-                f"such as {next(iter(shapes), '')!r}: correct or remove the pattern"
-            )
-
-
 @functools.lru_cache(maxsize=64)  # a server asks for every client in every round
 def _compressible(policy: CompressionPolicy, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, int]:
     return policy._find_compressible(dict(shapes))
@@ -336,10 +326,6 @@ def _by_pattern(formats: Any) -> tuple[tuple[str, Method], ...]:
         if not isinstance(pattern, str):
             raise PolicyError(f"format_by_name={formats!r} must map name patterns to formats")
     return tuple((pattern, parse_method(fmt)) for pattern, fmt in pairs)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _hash(*key: str | SupportsIndex) -> int:

@@ -1,11 +1,13 @@
-"""``Selection``: the variables that are compressed, the encoding of each, and the bytes that a client then holds."""
+"""``Selection``: the variables that are compressed, the encoding of each, and the bytes held; patterns of names."""
 
+import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from fedomc.errors import PolicyError
 from fedomc.methods import Encoding
 
 
@@ -77,3 +79,24 @@ def shapes_of(variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, t
         else variables
     )
     return {name: tuple(shape) for name, shape in named.items()}
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a name matches a pattern of ``fnmatch``, with upper and lower case distinguished."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_patterns(field_name: str, patterns: Iterable[str], names: Collection[str]) -> None:
+    """Check that each pattern matches a name.
+
+    Raises:
+        PolicyError: one matches none, or the patterns are a single string.
+    """
+    if isinstance(patterns, str):
+        raise PolicyError(f"{field_name}={patterns!r} must be a list of patterns, not a string")
+    for pattern in patterns:
+        if not any(matches(name, (pattern,)) for name in names):
+            raise PolicyError(
+                f"{field_name}: {pattern!r} matches none of {len(names)} variables, "
+                f"such as {next(iter(names), '')!r}: correct or remove the pattern"
+            )
