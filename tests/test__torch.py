@@ -109,6 +109,17 @@ def test_schema_of() -> None:
     assert view.alias_info is not None and not view.alias_info.is_write
 
 
+def test_storage_is_shared() -> None:
+    p = nn.Parameter(torch.ones(2, 3))
+    p.sum().mul(2).backward()
+    x = torch.zeros(4)
+    assert not _torch.storage_is_shared(x) and not _torch.storage_is_shared(p.grad)
+    view = x.view(2, 2)
+    assert _torch.storage_is_shared(x) and _torch.storage_is_shared(view)
+    del view
+    assert not _torch.storage_is_shared(x)
+
+
 def test_hooks() -> None:
     p = nn.Parameter(torch.ones(3))
     assert not _torch.has_step_hooks(p)

@@ -56,6 +56,7 @@ __all__ = [
     "schema_of",
     "sparse_parts",
     "steps_plainly",
+    "storage_is_shared",
     "storage_key",
     "transforms_are_active",
     "tree_leaves",
@@ -250,6 +251,15 @@ def current_node() -> Any:
 def storage_key(storage: torch.UntypedStorage) -> int:
     """Return a number that identifies a storage among all that exist, whether or not it has memory."""
     return int(storage._cdata)
+
+
+def storage_is_shared(tensor: Tensor) -> bool:
+    """Return whether other tensors, known to Python or not, use the memory of a tensor."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) > _OWN_USES
+
+
+_OWN_USES = 2
+"""A storage is used by its tensor, and by the object that stands for it in Python."""
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

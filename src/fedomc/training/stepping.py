@@ -30,8 +30,10 @@ from fedomc._torch import (
     without_overrides,
 )
 from fedomc.errors import PolicyError
+from fedomc.methods import Method
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
+from fedomc.training.optimizer_state import with_packed_state
 from fedomc.training.updates import update_of
 
 
@@ -55,7 +57,7 @@ class StepInBackward:
         self._lock = threading.RLock()  # the backward pass has a thread for each device
         self._released = [ReleasedGradient(parameter, name) for name, parameter in variables]
         # Optimizers that compile their step, as torchao's do, cannot trace how a variable is encoded.
-        self._compiling = not type(optimizer).__module__.startswith("torch.optim.")
+        self._compiling = not type(optimizer).__module__.startswith(("torch.optim.", "fedomc."))
         self._handles = [handle for index in range(len(variables)) for handle in self._hook(index)]
         self._handles.append(model.register_forward_pre_hook(_check_all_stepped))
         self._model = weakref.ref(model)
@@ -175,6 +177,7 @@ def step_in_backward(
     optimizer_class: Callable[..., Optimizer],
     *,
     clip_norm: float | None = None,
+    state_format: str | Method | None = None,
     **kwargs: Any,
 ) -> StepInBackward:
     """Make every backward pass train the model: no gradient outlives the moment in which it is complete.
@@ -188,13 +191,17 @@ def step_in_backward(
         optimizer_class: from ``torch.optim`` or ``torchao.optim``, one that works parameter by parameter.
         clip_norm: scales the gradient of each variable down to this Euclidean norm. (A norm over all variables does
             not exist in the backward pass: when the last gradient is complete the first is gone.)
+        state_format: holds the state of SGD, Adam or AdamW as codes, such as ``"S1E4M3/64"``, for variables of at least
+            4096 values. The memory of a gradient is then used for the step.
         **kwargs: for the optimizer.
 
     Returns:
         The optimizer, a way to accumulate gradients and a way to stop.
 
     Raises:
-        PolicyError: there is nothing to train, a lazy module has not run yet, or a parameter is stepped already. In a
+        FormatError: the state's format does not exist.
+        PolicyError: there is nothing to train, a lazy module has not run yet, a parameter is stepped already, or the
+            state cannot be held as codes: another optimizer, ``amsgrad`` or a format without scales by block. In a
             forward pass of the model: a parameter that requires a gradient is not stepped, because it was replaced,
             moved or unfrozen.
 
@@ -211,6 +218,8 @@ def step_in_backward(
         variables.append((name, parameter))
     if not variables:
         raise PolicyError("no parameter of the model requires a gradient: there is nothing to step")
+    if state_format is not None:
+        optimizer_class, kwargs = with_packed_state(optimizer_class), {**kwargs, "state_format": state_format}
     optimizer = optimizer_class([{"params": [variable]} for variable in variables], **kwargs)
     return StepInBackward(model, variables, optimizer, clip_norm)
 

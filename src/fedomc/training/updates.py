@@ -19,6 +19,7 @@ from torch.optim.sgd import sgd
 
 from fedomc._torch import steps_plainly
 from fedomc.tensor.compressed import is_compressed
+from fedomc.training.optimizer_state import PackedAdam, PackedAdamW, PackedSGD, PackedStateOptimizer
 
 Update = Callable[[Optimizer, dict[str, Any], Tensor], None]
 
@@ -76,4 +77,11 @@ def _adam(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Non
     )  # fmt: skip
 
 
-_UPDATES: dict[type[Optimizer], Update] = {SGD: _sgd, Adam: _adam, AdamW: _adam}
+def _packed(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
+    assert isinstance(optimizer, PackedStateOptimizer)
+    optimizer.update(group, parameter)
+
+
+_UPDATES: dict[type[Optimizer], Update] = {
+    SGD: _sgd, Adam: _adam, AdamW: _adam, PackedSGD: _packed, PackedAdam: _packed, PackedAdamW: _packed
+}  # fmt: skip
