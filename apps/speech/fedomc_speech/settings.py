@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +11,14 @@ from fedomc_speech.errors import SettingsError
 
 FP32 = "FP32"
 
-_VARIANT = re.compile(
-    r"(?P<base>S1E\d+M\d+)(\+(?P<update>S1E\d+M\d+))?(>(?P<uplink>[A-Z0-9/]+))?(@(?P<fraction>[0-9.]+))?"
-)
-
 
 @dataclass(frozen=True)
 class Variant:
     """One of the formats that a run compares.
 
     Attributes:
-        format: ``FP32``, ``S1E3M7`` (one part) or ``S1E2M3+S1E2M1`` (base and update), and ``>DRIVE1`` behind it for an
-            uplink.
+        format: ``FP32``, or what ``fedomc.Encoding.parse`` reads: ``S1E3M7`` (one part), ``S1E2M3/64+S1E2M1/64`` (base
+            and update), and ``>DRIVE1`` behind it for an uplink.
         fraction: of the compressible parameters that is compressed.
     """
 
@@ -39,15 +34,16 @@ class Variant:
         """
         if text == FP32:
             return cls(FP32)
-        match = _VARIANT.fullmatch(text)
-        if match is None:
-            raise SettingsError(
-                f"{text!r} is not a format: write FP32, S1E3M7, S1E3M7@0.9 (with a fraction), S1E2M3+S1E2M1, or "
-                "S1E3M7>DRIVE1 (with an uplink)"
-            )
-        fraction = match["fraction"] or "1"
+        format, at, fraction = text.partition("@")
         try:
-            return cls(text.partition("@")[0], float(fraction))
+            fedomc.Encoding.parse(format)
+        except fedomc.OMCError as error:
+            raise SettingsError(
+                f"{text!r} is not a format ({error}): write FP32, S1E3M7, S1E3M7@0.9 (with a fraction), "
+                "S1E2M3/64+S1E2M1/64, or S1E3M7>DRIVE1 (with an uplink)"
+            ) from None
+        try:
+            return cls(format, float(fraction) if at else 1.0)
         except ValueError:
             raise SettingsError(f"{text!r}: {fraction!r} is not a number") from None
 
@@ -59,9 +55,11 @@ class Variant:
         if self.format == FP32:
             return None
         rounding = settings.rounding or ("stochastic" if "+" in self.format else "nearest")
+        plain = isinstance(fedomc.Encoding.parse(self.format).format, fedomc.FloatFormat)
+        transform = settings.transform or ("scaled-affine" if rounding == "nearest" else "scaled")
         return fedomc.CompressionPolicy.parse(
             self.format,
-            transform=settings.transform or ("scaled" if rounding == "stochastic" else "scaled-affine"),
+            transform=transform if plain else None,
             weight_matrices_only=settings.weight_matrices_only,
             fraction=self.fraction,
             rounding=rounding,
@@ -101,8 +99,8 @@ class Settings:
         evaluate_every: the word error rate is measured every so many rounds.
         format_by_name: formats of variables, or of their bases, by name pattern, instead of the variant's:
             ``*.conv.*=S1E2M3 head.*=S1E2M3``. The first pattern that matches decides.
-        transform: the transformation of each variable; empty is ``scaled`` with stochastic rounding,
-            ``scaled-affine`` with rounding to nearest.
+        transform: the transformation of each variable in formats with one scale; empty is ``scaled`` with stochastic
+            rounding, ``scaled-affine`` with rounding to nearest.
         weight_matrices_only: whether biases and normalization stay in FP32.
         rounding: ``nearest`` or ``stochastic``, for variables in one part and for the update part of those in two;
             empty is ``nearest`` in one part and ``stochastic`` in two, as in ``docs/results``.
@@ -114,7 +112,7 @@ class Settings:
         round_timeout: seconds to wait for the clients of a round; later replies are left out.
     """
 
-    formats: tuple[str, ...] = (FP32, "S1E3M7@0.9", "S1E2M3+S1E3M0")
+    formats: tuple[str, ...] = (FP32, "S1E3M7@0.9", fedomc.DEFAULT)
     corpus: str = "digits"
     corpus_path: str = ""
     corpus_digest: str = ""

@@ -21,6 +21,8 @@ from fedomc_speech.settings import Settings, Variant
         ("S1E2M3+S1E2M1@0.75", "S1E2M3+S1E2M1", 0.75),
         ("S1E3M7>DRIVE1@0.9", "S1E3M7>DRIVE1", 0.9),
         ("S1E4M3+S1E2M1>S1E2M1", "S1E4M3+S1E2M1>S1E2M1", 1.0),
+        ("S1E2M3/64+S1E2M1/64", "S1E2M3/64+S1E2M1/64", 1.0),
+        ("NF4@0.5", "NF4", 0.5),
     ],
 )
 def test_a_variant_is_read_and_printed(text: str, format: str, fraction: float) -> None:
@@ -42,6 +44,11 @@ def test_the_policy_of_a_variant() -> None:
     nearest = {"transform": "scaled-affine", "rounding": "nearest"}
     assert one == fedomc.CompressionPolicy("S1E3M7", fraction=0.9, **nearest, **how)
     assert two == fedomc.CompressionPolicy("S1E2M3", "S1E3M0", transform="scaled", **how)
+    blocks = Variant.parse(fedomc.DEFAULT).policy(Settings())
+    assert blocks == fedomc.CompressionPolicy.parse(fedomc.DEFAULT, **how)
+    assert Variant.parse("S1E2M3/64").policy(Settings()) == fedomc.CompressionPolicy(
+        "S1E2M3/64", rounding="nearest", **how
+    )
     mixed = Variant("S1E2M1").policy(Settings(format_by_name="*.conv.*=S1E2M3 head.*=S1E3M7"))
     assert mixed is not None
     assert [str(mixed.format_of(name)) for name in ("a.conv.b", "head.weight", "c")] == ["S1E2M3", "S1E3M7", "S1E2M1"]
