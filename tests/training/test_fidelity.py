@@ -39,7 +39,7 @@ def model_with_outliers() -> nn.Sequential:
 
 @pytest.mark.parametrize("format", ["S1E2M3", "S1E2M3+S1E2M1"])
 def test_compress_names_what_the_format_cannot_hold(format: str) -> None:
-    with pytest.warns(UserWarning, match=r"S1E2M3 cannot hold 1 of 2 variables.*\d+% of 1\.weight, .*S1E2M3/64"):
+    with pytest.warns(UserWarning, match=r"S1E2M3 cannot hold 1 of 2 variables.*\d+% of 1\.weight\. .*S1E2M3/64"):
         fedomc.compress_(model_with_outliers(), format)
 
 

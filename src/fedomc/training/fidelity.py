@@ -82,7 +82,7 @@ def warning_of(distances: Mapping[str, Distance], format: str = "") -> str | Non
     named = ", ".join(f"{shares[name]:.0%} of {name}" for name in worst[:_NAMED])
     others = f" and parts of {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
     return (
-        f"{format or 'the format'} cannot hold {len(worst)} of {len(shares)} variables: it loses {named}{others}, as "
-        "few large values leave too few codes for the others. Use scales by block (such as S1E2M3/64), more exponent "
-        "bits (such as S1E4M3), or leave these variables out with exclude=[...]; fedomc.advise compares formats"
+        f"{format or 'the format'} cannot hold {len(worst)} of {len(shares)} variables: it loses {named}{others}. Most "
+        "of their values are too small for the scale: use scales by block (such as S1E2M3/64), more exponent bits (such "
+        "as S1E4M3), or leave these variables out with exclude=[...]; fedomc.advise compares formats"
     )

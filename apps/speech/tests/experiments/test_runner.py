@@ -62,6 +62,7 @@ def invoke(file: Path, tmp_path: Path, *more: str) -> str:
     return result.output
 
 
+@pytest.mark.filterwarnings("ignore:.* cannot hold")  # without a transformation
 def test_an_experiment_becomes_tables_and_figures(file: Path, tones: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.mkdir()
