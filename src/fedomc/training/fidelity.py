@@ -5,7 +5,7 @@ A format with one scale for a whole variable has few codes left for most values 
 pretrained transformers. The lost share of a variable shows it: the errors' magnitudes over those of the values, in the
 mean over blocks of 1024 values. A ratio of norms would not show it, as a single large value can outweigh all others.
 Without outliers the share depends on the format alone: 3% in S1E2M3, 5% in S1E2M2, 8% in NF4, 11% in S1E2M1. S1E2M3
-loses 6% or less of half of MiniLM's 40 matrices, but 49% to 99% of five, and fine-tuning loses 4 to 16 points in all
+loses 6% or less of half of MiniLM's 40 matrices, but 49% to 99% of five, and fine-tuning loses 4 to 15 points in all
 four cells of ``docs/results/recipes.md``. In the models of the other cells no variable loses more than 23% in any
 format that was tried, and in MiniLM none more than 29% with scales by block.
 """
@@ -83,6 +83,6 @@ def warning_of(distances: Mapping[str, Distance], format: str = "") -> str | Non
     others = f" and parts of {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
     return (
         f"{format or 'the format'} cannot hold {len(worst)} of {len(shares)} variables: it loses {named}{others}. Most "
-        "of their values are too small for the scale: use scales by block (such as S1E2M3/64), more exponent bits (such "
-        "as S1E4M3), or leave these variables out with exclude=[...]; fedomc.advise compares formats"
+        "of their values are too small for the scale: use scales by block (such as S1E2M3/64), more exponent bits "
+        "(such as S1E4M3), or leave these variables out with exclude=[...]; fedomc.advise compares formats"
     )
