@@ -1,4 +1,4 @@
-"""The examples of the README and of docstrings run as they are printed, to their end."""
+"""The examples of the README, of docs/ and of docstrings run as they are printed, to their end."""
 
 import ast
 import copy
@@ -23,7 +23,11 @@ import fedomc.nvflare
 from tests.flower.conftest import flower_log, identity  # noqa: F401  (fixtures)
 from tests.flower.test_aggregation import Network
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {page: (REPOSITORY / f"docs/{page}.md").read_text(encoding="utf-8") for page in ("training", "flower")}
+SENTENCES = ("training", "performance", "flower", "nvflare", "formats", "speech", "installation")
+"""The pages whose calls in sentences run."""
 ROUNDS = 3
 
 
@@ -31,12 +35,69 @@ ROUNDS = 3
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """Execute the blocks of Python one after the other, in an empty folder; give the names that they define."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", "".join(PAGES.values()), flags=re.DOTALL)
     assert len(blocks) == 6
-    names: dict[str, Any] = {"__name__": "readme"}
+    names: dict[str, Any] = {"__name__": "pages"}
     for block in blocks:
         exec(block, names)  # noqa: S102
     return names
+
+
+def test_the_readme_has_what_fits_on_a_page() -> None:
+    assert len(README.split()) <= 700
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (REPOSITORY / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\((?!https?://)([^)#]+)[^)]*\)", text)
+    pages = re.findall(r"`((?:docs|src|tests|apps|examples)/[\w/.-]+)`", text)
+    for link in links:
+        assert (REPOSITORY / page).parent.joinpath(link).exists(), link
+    for name in pages:
+        assert REPOSITORY.joinpath(name).exists(), name
+
+
+def test_the_readmes_pretrained_model_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(block, {"__name__": "readme"})  # noqa: S102
+    printed = re.search(r"(\d+)% of FP32", capsys.readouterr().out)
+    assert printed is not None and 30 < int(printed[1]) < 35
+    assert (tmp_path / "model.safetensors").stat().st_size > 10**6
+
+
+@pytest.mark.parametrize("sign", ["-", "+"])
+def test_the_readmes_flower_app_runs_as_it_was_and_as_it_is(sign: str) -> None:
+    (block,) = re.findall(r"```diff\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line for line in block.splitlines() if line[:1] in ("", " ", sign)]
+    assert 0 < sum(line.startswith("+") for line in block.splitlines()) <= 10  # as the heading of the docs says
+    sizes: list[int] = []
+
+    class Grid(Network):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+            return [answer(message) for message in messages]
+
+    def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(torch.randn(16, 64), torch.randint(8, (16,)))]
+
+    def net() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+
+    names: dict[str, Any] = {"__name__": "app", "Net": net, "batches": batches}
+    exec("\n".join(line[1:] for line in lines), names)  # noqa: S102
+
+    def answer(message: Message) -> Message:
+        reply = names["client"](copy.copy(message), Context(1, message.metadata.dst_node_id, {}, RecordDict(), {}))
+        sizes.append(sum(len(array.data) for array in reply.content["arrays"].values()))  # type: ignore[union-attr]
+        return reply
+
+    names["server"](Grid(2, answer), Context(1, 0, {}, RecordDict(), {}))
+    assert len(sizes) == 2 * ROUNDS
+    fp32 = 4 * (64 * 64 + 64 + 64 * 8 + 8)
+    assert all(size < 0.35 * fp32 if sign == "+" else size > fp32 for size in sizes)
 
 
 def test_the_first_example_prints_what_it_says(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,13 +157,14 @@ def test_the_federated_example_runs_to_its_end(
 
 
 def inline() -> list[str]:
-    """List the calls that stand in the README's sentences and are whole expressions."""
-    texts = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    """List the calls that stand in the sentences of pages and are whole expressions."""
+    text = "\n".join((REPOSITORY / f"docs/{page}.md").read_text(encoding="utf-8") for page in SENTENCES)
+    texts = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     found = []
     for text in texts:
         code = text.removeprefix("with ").removesuffix(":").removeprefix("checkpoints=")
         if "(" in code and "..." not in code:
-            ast.parse(code, mode="eval")  # it is Python, or the README says something that cannot be written
+            ast.parse(code, mode="eval")  # it is Python, or the page says something that cannot be written
             found.append(code)
     return found
 
@@ -138,7 +200,7 @@ def test_calls_in_sentences_run(names: dict[str, Any], tmp_path: Path, monkeypat
         try:
             eval(call, {**known, "model": model, "selection": selection})  # noqa: S307
         except Exception as error:
-            raise AssertionError(f"`{call}` in the README: {error!r}") from error
+            raise AssertionError(f"`{call}` in docs/: {error!r}") from error
         finally:
             torch.compiler.set_stance("default")  # which one of the calls changes for the whole process
     assert known["recipe"].add_server_output_filter.called
