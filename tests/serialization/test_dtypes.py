@@ -44,7 +44,7 @@ def test_narrow_values_fill_a_packed_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "int8", "", None, 3, ["bfloat16"]])
 def test_a_forged_dtype_is_refused(dtype: object) -> None:
     layer = fedomc.compress_(model(torch.bfloat16), "S1E3M7")[0]
-    fields = model_file._describe(layer.weight)
+    fields = model_file.describe(layer.weight)
     assert fields["dtype"] == "bfloat16"
     with pytest.raises(PayloadError, match="w: the metadata have dtype"):
         model_file._read_fields("w", {**fields, "dtype": dtype})

@@ -80,7 +80,7 @@ def save_model(
             raise PayloadError(f"metadata {name!r} cannot be stored: names that begin with {OURS!r} are reserved")
     if interchange:
         check_exchangeable(state.tensors, state.tensors.keys() | state.aliases.keys())
-    described = {name: _describe(tensor) for name, tensor in state.tensors.items() if is_compressed(tensor)}
+    described = {name: describe(tensor) for name, tensor in state.tensors.items() if is_compressed(tensor)}
     content = {"version": VERSION, "variables": described, "tied": state.aliases}
     texts[KEY] = to_json({**content, "interchange": True} if interchange else content)
     write_tensor_file(path, texts, (piece for item in state.tensors.items() for piece in _pieces(*item, interchange)))
@@ -105,7 +105,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         PolicyError: a parameter is stepped in backward: load first, then call ``step_in_backward``.
         OSError: the file cannot be read.
     """
-    with _open(path) as file:
+    with open_model_file(path) as file:
         if not file.described:
             raise PayloadError(f"{path} was not written by save_model: use materialize_(model, path)")
         file.fill(model)
@@ -140,7 +140,7 @@ def materialize_(
     """
     selection = None if selection is None else resolve_selection(model, selection)
     if isinstance(source, str | os.PathLike):
-        with _open(source) as file:
+        with open_model_file(source) as file:
             file.fill(model, selection, widen=True)
         return model
     state = ModuleState.of(model)
@@ -193,7 +193,8 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise NonFiniteError(f"{name} has a value that is NaN or infinite; nothing was written")
 
 
-def _describe(tensor: CompressedTensor) -> dict[str, Any]:
+def describe(tensor: CompressedTensor) -> dict[str, Any]:
+    """Return what a file's metadata say about a compressed variable; on the meta device, one yet to be encoded."""
     fields = frame.encoding_fields(tensor.encoding)
     draws = [part.draws for part in tensor.parts]
     if tensor.update is not None and not tensor.update.is_zero:
@@ -242,32 +243,48 @@ class _Content:
         return [name, name + _UPDATE] if variable.has_update else [name]
 
 
-class _ModelFile:
-    """An open safetensors file, with or without compressed variables."""
+class ModelFile:
+    """An open safetensors file, with or without compressed variables.
+
+    Attributes:
+        file: the tensors as they are stored.
+        described: whether the file has fedomc's description of its variables.
+        content: that description; empty if there is none.
+    """
 
     def __init__(self, file: TensorFile) -> None:
-        self._file = file
+        self.file = file
         text = file.texts.get(KEY)
         self.described = text is not None
-        self._content = _Content({}, {}) if text is None else _read_content(text, file.path)
-        keys = {key for name in self._content.variables for key in self._content.keys_of(name)}
-        self._companions = keys - self._content.variables.keys()
+        self.content = _Content({}, {}) if text is None else _read_content(text, file.path)
+        keys = {key for name in self.content.variables for key in self.content.keys_of(name)}
+        self._companions = keys - self.content.variables.keys()
         missing = keys - file.keys
         if missing:
             raise PayloadError(f"{file.path} lacks {some(sorted(missing))}, described by its metadata")
 
     def fill(self, model: nn.Module, selection: Mapping[str, Encoding] | None = None, *, widen: bool = False) -> None:
         """Replace a model's state, one variable after the other."""
-        state, names, tied = ModuleState.of(model), sorted(self._file.keys - self._companions), self._content.tied
+        state, names, tied = ModuleState.of(model), self.names, self.content.tied
         state.check_names(names, tied)
-        state.fill(((name, self._read(name)) for name in names), selection, tied=tied, widen=widen)
+        state.fill(((name, self.read(name)) for name in names), selection, tied=tied, widen=widen)
 
-    def _read(self, name: str) -> Tensor:
-        variable = self._content.variables.get(name)
+    @property
+    def names(self) -> list[str]:
+        """The names of the variables, in order; some have more than one tensor in the file."""
+        return sorted(self.file.keys - self._companions)
+
+    def read(self, name: str) -> Tensor:
+        """Return a variable, compressed or dense, after its bytes were checked.
+
+        Raises:
+            PayloadError: it cannot be read, or is damaged.
+        """
+        variable = self.content.variables.get(name)
         if variable is None:
-            return self._file.tensor(name)
-        if self._content.interchange:
-            base = read_interchange(self._file, name, variable.encoding.format, variable.shape)
+            return self.file.tensor(name)
+        if self.content.interchange:
+            base = read_interchange(self.file, name, variable.encoding.format, variable.shape)
         else:
             base = self._packed(name, name, variable, frame.VARIABLE, variable.encoding.format)
         base.state = base.state._replace(draws=variable.draws[0])
@@ -279,7 +296,7 @@ class _ModelFile:
         return CompressedTensor(base, update, variable.encoding, variable.shape, name, dtype=variable.dtype)
 
     def _packed(self, key: str, name: str, variable: _Description, kind: int, format: Method) -> Packed:
-        data = self._file.tensor(key)
+        data = self.file.tensor(key)
         if data.dtype is not torch.uint8 or data.dim() != 1:
             raise PayloadError(f"{name} is {data.dtype} {tuple(data.shape)}, but must be the bytes of a frame")
         read = frame.from_bytes(data.numpy().data, name)
@@ -292,9 +309,15 @@ class _ModelFile:
 
 
 @contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[_ModelFile]:
+def open_model_file(path: str | os.PathLike[str]) -> Iterator[ModelFile]:
+    """Open a file and check its metadata.
+
+    Raises:
+        PayloadError: it is damaged, or no safetensors file.
+        OSError: it cannot be read.
+    """
     with TensorFile.open(path) as file:
-        yield _ModelFile(file)
+        yield ModelFile(file)
 
 
 def _read_content(text: str, path: str | os.PathLike[str]) -> _Content:

@@ -246,6 +246,23 @@ class TensorFile:
             raise PayloadError(f"{key} in {self.path} is damaged: its bytes do not match their digest")
         return dtype, tuple(shape), data
 
+    def stored_as(self, key: str) -> tuple[str, tuple[int, ...], int]:
+        """Return a tensor's dtype as safetensors names it, its shape and its bytes; the values are not read."""
+        entry = self._entries[1][key]
+        first, last = entry["data_offsets"]
+        return entry["dtype"], tuple(entry["shape"]), last - first
+
+    def skeleton(self, key: str) -> Tensor:
+        """Return a tensor on the meta device that has the dtype and shape of a stored one.
+
+        Raises:
+            PayloadError: ``dense_piece`` could not write this dtype.
+        """
+        dtype, shape, _ = self.stored_as(key)
+        if dtype not in _DTYPES.values():
+            raise PayloadError(f"{key} in {self.path} is {dtype}, which torch cannot hold: leave it out of the file")
+        return torch.empty(shape, dtype=next(own for own, name in _DTYPES.items() if name == dtype), device="meta")
+
     @functools.cached_property
     def _entries(self) -> tuple[int, dict[str, Any]]:
         """Where the tensors' bytes begin, and the header's entry for each tensor."""
