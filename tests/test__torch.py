@@ -53,6 +53,22 @@ def test_no_overrides() -> None:
     assert Wrapper.calls == before + 1
 
 
+def test_apply_untransformed() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            return 2 * gradient
+
+    x = torch.ones(3, requires_grad=True)
+    y = _torch.apply_untransformed(Double)(x)
+    y.sum().backward()
+    assert torch.equal(y, 2 * torch.ones(3)) and torch.equal(x.grad, 2 * torch.ones(3))
+
+
 def test_without_overrides() -> None:
     x = torch.ones(3).as_subclass(Plain)
     assert not torch.overrides.has_torch_function((x,)) and torch.overrides.has_torch_function((wrapper(),))

@@ -36,6 +36,7 @@ __all__ = [
     "FakeTensorMode",
     "StorageWeakRef",
     "TorchDispatchMode",
+    "apply_untransformed",
     "current_node",
     "dispatch_is_watched",
     "forbid_memory_access",
@@ -186,6 +187,15 @@ def is_called_compiled() -> bool:
         frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
         for frame in _outwards(sys._getframe())
     )
+
+
+def apply_untransformed(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return the ``apply`` of an autograd function without its preparations for transforms of ``torch.func``.
+
+    They take as long as a small product. The caller sees to it that no transform is active.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def schema_of(operator: Any) -> Any:

@@ -1,6 +1,8 @@
 import math
+import pickle
 import signal
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -167,6 +169,45 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(transform: str, bad: 
         encode(values, FloatFormat(3, 7), transform, name="encoder.weight")
     assert torch.equal(packed.codes, before[0]) and torch.equal(packed.fields[1], before[1])
     assert packed.draws == before[2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda packed: packed.multiply_(64.0),
+        lambda packed: packed.rewrite(lambda start, stop: randn(1000, scale=64.0)[start:stop], "scaled"),
+        lambda packed: packed.add_(randn(1000, scale=64.0), 1.0, "scaled"),
+        lambda packed: packed.take(encode(randn(1000, scale=64.0), FloatFormat(3, 4))),
+    ],
+    ids=["multiply_", "rewrite", "add_", "take"],
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_bound_is_that_of_the_present_values(change: Callable[[Packed], object], shared: bool) -> None:
+    packed = encode(randn(1000), FloatFormat(3, 4), "scaled")
+    if shared:
+        for field in packed.fields:
+            field.share_memory_()
+    before = packed.bound
+    assert packed.bound == before
+    change(packed)
+    assert packed.bound == packed.method.bound(packed.fields, packed.numel) > 8 * before
+
+
+def test_the_bound_of_shared_memory_is_found_again() -> None:
+    packed = encode(randn(1000), FloatFormat(3, 4), "scaled")
+    for field in packed.fields:
+        field.share_memory_()
+    before = packed.bound
+    packed.fields[1].mul_(2)  # as another process does
+    assert packed.bound == 2 * before
+
+
+def test_a_pickled_variable_is_equal() -> None:
+    packed = encode(randn(1000), FloatFormat(3, 4), "scaled")
+    before = pickle.dumps(packed)
+    assert packed.bound > 0 and pickle.dumps(packed) == before
+    copy = pickle.loads(before)  # noqa: S301
+    assert torch.equal(decoded(copy), decoded(packed)) and copy.bound == packed.bound
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ PANEL_BYTES = 8 * 2**20
 _SMALL = 2**15  # values; malloc handles smaller buffers well
 _LINE = 16  # values per cache line
 _Piece = np.ndarray[tuple[int], np.dtype[np.float32]]
+_View = np.ndarray[tuple[int], np.dtype[Any]]
+_NUMPY = {torch.int32: np.int32}
 
 
 @dataclass(frozen=True)
@@ -53,29 +56,32 @@ class Workspace:
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self._idle: list[_Piece] = []  # least recently used first
-        self._views: dict[int, tuple[weakref.ref[_Piece], _Piece]] = {}  # lent buffers, by id of the weak reference
+        self._views: dict[int, tuple[weakref.ref[_View], _Piece]] = {}  # lent buffers, by id of the weak reference
         self._returned: deque[int] = deque()  # ids of lent buffers whose tensors are gone
         self._idle_bytes = self._lent_bytes = self._peak = 0
         self._lock, self._busy = threading.RLock(), False
 
-    def empty(self, numel: int, device: torch.device, *, exact: bool = False) -> Tensor:
-        """Lend an uninitialized float32 tensor; torch's allocator serves small sizes and devices other than the CPU.
+    def empty(
+        self, numel: int, device: torch.device, dtype: torch.dtype = torch.float32, *, exact: bool = False
+    ) -> Tensor:
+        """Lend an uninitialized tensor; torch's allocator serves small sizes and devices other than the CPU.
 
         Args:
             numel: how many values.
             device: the device of the tensor.
+            dtype: float32 or int32.
             exact: do not lend a larger buffer; for tensors that may live long.
         """
         if numel < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
-            return torch.empty(numel, dtype=torch.float32, device=device)
+            return torch.empty(numel, dtype=dtype, device=device)
         with self._lock:
             if self._busy:  # see _alone; a context manager of its own would double the time of this method
-                return torch.empty(numel, dtype=torch.float32, device=device)
+                return torch.empty(numel, dtype=dtype, device=device)
             self._busy = True
             try:
                 self._take_back()
                 piece = self._take(numel, numel if exact else int(1.25 * numel))
-                view = piece[:numel]
+                view: _View = piece[:numel] if dtype is torch.float32 else piece[:numel].view(_NUMPY[dtype])
                 reference = weakref.ref(view, self._give_back)
                 self._views[id(reference)] = reference, piece
                 self._lent_bytes += piece.nbytes
@@ -134,7 +140,7 @@ class Workspace:
         skip = -unaligned.ctypes.data // unaligned.itemsize % _LINE
         return unaligned[skip : skip + numel]
 
-    def _give_back(self, reference: "weakref.ref[_Piece]") -> None:
+    def _give_back(self, reference: "weakref.ref[_View]") -> None:
         self._returned.append(id(reference))  # atomic; if the pool is busy, it is collected later
         with self._lock:
             if not self._busy:

@@ -45,12 +45,23 @@ class Packed:
         state: the fields and counters; every change installs a new object, so its identity reveals changes.
     """
 
-    __slots__ = ("__weakref__", "method", "numel", "state")
+    __slots__ = ("__weakref__", "_bounded", "method", "numel", "state")
 
     def __init__(self, method: Method, numel: int, fields: Fields, draws: int = 0, *, is_zero: bool = False) -> None:
         self.method = method
         self.numel = numel
         self.state = State(fields, draws, is_zero)
+        self._bounded: tuple[State, float] | None = None
+
+    def __getstate__(self) -> tuple[None, dict[str, object]]:
+        """Return what is pickled: all but the cached bound."""
+        return None, {"method": self.method, "numel": self.numel, "state": self.state}
+
+    def __setstate__(self, state: tuple[None, dict[str, object]]) -> None:
+        """Restore what ``__getstate__`` returned."""
+        self._bounded = None
+        for name, value in state[1].items():
+            setattr(self, name, value)
 
     @classmethod
     def zeros(cls, method: Method, numel: int, device: torch.device | str) -> "Packed":
@@ -84,8 +95,13 @@ class Packed:
 
     @property
     def bound(self) -> float:
-        """An upper bound on the magnitude of the values."""
-        return self.method.bound(self.state.fields, self.numel)
+        """An upper bound on the magnitude of the values, found once for each state."""
+        state, bounded = self.state, self._bounded
+        if bounded is not None and bounded[0] is state and not self.codes.untyped_storage().is_shared():
+            return bounded[1]  # each step of an update part asks for that of the base, which never changes
+        bound = self.method.bound(state.fields, self.numel)
+        self._bounded = state, bound
+        return bound
 
     def to(self, device: torch.device | str) -> "Packed":
         """Return a copy on a device."""
@@ -202,12 +218,12 @@ class Packed:
             for mine, new in zip(self.fields, state.fields, strict=True):
                 mine.copy_(new)
             state = state._replace(fields=self.fields)
-        self.state = state
+        self.state, self._bounded = state, None
 
     def _room(self) -> Fields:
         """Allocate new fields, so that a failure while writing them leaves the current ones intact."""
         codes, *others = self.state.fields
-        room = workspace.empty(codes.numel(), codes.device, exact=True).view(torch.int32)
+        room = workspace.empty(codes.numel(), codes.device, codes.dtype, exact=True)
         return (room, *[torch.empty_like(field) for field in others])
 
     def _stretch(self, start: int, out: Tensor) -> Fields:

@@ -182,7 +182,8 @@ class CompressedTensor(DecodedArrays, Tensor):
 
     def _decoded(self, out: Tensor) -> Tensor:
         with no_overrides():
-            return self._decode_into(out, 0).view(self.shape)
+            values, shape = self._decode_into(out, 0), self.shape
+            return values.view(*shape) if shape else values.view(shape)  # torch parses numbers faster than a list
 
     def rewrite(self, produce: Callable[[int, int], Tensor], *, is_step: bool = True) -> None:
         """Encode new values in place, chunk by chunk; with two parts, only the update is rewritten.

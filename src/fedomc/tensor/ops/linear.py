@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedomc._torch import no_overrides
+from fedomc._torch import apply_untransformed, no_overrides
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.ops.decoded import Saved, autocast_dtype, is_operand, with_autocast, with_decoded_weights
 from fedomc.tensor.ops.products import product, project
@@ -34,6 +34,9 @@ class _Linear(torch.autograd.Function):
             return _gradients(ctx, gradient)
 
 
+_apply = apply_untransformed(_Linear)
+
+
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
     of_x, of_weight, of_bias = ctx.needs_input_grad
@@ -42,8 +45,9 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     times_weight, times_x = (_torch_times_weight, torch.mm) if torch.is_grad_enabled() else (_times_weight, product)
     if of_weight and x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
+    of_rows = times_weight(rows, ctx.weight.load()) if of_x else None
     return (
-        times_weight(rows, ctx.weight.load()).view(ctx.shape) if of_x else None,
+        of_rows if of_rows is None or len(ctx.shape) == 2 else of_rows.view(ctx.shape),
         times_x(rows.t(), x).to(ctx.weight.tensor.dtype) if of_weight else None,  # [out, in]
         rows.sum(0) if of_bias else None,
     )
@@ -71,9 +75,9 @@ def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return with_autocast(func, args, kwargs)  # reports invalid arguments
     dtype = autocast_dtype(weight)
     if dtype is None:
-        return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return _apply(x, weight, bias)
     with torch.autocast(weight.device.type, enabled=False):
-        return _Linear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-untyped-call]
+        return _apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
 
 def _fits(x: Tensor, weight: CompressedTensor, bias: Tensor | None) -> bool:
