@@ -88,7 +88,9 @@ def test_a_short_run(cell: Cell, request: pytest.FixtureRequest) -> None:
     assert 0 <= found["score"] <= 100
     assert all(0.18 < found[f"{what}_ratio"] < 0.3 for what in ("memory", "down", "up"))
     assert found["step_kept"] is None or 0 <= found["step_kept"] <= 2
-    assert len(found["losses"]) == 1 and found["warnings"] == []
+    assert len(found["losses"]) == 1
+    pretrained = cell.task == "documents"  # which has variables that S1E2M3 cannot hold
+    assert len(found["warnings"]) == pretrained and all("S1E2M3 cannot hold" in text for text in found["warnings"])
 
 
 def test_a_task_without_what_it_needs_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

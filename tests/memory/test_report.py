@@ -189,7 +189,12 @@ def test_activations_are_what_autograd_saves() -> None:
 def test_the_peak_is_what_the_allocator_says(
     name: str, in_backward: bool, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Workspace, "empty", lambda self, numel, device, exact=False: torch.empty(numel, device=device))
+    def empty(
+        self: Workspace, numel: int, device: torch.device, dtype: torch.dtype = torch.float32, **_: bool
+    ) -> Tensor:
+        return torch.empty(numel, device=device, dtype=dtype)
+
+    monkeypatch.setattr(Workspace, "empty", empty)
     model, batch = made(name)
     held = memory_report(model, batch, loss=loss_of, formats=[format], in_backward=in_backward, lr=0.01).measured[
         format
