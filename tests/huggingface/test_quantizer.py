@@ -109,7 +109,9 @@ def test_one_warning_names_what_the_format_cannot_hold(tmp_path: Path) -> None:
         for layer in plain.model.layers:
             layer.mlp.up_proj.weight[0, 0] = 10.0
     plain.save_pretrained(tmp_path / "outliers", max_shard_size="100KB")
-    with pytest.warns(UserWarning, match=r"S1E2M3 cannot hold 2 of \d+ variables.*layers\.[01]\.mlp\.up_proj") as caught:
+    with pytest.warns(
+        UserWarning, match=r"S1E2M3 cannot hold 2 of \d+ variables.*layers\.[01]\.mlp\.up_proj"
+    ) as caught:
         model = cls.from_pretrained(tmp_path / "outliers", quantization_config=OMCConfig("S1E2M3"))
     assert sum("cannot hold" in str(warning.message) for warning in caught) == 1
     model.save_pretrained(tmp_path / "packed")
