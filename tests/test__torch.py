@@ -292,6 +292,13 @@ def test_is_called_compiled() -> None:
     assert found == [False, True]
 
 
+def test_is_called_by() -> None:
+    names = {"__name__": "one.two", "ask": _torch.is_called_by}
+    for packages, expected in [(("one",), True), (("one.two",), True), (("x", "one.two"), True), (("one.tw",), False)]:
+        assert eval("ask(*packages)", names, {"packages": packages}) is expected  # noqa: S307
+    assert _torch.is_called_by("tests") and not _torch.is_called_by("fedomc", "_pytest")
+
+
 def test_running_modules() -> None:
     class Nested(nn.Module):
         def forward(self, depth: int) -> list[list[nn.Module]]:

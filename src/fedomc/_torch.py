@@ -44,6 +44,7 @@ __all__ = [
     "has_step_hooks",
     "in_reentrant_checkpoint",
     "in_checkpoint",
+    "is_called_by",
     "is_called_compiled",
     "is_compiled",
     "keep_hooks_in_swap",
@@ -196,6 +197,14 @@ def apply_untransformed(function: type[torch.autograd.Function]) -> Callable[...
     """
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
+
+
+def is_called_by(*packages: str) -> bool:
+    """Tell whether the innermost code outside this library that runs is in one of some packages."""
+    library = __name__.partition(".")[0] + "."
+    modules = (frame.f_globals.get("__name__", "") + "." for frame in _outwards(sys._getframe()))
+    caller = next((name for name in modules if not name.startswith(library)), "")
+    return caller.startswith(tuple(package + "." for package in packages))
 
 
 def schema_of(operator: Any) -> Any:

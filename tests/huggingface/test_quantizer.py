@@ -1,6 +1,7 @@
 """Checkpoints are packed as they are read, saved packed, and read back bit for bit."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,25 @@ def test_only_what_is_asked_for_is_packed(tmp_path: Path) -> None:
     model = cls.from_pretrained(tmp_path, quantization_config=config)
     packed = {name for name, p in model.named_parameters() if isinstance(p, CompressedTensor)}
     assert packed and not any("embed" in name or "lm_head" in name for name in packed)
+
+
+def test_one_warning_names_what_the_format_cannot_hold(tmp_path: Path) -> None:
+    cls, _ = saved("LlamaForCausalLM", tmp_path / "plain", torch.float32)
+    plain = cls.from_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        for layer in plain.model.layers:
+            layer.mlp.up_proj.weight[0, 0] = 10.0
+    plain.save_pretrained(tmp_path / "outliers", max_shard_size="100KB")
+    with pytest.warns(
+        UserWarning, match=r"S1E2M3 cannot hold 2 of \d+ variables.*layers\.[01]\.mlp\.up_proj"
+    ) as caught:
+        model = cls.from_pretrained(tmp_path / "outliers", quantization_config=OMCConfig("S1E2M3"))
+    assert sum("cannot hold" in str(warning.message) for warning in caught) == 1
+    model.save_pretrained(tmp_path / "packed")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot hold")
+        cls.from_pretrained(tmp_path / "packed")  # was told when it was packed
+        cls.from_pretrained(tmp_path / "outliers", quantization_config=OMCConfig("S1E2M3/64"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,24 @@ def test_materialized_is_what_compress_makes(path: Path, name: str, source: Call
     assert snapshot(model) == snapshot(expected)
     assert model.output.weight is model.embedding.weight
     step(model, 3)
+
+
+@pytest.mark.parametrize("format", ["S1E2M3", "S1E2M3/64"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_warning_names_what_the_format_cannot_hold(path: Path, source: Callable[..., Any], format: str) -> None:
+    plain = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    with torch.no_grad():
+        for layer in plain[1:]:
+            layer.weight[0, 0] = 100.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        materialize_(copy.deepcopy(plain).to("meta"), source(plain.state_dict(keep_vars=True), path), format)
+    assert len(caught) == (format == "S1E2M3")
+    for warning in caught:
+        assert warning.filename == __file__
+        assert re.match(
+            r"S1E2M3 cannot hold 2 of 3 variables.*% of [12]\.weight, \d+% of [12]\.weight", str(warning.message)
+        )
 
 
 @pytest.mark.parametrize("source", SOURCES)

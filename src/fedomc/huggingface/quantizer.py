@@ -19,9 +19,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.methods import Encoding
 from fedomc.serialization import frame
-from fedomc.tensor.compressed import CompressedTensor, compress, is_compressed
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.dtypes import DTYPES
-from fedomc.training.model import decompress_
+from fedomc.training.fidelity import Distance, warn_of_losses
+from fedomc.training.model import compress_measured, decompress_
 from fedomc.training.module_state import some
 from fedomc.training.policy import CompressionPolicy
 
@@ -60,7 +61,10 @@ class OMCConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class OMCQuantizer(HfQuantizer):
-    """Packs the tensors of a checkpoint as they are read, or takes packed ones as they are."""
+    """Packs the tensors of a checkpoint as they are read, or takes packed ones as they are.
+
+    Warns once, when all are packed, if the format cannot hold some of them, as ``training.fidelity`` explains.
+    """
 
     quantization_config: OMCConfig
     requires_calibration = False
@@ -69,6 +73,7 @@ class OMCQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._selected: dict[str, Encoding] = {}
         self._empty: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._distances: dict[str, Distance] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._selected = dict(self.quantization_config.policy().select(model))
@@ -103,7 +108,7 @@ class OMCQuantizer(HfQuantizer):
         shape, dtype = self._empty[name]
         if tuple(values.shape) != shape:
             raise PayloadError(f"{name} has shape {tuple(values.shape)} in the checkpoint, but {shape} in the model")
-        return compress(values, self._selected[name], name, dtype)
+        return compress_measured(values, self._selected[name], name, self._distances, dtype)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model._weight_conversions = []  # type: ignore[assignment]  # frames cannot be split or merged into the checkpoint's former tensors
@@ -112,6 +117,7 @@ class OMCQuantizer(HfQuantizer):
             missing = [name for name in self._selected if not is_compressed(model.get_parameter(name))]
             if missing:
                 raise PayloadError(f"{some(missing)}: not packed in the checkpoint, although the configuration says so")
+        warn_of_losses(self._distances, self._selected, stacklevel=2)
         return model
 
     def _unpack_frames(self, model: PreTrainedModel) -> None:

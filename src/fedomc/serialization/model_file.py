@@ -30,6 +30,7 @@ from fedomc.serialization.tensor_file import (
 )
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.dtypes import NAMES
+from fedomc.training.fidelity import Distance, warn_of_losses
 from fedomc.training.model import resolve_selection
 from fedomc.training.module_state import ModuleState, is_finite, some
 from fedomc.training.policy import CompressionPolicy
@@ -137,17 +138,21 @@ def materialize_(
             unchanged.
         PolicyError: the selection does not fit the model, or names a variable that is compressed in the source.
         OSError: the file cannot be read.
+
+    Warns:
+        UserWarning: the format cannot hold some of the variables, as ``training.fidelity`` explains.
     """
     selection = None if selection is None else resolve_selection(model, selection)
     if isinstance(source, str | os.PathLike):
         with open_model_file(source) as file:
-            file.fill(model, selection, widen=True)
-        return model
-    state = ModuleState.of(model)
-    if isinstance(source, Mapping):
-        state.check_names(source.keys())
-        source = source.items()
-    state.fill(map(_copied, source), selection, widen=True)
+            distances = file.fill(model, selection, widen=True)
+    else:
+        state = ModuleState.of(model)
+        if isinstance(source, Mapping):
+            state.check_names(source.keys())
+            source = source.items()
+        distances = state.fill(map(_copied, source), selection, widen=True)
+    warn_of_losses(distances, selection or {}, stacklevel=2)
     return model
 
 
@@ -263,11 +268,13 @@ class ModelFile:
         if missing:
             raise PayloadError(f"{file.path} lacks {some(sorted(missing))}, described by its metadata")
 
-    def fill(self, model: nn.Module, selection: Mapping[str, Encoding] | None = None, *, widen: bool = False) -> None:
-        """Replace a model's state, one variable after the other."""
+    def fill(
+        self, model: nn.Module, selection: Mapping[str, Encoding] | None = None, *, widen: bool = False
+    ) -> dict[str, Distance]:
+        """Replace a model's state, one variable after the other; return how far those it compressed are from theirs."""
         state, names, tied = ModuleState.of(model), self.names, self.content.tied
         state.check_names(names, tied)
-        state.fill(((name, self.read(name)) for name in names), selection, tied=tied, widen=widen)
+        return state.fill(((name, self.read(name)) for name in names), selection, tied=tied, widen=widen)
 
     @property
     def names(self) -> list[str]:

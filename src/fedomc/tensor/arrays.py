@@ -34,11 +34,12 @@ class DecodedArrays:
         """Raise an error: no storage holds the decoded values.
 
         Raises:
-            RuntimeError: always; safetensors and ``save_pretrained`` of transformers call this method.
+            RuntimeError: always; safetensors, ``save_pretrained`` of transformers and accelerate call this method.
         """
         raise RuntimeError(
             f"{self.variable} is compressed and has no storage of its values: save the model with fedomc.save_model, "
-            "or decompress_ it (or a deep copy of it) before safetensors or save_pretrained write it"
+            "or decompress_ it (or a deep copy of it) before safetensors or save_pretrained write it; save_state of "
+            "accelerate takes safe_serialization=False"
         )
 
     def numpy(self, *, force: bool = False) -> Any:

@@ -10,6 +10,7 @@ four cells of ``docs/results/recipes.md``. In the models of the other cells no v
 format that was tried, and in MiniLM none more than 29% with scales by block.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedomc.codec import BLOCK, CHUNK
-from fedomc.methods import Packed
+from fedomc.methods import Encoding, Packed
 
 LOST_LIMIT = 0.35
 """A variable of which a larger share is lost triggers a warning."""
@@ -86,3 +87,16 @@ def warning_of(distances: Mapping[str, Distance], format: str = "") -> str | Non
         "of their values are too small for the scale: use scales by block (such as S1E2M3/64), more exponent bits "
         "(such as S1E4M3), or leave these variables out with exclude=[...]; fedomc.advise compares formats"
     )
+
+
+def warn_of_losses(distances: Mapping[str, Distance], selection: Mapping[str, Encoding], stacklevel: int) -> None:
+    """Warn once of the variables of a model that their formats cannot hold, if there are any.
+
+    Args:
+        distances: how far each variable is from its values, by qualified name.
+        selection: how the variables are encoded.
+        stacklevel: which caller the warning points to, as in ``warnings.warn`` called in the place of this function.
+    """
+    text = warning_of(distances, "+".join(dict.fromkeys(str(how.format) for how in selection.values())))
+    if text is not None:
+        warnings.warn(text, stacklevel=stacklevel + 1)

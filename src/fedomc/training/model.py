@@ -1,6 +1,5 @@
 """Compress and decompress the parameters of a model, and count the bytes that they hold."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from fedomc.errors import PolicyError
 from fedomc.methods import Encoding
 from fedomc.tensor.compressed import CompressedTensor, compress
 from fedomc.tensor.dtypes import DTYPES, NAMES
-from fedomc.training.fidelity import Distance, measure, warning_of
+from fedomc.training.fidelity import Distance, measure, warn_of_losses
 from fedomc.training.lazy import check_initialized
 from fedomc.training.policy import DEFAULT, CompressionPolicy
 from fedomc.training.selection import check_patterns, matches
@@ -59,17 +58,19 @@ def compress_(model: nn.Module, selection: Mapping[str, Encoding] | CompressionP
         check_dtype(name, parameters[name])
     distances = dict[str, Distance]()
     replace_parameters(
-        model, ((name, _compressed(parameters.pop(name), how, name, distances)) for name, how in selection.items())
+        model,
+        ((name, compress_measured(parameters.pop(name), how, name, distances)) for name, how in selection.items()),
     )
-    text = warning_of(distances, "+".join(dict.fromkeys(str(how.format) for how in selection.values())))
-    if text is not None:
-        warnings.warn(text, stacklevel=2)
+    warn_of_losses(distances, selection, stacklevel=2)
     return model
 
 
-def _compressed(values: Tensor, how: Encoding, name: str, distances: dict[str, Distance]) -> CompressedTensor:
+def compress_measured(
+    values: Tensor, how: Encoding, name: str, distances: dict[str, Distance], dtype: torch.dtype | None = None
+) -> CompressedTensor:
+    """Compress a variable as ``compress`` does, and enter under its name how far it is from its values."""
     with torch.no_grad():
-        compressed = compress(values, how, name)
+        compressed = compress(values, how, name, dtype)
         distances[name] = measure(compressed.base, values.reshape(-1))
     return compressed
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from fedomc import codec
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.methods import Encoding
-from fedomc.tensor.compressed import CompressedTensor, compress, is_compressed
-from fedomc.training.model import check_dtype, check_replaceable, replace_parameters
+from fedomc.tensor.compressed import CompressedTensor, is_compressed
+from fedomc.training.fidelity import Distance
+from fedomc.training.model import check_dtype, check_replaceable, compress_measured, replace_parameters
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class ModuleState:
         *,
         tied: Mapping[str, str] | None = None,
         widen: bool = False,
-    ) -> None:
+    ) -> dict[str, Distance]:
         """Replace the whole state of the module, compressing the selected variables as their values arrive.
 
         The module, which may lie on the meta device, is unchanged until the last value has been checked. This object
@@ -106,6 +107,9 @@ class ModuleState:
             tied: further names of the values. Parameters or buffers that the module has twice become one.
             widen: whether float16 and bfloat16 values may fill float32 variables.
 
+        Returns:
+            How far each variable that was compressed is from its values, by qualified name.
+
         Raises:
             PayloadError: a value is missing, unknown, not finite, or has another shape or dtype; two values of tied
                 variables differ; a buffer that is not part of the state lies on the meta device.
@@ -115,12 +119,13 @@ class ModuleState:
         self._check_replaceable()
         state = self._with_ties(tied or {})
         new: dict[str, Tensor] = {}
+        distances: dict[str, Distance] = {}
         with torch.inference_mode(False):  # the module may be trained later
             for given, value in values:
                 name = state.aliases.get(given, given)
                 if name not in state.tensors:
                     raise PayloadError(f"{given} is not a parameter or persistent buffer of this model")
-                tensor = _accepted(name, value, state.tensors[name], encodings.get(name), widen)
+                tensor = _accepted(name, value, state.tensors[name], encodings.get(name), widen, distances)
                 del value  # not to be held while the next value is made
                 if name not in new:
                     new[name] = tensor
@@ -130,6 +135,7 @@ class ModuleState:
             if missing:
                 raise PayloadError(f"the state does not belong to this model: {some(missing)} missing")
             state._replace(new)
+        return distances
 
     def _encodings(self, selection: Mapping[str, Encoding]) -> dict[str, Encoding]:
         """Return a selection by the first name of each variable."""
@@ -214,7 +220,14 @@ def some(names: Collection[str]) -> str:
     return f"{', '.join(shown[:3])} and {len(shown) - 3} more" if len(shown) > 3 else ", ".join(shown) or "none"
 
 
-def _accepted(name: str, given: Tensor | OwnedValue, old: Tensor, encoding: Encoding | None, widen: bool) -> Tensor:
+def _accepted(
+    name: str,
+    given: Tensor | OwnedValue,
+    old: Tensor,
+    encoding: Encoding | None,
+    widen: bool,
+    distances: dict[str, Distance],
+) -> Tensor:
     """Check a value, and return it in the form and on the device in which the module keeps it."""
     value = given.tensor if isinstance(given, OwnedValue) else given
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
@@ -232,7 +245,7 @@ def _accepted(name: str, given: Tensor | OwnedValue, old: Tensor, encoding: Enco
         if not isinstance(old, nn.Parameter):
             value = value.dequantize()
     elif encoding is not None:
-        value = compress(value, encoding, name, old.dtype)
+        value = compress_measured(value, encoding, name, distances, old.dtype)
     else:
         copy = not isinstance(given, OwnedValue)
         value = value.detach().to(old.dtype, copy=copy, memory_format=torch.contiguous_format)

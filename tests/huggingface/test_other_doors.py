@@ -1,0 +1,97 @@
+"""What else is done with models of ``transformers``: it works on a packed model, or an error names the way out."""
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers
+
+import fedomc
+from fedomc import CompressedTensor, CompressionPolicy
+from fedomc.huggingface import OMCConfig
+
+TOKENS = torch.arange(12).view(2, 6)
+FORMAT = "S1E3M7"
+
+
+def plain(*, tied: bool = False) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        pad_token_id=0, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def packed_names(model: Any) -> set[str]:
+    return {name for name, p in model.named_parameters() if isinstance(p, CompressedTensor)}
+
+
+def values(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("format", [FORMAT, "S1E2M3/64+S1E2M1/64"])
+def test_accelerate_trains_saves_its_state_and_goes_on_from_it(tmp_path: Path, format: str) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = fedomc.compress_(plain(), format)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    names = packed_names(model)
+
+    def step() -> dict[str, torch.Tensor]:
+        accelerator.backward(model(input_ids=TOKENS, labels=TOKENS).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return values(model)
+
+    before = values(model)
+    saved = step()
+    assert names and packed_names(model) == names and all(not torch.equal(saved[x], before[x]) for x in names)
+    accelerator.save_state(str(tmp_path), safe_serialization=False)
+    expected = step()
+    accelerator.load_state(str(tmp_path))
+    assert packed_names(model) == names
+    for found, wanted in ((values(model), saved), (step(), expected)):
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("way", ["save_state", "save_model", "save_pretrained"])
+def test_what_cannot_write_a_packed_model_says_what_can(tmp_path: Path, way: str) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare(fedomc.compress_(plain(), FORMAT))
+    with pytest.raises(
+        RuntimeError, match=r"weight is compressed.*fedomc\.save_model.*decompress_.*safe_serialization=False"
+    ):
+        if way == "save_pretrained":
+            model.save_pretrained(tmp_path)
+        elif way == "save_state":
+            accelerator.save_state(str(tmp_path))
+        else:
+            accelerator.save_model(model, str(tmp_path))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("count", [100, 140])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_are_resized_when_they_are_dense(tmp_path: Path, count: int, tied: bool) -> None:
+    plain(tied=tied).save_pretrained(tmp_path / "plain")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=OMCConfig(FORMAT))
+    before, names = values(model), packed_names(model)
+    with pytest.raises(RuntimeError, match=r"embed_tokens\.weight is compressed.*decompress_"):
+        model.resize_token_embeddings(count)
+    assert packed_names(model) == names and model.get_input_embeddings().num_embeddings == 128
+
+    resized = ["*embed_tokens*"] if tied else ["*embed_tokens*", "lm_head*"]
+    fedomc.decompress_(model, resized).resize_token_embeddings(count)
+    policy = CompressionPolicy(CompressionPolicy.parse(FORMAT).format, include=resized)
+    fedomc.compress_(model, policy)
+    assert packed_names(model) == names
+    for name, p in model.named_parameters():
+        both = min(len(p), len(before[name]))
+        torch.testing.assert_close(p.detach()[:both], before[name][:both], rtol=2**-7, atol=1e-3)
+    model.save_pretrained(tmp_path / "packed")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits) and model(TOKENS).logits.shape[-1] == count
