@@ -10,7 +10,7 @@ from fedomc.training.fidelity import LOST_LIMIT, Distance, measure, warning_of
 
 
 @pytest.mark.parametrize("format", ["S1E2M3", "S1E3M7", "S1E2M3/64", "NF4"])
-@pytest.mark.parametrize("numel", [1, 1000, 600_000])  # the last takes two stretches
+@pytest.mark.parametrize("numel", [1, 1000, 600_000])  # the last takes many stretches
 def test_the_error_is_that_of_the_decoded_values(format: str, numel: int) -> None:
     values = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
     how = Encoding.parse(format)

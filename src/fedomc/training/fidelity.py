@@ -23,7 +23,7 @@ from fedomc.methods import Encoding, Packed
 LOST_LIMIT = 0.35
 """A variable of which a larger share is lost triggers a warning."""
 
-_STRETCH = 8 * CHUNK  # values that are decoded at a time
+_STRETCH = CHUNK // 2  # values that are decoded at a time: 128 KB
 _TINY = torch.finfo(torch.float32).tiny
 _NAMED = 3  # how many variables a warning lists by name
 
@@ -43,7 +43,7 @@ class Distance(NamedTuple):
 
 
 def measure(packed: Packed, values: Tensor) -> Distance:
-    """Compare a packed variable with the flat values that it holds; decodes 2 MB at a time."""
+    """Compare a packed variable with the flat values that it holds; decodes 128 KB at a time."""
     error = size = lost = 0.0
     scratch = torch.empty(min(_STRETCH, values.numel()), dtype=torch.float32, device=values.device)
     for start in range(0, values.numel(), _STRETCH):
