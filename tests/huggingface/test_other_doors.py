@@ -9,8 +9,8 @@ import torch
 import transformers
 
 import fedomc
-from fedomc import CompressedTensor, CompressionPolicy
-from fedomc.huggingface import OMCConfig
+from fedomc import CompressedTensor, CompressionPolicy, PolicyError
+from fedomc.huggingface import OMCConfig, attach_quantizer
 
 TOKENS = torch.arange(12).view(2, 6)
 FORMAT = "S1E3M7"
@@ -63,7 +63,8 @@ def test_what_cannot_write_a_packed_model_says_what_can(tmp_path: Path, way: str
     accelerator = accelerate.Accelerator(cpu=True)
     model = accelerator.prepare(fedomc.compress_(plain(), FORMAT))
     with pytest.raises(
-        RuntimeError, match=r"weight is compressed.*fedomc\.save_model.*decompress_.*safe_serialization=False"
+        RuntimeError,
+        match=r"weight is compressed.*fedomc\.save_model.*decompress_.*attach_quantizer.*safe_serialization=False",
     ):
         if way == "save_pretrained":
             model.save_pretrained(tmp_path)
@@ -72,6 +73,57 @@ def test_what_cannot_write_a_packed_model_says_what_can(tmp_path: Path, way: str
         else:
             accelerator.save_model(model, str(tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "selection", ["S1E3M7", "S1E2M3/64+S1E2M1/64", "S1E3M7@0.5", CompressionPolicy("S1E2M3/64", exclude=["*embed*"])]
+)
+def test_with_a_quantizer_attached_a_packed_model_is_saved(tmp_path: Path, selection: Any, tied: bool) -> None:
+    model = attach_quantizer(fedomc.compress_(plain(tied=tied), selection))
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert packed_names(again) == packed_names(model)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert p.dtype is q.dtype and torch.equal(p.detach(), q.detach())
+        if isinstance(p, CompressedTensor):
+            assert p.encoding == q.encoding  # type: ignore[attr-defined]
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        CompressionPolicy("S1E3M7", rounding="nearest"),
+        CompressionPolicy("S1E3M7", transform="affine"),
+        CompressionPolicy("S1E3M7", format_by_name={"lm_head*": "S1E2M3/64"}),
+    ],
+)
+def test_what_a_configuration_does_not_describe_is_refused(policy: CompressionPolicy) -> None:
+    model = fedomc.compress_(plain(), policy)
+    with pytest.raises(PolicyError, match=r"weight is Encoding.*describe it as.*fedomc\.save_model"):
+        attach_quantizer(model)
+    assert getattr(model, "hf_quantizer", None) is None
+    with pytest.raises(PolicyError, match="no parameter of the model is compressed"):
+        attach_quantizer(plain())
+
+
+def test_what_is_not_packed_as_the_configuration_says_is_not_saved(tmp_path: Path) -> None:
+    plain().save_pretrained(tmp_path / "plain")
+    cls = transformers.LlamaForCausalLM
+    model = cls.from_pretrained(tmp_path / "plain", quantization_config=OMCConfig(FORMAT))
+    fedomc.decompress_(model, ["lm_head*"])
+    with pytest.raises(PolicyError, match=r"lm_head\.weight is dense, but S1E3M7 in.*attach_quantizer.*dequantize"):
+        model.save_pretrained(tmp_path / "refused")
+    attach_quantizer(model).save_pretrained(tmp_path / "partly")
+    again = cls.from_pretrained(tmp_path / "partly")
+    assert packed_names(again) == packed_names(model) and "lm_head.weight" not in packed_names(again)
+    fedomc.compress_(fedomc.decompress_(model), "S1E2M3/64")
+    with pytest.raises(PolicyError, match=r"embed_tokens\.weight is S1E2M3/64, but S1E3M7 in"):
+        model.save_pretrained(tmp_path / "refused")
+    model.dequantize()
+    model.save_pretrained(tmp_path / "dense")
+    assert not packed_names(cls.from_pretrained(tmp_path / "dense"))
 
 
 @pytest.mark.parametrize("count", [100, 140])

@@ -6,6 +6,7 @@ the place of each packed tensor.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,10 +54,7 @@ class OMCConfig(QuantizationConfigMixin):
 
     def policy(self) -> CompressionPolicy:
         """Return the policy."""
-        parsed = CompressionPolicy.parse(self.format)
-        return CompressionPolicy(
-            parsed.format, parsed.update_format, fraction=parsed.fraction, include=self.include, exclude=self.exclude
-        )
+        return CompressionPolicy.parse(self.format, include=self.include, exclude=self.exclude)
 
 
 @register_quantizer(METHOD)
@@ -144,12 +142,27 @@ class OMCQuantizer(HfQuantizer):
         """Return the state of a model with a frame in the place of each packed tensor.
 
         Raises:
-            PolicyError: a variable has an update beside its base.
+            PolicyError: a variable has an update beside its base, or is not packed as the configuration says.
         """
+        if not getattr(model, "_hf_peft_config_loaded", False):  # of those only adapters are written
+            self._check_described(model)
         return packed_state(model), {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
-        return decompress_(model).to(dtype)
+    def _check_described(self, model: PreTrainedModel) -> None:
+        described = self.quantization_config.policy().select(model)
+        for name, parameter in model.named_parameters():
+            found = str(parameter.format) if is_compressed(parameter) else "dense"
+            expected = str(described[name].format) if name in described else "dense"
+            if found != expected:
+                raise PolicyError(
+                    f"{name} is {found}, but {expected} in the model's configuration, so that what is saved could not "
+                    "be loaded: compress_ it again, or fedomc.huggingface.attach_quantizer(model) for a configuration "
+                    "of what is packed now, or model.dequantize() to save it dense"
+                )
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves the name
+        return decompress_(model).to(kind)
 
     def is_serializable(self) -> bool:
         """Return True: packed tensors are written as frames."""
@@ -164,6 +177,37 @@ class OMCQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """True, so that ``Trainer`` trains the parameters themselves and does not ask for adapters."""
         return True
+
+
+def attach_quantizer(model: PreTrainedModel) -> PreTrainedModel:
+    """Let ``save_pretrained`` write a model that ``compress_`` packed as one that was loaded with an ``OMCConfig``.
+
+    Args:
+        model: its configuration will say how it is packed, and it gets a quantizer; parameters stay as they are.
+
+    Returns:
+        The model.
+
+    Raises:
+        PolicyError: nothing is packed, or variables are packed in ways that one ``OMCConfig`` does not describe, as
+            it has one format, and the transformation and rounding of a ``CompressionPolicy`` by default.
+    """
+    found = {name: p.encoding for name, p in model.named_parameters() if is_compressed(p)}
+    if not found:
+        raise PolicyError("no parameter of the model is compressed: compress_ it first, or save it as it is")
+    config = OMCConfig(str(next(iter(found.values()))), include=list(found))
+    described = config.policy().select(model)
+    for name, encoding in found.items():
+        if name not in described or replace(encoding, seed=described[name].seed) != described[name]:
+            raise PolicyError(
+                f"{name} is {encoding!r}, but an OMCConfig would describe it as {described.get(name)!r}: use "
+                "fedomc.save_model, or compress_ the model in one format and with the other settings of a policy by "
+                "default"
+            )
+    model.hf_quantizer = OMCQuantizer(config)  # type: ignore[assignment]
+    model.config.quantization_config = config
+    model._weight_conversions = []  # type: ignore[assignment]  # as after loading
+    return model
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:

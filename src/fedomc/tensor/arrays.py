@@ -38,8 +38,9 @@ class DecodedArrays:
         """
         raise RuntimeError(
             f"{self.variable} is compressed and has no storage of its values: save the model with fedomc.save_model, "
-            "or decompress_ it (or a deep copy of it) before safetensors or save_pretrained write it; save_state of "
-            "accelerate takes safe_serialization=False"
+            "or decompress_ it (or a deep copy of it) before safetensors or save_pretrained write it. After "
+            "fedomc.huggingface.attach_quantizer(model), save_pretrained writes it packed; save_state of accelerate "
+            "takes safe_serialization=False"
         )
 
     def numpy(self, *, force: bool = False) -> Any:
