@@ -30,8 +30,8 @@ def bench(
         fail(f"{format} has more than one format: measure one at a time, such as {how.format}", INVALID_USE)
     method = how.format
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(values, generator=generator) * 0.05
-    gradient = torch.randn(values, generator=generator)
+    x = torch.randn(values, generator=generator, dtype=torch.float32) * 0.05
+    gradient = torch.randn(values, generator=generator, dtype=torch.float32)
     out = torch.empty_like(x)
     packed = encode(x, method, how.transform)
     operations: dict[str, Operation] = {

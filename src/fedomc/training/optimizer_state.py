@@ -165,7 +165,7 @@ class PackedAdam(PackedStateOptimizer, Adam):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         state, is_packed = self.state[parameter], _is_packed(group, parameter)
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"] = _zeros(group, parameter, "exp_avg")
             key = "exp_avg_sq_root" if is_packed else "exp_avg_sq"
             state[key] = _zeros(group, parameter, key)
