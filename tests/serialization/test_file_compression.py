@@ -42,11 +42,11 @@ def test_the_source_itself_can_be_replaced(path: Path) -> None:
 def test_one_tensor_is_encoded_at_a_time(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({f"w{i}": torch.randn(64, 64) for i in range(4)}, path)
     events: list[str] = []
-    encode = file_compression.compress
+    encode = file_compression.compress_measured
     monkeypatch.setattr(
         file_compression,
-        "compress",
-        lambda values, how, name: (events.append(f"+{name}"), encode(values, how, name))[1],
+        "compress_measured",
+        lambda values, how, name, distances: (events.append(f"+{name}"), encode(values, how, name, distances))[1],
     )
     compress_file(path, tmp_path / "out", "S1E3M7", lambda name, nbytes: events.append(f"-{name}"))
     assert events == [f"{sign}w{i}" for i in range(4) for sign in "+-"]

@@ -55,11 +55,11 @@ class Variant:
         if self.format == FP32:
             return None
         rounding = settings.rounding or ("stochastic" if "+" in self.format else "nearest")
-        plain = isinstance(fedomc.Encoding.parse(self.format).format, fedomc.FloatFormat)
+        transforms = fedomc.Encoding.parse(self.format).format.transforms
         transform = settings.transform or ("scaled-affine" if rounding == "nearest" else "scaled")
         return fedomc.CompressionPolicy.parse(
             self.format,
-            transform=transform if plain else None,
+            transform=transform if len(transforms) > 1 else None,
             weight_matrices_only=settings.weight_matrices_only,
             fraction=self.fraction,
             rounding=rounding,

@@ -10,10 +10,10 @@ from fedomc.methods import Encoding, Packed
 from fedomc.serialization import frame
 from fedomc.serialization.model_file import KEY, VERSION, describe
 from fedomc.serialization.tensor_file import OURS, Piece, TensorFile, dense_piece, raw_bytes, to_json, write_tensor_file
-from fedomc.tensor.compressed import CompressedTensor, compress
+from fedomc.tensor.compressed import CompressedTensor
 from fedomc.tensor.dtypes import DTYPES
-from fedomc.training.fidelity import Distance, measure
-from fedomc.training.model import resolve_selection
+from fedomc.training.fidelity import Distance
+from fedomc.training.model import compress_measured, resolve_selection
 from fedomc.training.module_state import is_finite
 from fedomc.training.policy import CompressionPolicy
 
@@ -64,8 +64,7 @@ def compress_file(
 
         def packed(name: str, how: Encoding) -> bytes:
             values = file.tensor(name)
-            compressed = compress(values, how, name)
-            distances[name] = measure(compressed.base, values.reshape(-1))
+            compressed = compress_measured(values, how, name, distances)
             watch(name, values.nbytes)
             return frame.to_bytes(compressed.base, compressed.shape, frame.VARIABLE, name)
 

@@ -17,6 +17,7 @@ dividing by it would make an enormous step. By the inequality of Cauchy and Schw
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, overload
@@ -41,7 +42,7 @@ _ROOTS = {"exp_avg_sq": "exp_avg_sq_root"}
 _UNSUPPORTED = ("amsgrad", "fused", "differentiable", "capturable")
 
 
-class PackedStateOptimizer(Optimizer):
+class PackedStateOptimizer(Optimizer, ABC):
     """An optimizer with the groups and options of torch's, whose state is held as codes.
 
     ``group["state_format"]`` is the format in which state is made; None keeps that of a variable in FP32. In ``state``,
@@ -121,14 +122,14 @@ class PackedStateOptimizer(Optimizer):
             step = step.clone()
         factor = self._replace_by_step(group, parameter, step)
         if is_compressed(parameter):
-            parameter.add_part(step.float(), factor)
+            parameter.add_part(step, factor)
             torch.autograd.graph.increment_version(parameter)
         else:
             parameter.add_(step.view(parameter.shape), alpha=factor)
 
+    @abstractmethod
     def _replace_by_step(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> float:
         """Update the state, and replace a flat gradient by a step; return the factor with which it is to be added."""
-        raise NotImplementedError
 
     def _variables(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:
