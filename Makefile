@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SANITIZED := build/sanitized
 
-.PHONY: demo experiments test test-deployment test-gpu fuzz lint types layers tests sanitize clean
+.PHONY: demo experiments test test-aarch64 test-deployment test-gpu fuzz lint types layers tests sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech compare --name demo
@@ -21,7 +21,7 @@ test: lint types layers tests sanitize
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.?pp tests/codec/kernels/*.?pp
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -39,6 +39,10 @@ test-deployment: $(INSTALLED)
 # What needs a CUDA device; without one, it fails and says so.
 test-gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu -v tests
+
+# The kernels on another processor: apt-get install g++-aarch64-linux-gnu qemu-user; about two minutes.
+test-aarch64: $(INSTALLED)
+	$(BIN)/pytest -m aarch64 -v tests/codec/test_aarch64.py
 
 # Everything that reads bytes from outside, for five minutes or FUZZ='--seconds 3600 --seed 1'.
 fuzz: $(INSTALLED)

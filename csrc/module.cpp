@@ -7,14 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <stdexcept>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "arguments.hpp"
 #include "arithmetic.hpp"
 #include "kernels.hpp"
+#include "levels.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
@@ -23,25 +22,6 @@ namespace fedomc {
 namespace {
 
 constexpr std::size_t kStreamingValues = std::size_t{1} << 22;  // 16 MB: more than the caches hold
-
-std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> found{&baseline::kernels};
-#if defined(FEDOMC_X86)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    found.push_back(&avx512::kernels);
-#endif
-  return found;
-}
-
-const Kernels* find(std::string_view level) {
-  for (const Kernels* kernels : available())
-    if (level == kernels->level) return kernels;
-  std::string message = "instruction set '" + std::string(level) + "' is not available here: use";
-  for (const Kernels* kernels : available()) message += std::string(" ") + kernels->level;
-  throw std::invalid_argument(message);
-}
 
 const Kernels* initial() {
   const char* forced = std::getenv("FEDOMC_LEVEL");
