@@ -3,37 +3,81 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fedomc.codec.elements import FloatElement
-from fedomc.codec.triton_kernels import BLOCKS, OPTIONS, decode_kernel
+from fedomc.codec.reference import working_bias
+from fedomc.codec.triton_decode import decode_kernel
+from fedomc.codec.triton_encode import absmax_kernel, encode_kernel, sums_kernel
+from fedomc.codec.triton_words import BLOCKS, OPTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-POINTERS = {"words": "*i32", "scale_offset": "*fp32", "other_words": "*i32", "other_scale_offset": "*fp32"}
-NUMBERS = {"out": "*fp32", "n": "i32", "total": "i32", "other_total": "i32", "weight": "fp32"}
+TYPES = {
+    "words": "*i32", "other_words": "*i32", "scale_offset": "*fp32", "other_scale_offset": "*fp32",
+    "values": "*fp32", "exponent": "*i32", "row_sums": "*fp32", "sums": "*fp64", "status": "*i64",
+    "n": "i32", "total": "i32", "other_total": "i32", "blocks": "i32", "start": "i64", "low": "i32", "high": "i32",
+    "weight": "fp32",
+}  # fmt: skip
+"""The types of the kernels' arguments, which have the same names everywhere; of ``out`` each kernel has its own."""
 
 
 def main(capability: int) -> None:
-    for e, m, other, adding in [(2, 3, 0, False), (3, 7, 0, False), (3, 7, 1, False), (8, 7, 0, True),
-                                (3, 7, -1, True), (7, 23, -1, True)]:  # fmt: skip
-        constants = {
-            "BLOCKS": BLOCKS, "E": e, "M": m, "MAX_CODE": FloatElement(e, m).max_code,
-            "OTHER_E": 2, "OTHER_M": 1, "OTHER_MAX_CODE": FloatElement(2, 1).max_code,
-            "OTHER": other, "ADDING": adding,
-        }  # fmt: skip
-        signature = {**POINTERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
-        source = ASTSource(fn=decode_kernel, signature=signature, constexprs=constants)
+    for kernel, types, constants in kernels():
+        arguments = [name for name in kernel.arg_names if name not in constants]
+        signature = {name: (TYPES | types)[name] for name in arguments} | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
-            use = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
         ptx = compiled.asm["ptx"]
-        print(f"{use.splitlines()[-1].strip()} flushing: {'.ftz' in ptx}, fused: {'fma.' in ptx}")
+        settings = f"flushing: {'.ftz' in ptx}, fused: {'fma.' in ptx}"
+        print(f"{kernel.__name__}: {resources(compiled.asm['cubin'])} {settings}")
 
 
-main(int(sys.argv[1]))
+def resources(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        use = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+    return use.splitlines()[-1].strip()
+
+
+def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Yield each kernel with the types of arguments that differ from ``TYPES``, and its constants."""
+    for e, m, other, adding, out in [
+        (2, 3, 0, False, "*bf16"), (3, 7, 0, False, "*fp32"), (3, 7, 1, False, "*fp32"), (8, 7, 0, True, "*fp32"),
+        (3, 7, -1, True, "*fp32"), (7, 23, -1, True, "*fp32"),
+    ]:  # fmt: skip
+        constants = {f"OTHER_{name}": value for name, value in element(2, 1).items()}
+        yield decode_kernel, {"out": out}, blocked(e, m) | constants | {"OTHER": other, "ADDING": adding}
+    yield absmax_kernel, {"out": "*i64"}, {"BLOCKS": BLOCKS}
+    for e, m, stochastic, summing in [
+        (2, 3, True, False),
+        (3, 7, False, True),
+        (7, 23, True, False),
+        (8, 7, False, True),
+    ]:
+        types = {"row_sums": "*fp64" if e == 8 else "*fp32"}
+        constants = blocked(e, m) | bias(e, m)
+        yield encode_kernel, types, constants | {"STOCHASTIC": stochastic, "SUMMING": summing}
+    yield sums_kernel, {}, {"E": 3} | bias(3, 7)
+
+
+def element(e: int, m: int) -> dict[str, int]:
+    return {"E": e, "M": m, "MAX_CODE": FloatElement(e, m).max_code}
+
+
+def blocked(e: int, m: int) -> dict[str, int]:
+    return element(e, m) | {"BLOCKS": BLOCKS}
+
+
+def bias(e: int, m: int) -> dict[str, int]:
+    return {"BIAS": working_bias(FloatElement(e, m))}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

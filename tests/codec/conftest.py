@@ -1,5 +1,6 @@
 """What the tests of the kernels share."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -14,3 +15,12 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     native.extension.set_level(request.param)
     yield request.param
     native.extension.set_level(before)
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Triton's interpreter several times faster: few, large programs, and no check of each sum for overflow."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+    monkeypatch.setattr("fedomc.codec.triton_words.BLOCKS", 8)

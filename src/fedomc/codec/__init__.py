@@ -60,8 +60,9 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(_name, getattr(_module, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     if native.extension is not None:
         _library.impl(_name, getattr(native, _name), "CPU")  # type: ignore[no-untyped-call]
-    if _name in triton_dispatch.OPERATORS:
-        _library.impl(_name, triton_dispatch.operator(_name), "CUDA")  # type: ignore[no-untyped-call]
+    if _name in triton_dispatch.MODULES:
+        _kernel = triton_dispatch.operator(_name, getattr(_module, _name))
+        _library.impl(_name, _kernel, "CUDA")  # type: ignore[no-untyped-call]
     # All results are written to arguments, so there is nothing to allocate for fake tensors.
     torch.library.register_fake(f"fedomc::{_name}", lambda *args: None, lib=_library)
 

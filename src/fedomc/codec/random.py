@@ -48,6 +48,11 @@ def _mix_(x: Tensor) -> Tensor:
     return x
 
 
+def keys_of(seed: int) -> tuple[int, int]:
+    """Return ``low`` and ``high`` of a seed, as signed 32-bit numbers; see the note on the stream."""
+    return _signed(_mix_int(seed & _MASK)), _signed(_mix_int((seed >> 32 & _MASK) ^ 0x9E3779B9))
+
+
 def random_bits(seed: int, start: int, count: int, device: torch.device) -> Tensor:
     """Draw 32 random bits for each of the values ``start .. start + count - 1``.
 
@@ -60,14 +65,14 @@ def random_bits(seed: int, start: int, count: int, device: torch.device) -> Tens
     Returns:
         An int32 tensor of shape ``[count]``; the upper bits are of the best quality.
     """
-    low, high = _mix_int(seed & _MASK), _mix_int((seed >> 32 & _MASK) ^ 0x9E3779B9)
+    low, high = keys_of(seed)
     blocks = -(-count // BLOCK)
     first = torch.arange(start & _MASK, (start & _MASK) + blocks * BLOCK, BLOCK, dtype=torch.int64, device=device)
     index = torch.arange(LANES, dtype=torch.int64, device=device)
     lanes = (first[:, None] + index).to(torch.int32)  # [blocks, LANES]
-    lanes = _mix_(_mix_(lanes.bitwise_xor_(_signed(low))).add_(_signed(_mix_int((start >> 32) + high & _MASK))))
+    lanes = _mix_(_mix_(lanes.bitwise_xor_(low)).add_(_signed(_mix_int((start >> 32) + high & _MASK))))
     rows = (index + LANES).to(torch.int32)  # [ROWS]
-    rows = _mix_(_mix_(rows.bitwise_xor_(_signed(high))).add_(_signed(low)))
+    rows = _mix_(_mix_(rows.bitwise_xor_(high)).add_(low))
     bits = (lanes[:, None, :] ^ rows[:, None]).view(-1)[:count]
     bits *= _signed(0x9E3779B1)
     bits ^= (bits >> 15) & 0x1FFFF

@@ -99,7 +99,7 @@ def update(
 ) -> None:  # fmt: skip
     """Encode the decoded codes plus ``alpha / scale`` times the gradient, in units of the current scale."""
     element = FloatElement(e, m)
-    bias = _working_bias(element)
+    bias = working_bias(element)
     working = element.bias - bias
     scale, offset = scale_offset.tolist()
     ratio = float32(math.ldexp(float32(alpha) / scale, working)) if _is_normal(scale) else math.inf
@@ -165,7 +165,7 @@ def _encode_chunk(
 ) -> None:  # fmt: skip
     """Encode a chunk: write its words, its five sums if requested, and the running maximum in the status."""
     torch.maximum(status[0], magnitudes(values).max(), out=status[0])
-    bias, scale = _working_bias(element), 1.0
+    bias, scale = working_bias(element), 1.0
     if element.exponent_bits < 8:
         scale = 2.0 ** (exponent + element.bias - bias)
         values = flushed(flushed(values) * scale)
@@ -186,7 +186,7 @@ def _is_normal(value: float) -> bool:
     return math.isfinite(value) and abs(value) >= 2.0**-126
 
 
-def _working_bias(element: FloatElement) -> int:
+def working_bias(element: FloatElement) -> int:
     """Return the bias of the units for rounding and summing, in which a block's sum of squares is finite."""
     return element.bias + 4 if element.exponent_bits == 7 else element.bias
 

@@ -1,40 +1,54 @@
-"""Chooses what decodes on a CUDA device: the Triton kernels, or the reference where Triton is not installed.
+"""Chooses what serves a CUDA device: the Triton kernels, or the reference where Triton is not installed.
 
 Triton is imported when the first CUDA tensor arrives, because importing it takes longer than importing all of fedomc.
 """
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from fedomc.codec import reference
-
-OPERATORS = ("decode", "decode_sum", "decode_add", "decode_add_difference")
-"""The operators that have Triton kernels; the reference serves all others on every device but the CPU."""
+MODULES = {
+    "decode": "triton_decode",
+    "decode_sum": "triton_decode",
+    "decode_add": "triton_decode",
+    "decode_add_difference": "triton_decode",
+    "absmax": "triton_encode",
+    "encode": "triton_encode",
+}
+"""The operators that have Triton kernels, and their modules; the reference serves all others."""
 
 
 @functools.cache
-def implementation() -> ModuleType:
-    """Return the module with the operators for CUDA tensors, warning once if it has to be the reference."""
+def is_installed() -> bool:
+    """Tell whether Triton can be imported, warning once if it cannot."""
     try:
-        from fedomc.codec import triton_kernels
+        import triton  # noqa: F401
     except ImportError as error:
         warnings.warn(
-            f"Triton cannot be imported ({error}), so fedomc decodes on the GPU with the much slower reference; "
+            f"Triton cannot be imported ({error}), so fedomc runs on the GPU with the much slower reference; "
             "install triton, which torch's CUDA wheels for Linux bring along",
             RuntimeWarning,
             stacklevel=2,
         )
-        return reference
-    return triton_kernels
+        return False
+    return True
 
 
-def operator(name: str) -> Callable[..., None]:
-    """Return an operator that looks up its implementation when it is called."""
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"fedomc.codec.{name}")
+
+
+def operator(name: str, reference: Callable[..., None]) -> Callable[..., None]:
+    """Return an operator that chooses between its kernel and the reference when it is called."""
 
     def call(*arguments: Any) -> None:
-        getattr(implementation(), name)(*arguments)
+        if is_installed():
+            getattr(_module(MODULES[name]), name)(*arguments)
+        else:
+            reference(*arguments)
 
     return call
