@@ -15,6 +15,7 @@ from fedomc.codec.elements import FloatElement
 from fedomc.codec.reference import working_bias
 from fedomc.codec.triton_decode import decode_kernel
 from fedomc.codec.triton_encode import absmax_kernel, encode_kernel, sums_kernel
+from fedomc.codec.triton_update import settle_kernel, update_kernel
 from fedomc.codec.triton_words import BLOCKS, OPTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -22,7 +23,7 @@ TYPES = {
     "words": "*i32", "other_words": "*i32", "scale_offset": "*fp32", "other_scale_offset": "*fp32",
     "values": "*fp32", "exponent": "*i32", "row_sums": "*fp32", "sums": "*fp64", "status": "*i64",
     "n": "i32", "total": "i32", "other_total": "i32", "blocks": "i32", "start": "i64", "low": "i32", "high": "i32",
-    "weight": "fp32",
+    "weight": "fp32", "gradient": "*fp32", "alpha": "fp32", "plan": "*i32", "out_scale_offset": "*fp32",
 }  # fmt: skip
 """The types of the kernels' arguments, which have the same names everywhere; of ``out`` each kernel has its own."""
 
@@ -34,8 +35,8 @@ def main(capability: int) -> None:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
         ptx = compiled.asm["ptx"]
-        settings = f"flushing: {'.ftz' in ptx}, fused: {'fma.' in ptx}"
-        print(f"{kernel.__name__}: {resources(compiled.asm['cubin'])} {settings}")
+        inexact = [word for word in (".ftz", ".approx", "div.full") if word in ptx]
+        print(f"{kernel.__name__}: {resources(compiled.asm['cubin'])} inexact: {inexact}, fused: {ptx.count('fma.')}")
 
 
 def resources(cubin: bytes) -> str:
@@ -65,6 +66,10 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         constants = blocked(e, m) | bias(e, m)
         yield encode_kernel, types, constants | {"STOCHASTIC": stochastic, "SUMMING": summing}
     yield sums_kernel, {}, {"E": 3} | bias(3, 7)
+    for e, m, stochastic in [(2, 3, True), (3, 7, False), (7, 23, True), (8, 7, True)]:
+        yield update_kernel, {"out": "*i32"}, blocked(e, m) | bias(e, m) | {"STOCHASTIC": stochastic}
+    limits = {"LARGEST_MANTISSA": 0x700000, "TOP": 4, "LEAST": -123, "MOST": 110, "MAX_VALUE": 31.0}
+    yield settle_kernel, {}, {"E": 3, "RESCALE": True} | bias(3, 7) | limits
 
 
 def element(e: int, m: int) -> dict[str, int]:

@@ -44,9 +44,17 @@ def largest_mantissa(element: FloatElement, *, stochastic: bool) -> int:
 
 def bounded_exponent(exponent: int, element: FloatElement) -> int:
     """Clamp the exponent so that every decoded value is zero or a normal float32."""
-    least = min(0, element.top_exponent - 127)
-    most = max(0, 120 - element.bias - element.mantissa_bits)
-    return max(least, min(exponent, most))
+    return max(least_exponent(element), min(exponent, most_exponent(element)))
+
+
+def least_exponent(element: FloatElement) -> int:
+    """Return the least exponent of ``bounded_exponent``."""
+    return min(0, element.top_exponent - 127)
+
+
+def most_exponent(element: FloatElement) -> int:
+    """Return the largest exponent of ``bounded_exponent``."""
+    return max(0, 120 - element.bias - element.mantissa_bits)
 
 
 def float32(value: float) -> float:

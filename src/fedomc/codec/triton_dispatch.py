@@ -17,6 +17,7 @@ MODULES = {
     "decode_add_difference": "triton_decode",
     "absmax": "triton_encode",
     "encode": "triton_encode",
+    "update": "triton_update",
 }
 """The operators that have Triton kernels, and their modules; the reference serves all others."""
 
