@@ -168,7 +168,8 @@ BAD_RANDOM = {
 @pytest.mark.parametrize("bad", BAD_RANDOM)
 def test_a_damaged_random_state_is_a_payload_error_and_changes_nothing(bad: str, tmp_path: Path) -> None:
     start("FedAdam", 1, tmp_path)
-    (path,) = tmp_path.glob("round-*")
+    initial, path = Checkpoints(tmp_path).paths()
+    initial.unlink()
     stored = Checkpoint.read(path)
     stored.progress["random"] = BAD_RANDOM[bad](stored.progress["random"])
     stored.write(path)

@@ -2,6 +2,7 @@
 
 from fedomc.flower.client import collect, install, step_metrics
 from fedomc.flower.grid import StreamingGrid
+from fedomc.flower.mapped import open_arrays
 from fedomc.flower.mods import omc_mod
 from fedomc.flower.strategy import OMCStrategy
 from fedomc.flower.tiers import announce
@@ -18,5 +19,6 @@ __all__ = [
     "collect",
     "install",
     "omc_mod",
+    "open_arrays",
     "step_metrics",
 ]

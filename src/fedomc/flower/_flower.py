@@ -10,11 +10,13 @@ from typing import Any
 
 from flwr.app import Array, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_SIZE
 from flwr.common.constant import ErrorCode
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 from flwr.serverapp.strategy import Strategy
 
 __all__ = [
+    "CHUNK_SIZE",
     "ArrayChunk",
     "find_caller",
     "hold_chunks",

@@ -23,6 +23,8 @@ for any order of the replies, as long as no value is subnormal. Two orders diffe
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +33,11 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYog
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.flower.arrays import LazyArray, Values, array_of
+from fedomc.flower.arrays import LazyArray, Values
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.variables import ReplyVariable, add_changes
 from fedomc.methods import Packed
+from fedomc.serialization.mapped_file import dtype_of, scratch
 
 AGGREGATES = ("delta", "weights")
 
@@ -56,11 +59,6 @@ def averages(strategy: Strategy) -> bool:
     return all(cls in _AVERAGING or "aggregate_train" not in vars(cls) for cls in above)
 
 
-def is_the_mean(strategy: Strategy) -> bool:
-    """Return whether a strategy's result is the mean itself, as with ``FedAvg`` and ``FedProx``."""
-    return averages(strategy) and type(strategy).aggregate_train is FedAvg.aggregate_train
-
-
 class Mean:
     """A running weighted mean of replies, with 4 bytes per parameter, or 12 if there are more than ``BATCH`` replies.
 
@@ -68,17 +66,19 @@ class Mean:
         broadcast: the model as it was sent to the clients.
         of_weights: whether to average the weights that the clients returned; otherwise, the mean change of the clients
             is added to the server's weights.
+        folder: where the sums are, in files without names; None keeps them in memory.
     """
 
-    def __init__(self, broadcast: Broadcast, *, of_weights: bool) -> None:
+    def __init__(self, broadcast: Broadcast, *, of_weights: bool, folder: Path | None = None) -> None:
         self.weight = 0.0
         self._broadcast = broadcast
         self._of_weights = of_weights
+        self._folder = folder
         self._unit = math.ulp(0.0)
         self._count = 0
         self._sums: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
-        self._sent: dict[tuple[str, int], tuple[Packed, float]] = {}
+        self._sent: dict[str, dict[int, tuple[Packed, float]]] = {}
 
     def add(self, replies: Sequence[tuple[Mapping[str, ReplyVariable], float]]) -> None:
         """Add replies with their weights, one variable at a time; no reference to the replies is kept.
@@ -96,11 +96,9 @@ class Mean:
             self._move()
         # The kernels take float32 weights, so the total must contain the rounded weights.
         replies = [(reply, float(np.float32(weight / self._unit))) for reply, weight in replies]
+        if not self._sums:
+            self._sums = self._zeros({name: self.dtype(name) for name in self._broadcast.arrays})
         for name in replies[0][0]:
-            if name not in self._sums:
-                values = self._broadcast.dense(name)
-                kind = torch.float32 if values.dtype in (np.float32, np.float16) else torch.float64
-                self._sums[name] = torch.zeros(values.size, dtype=kind, device="cpu")
             add_changes(self._sums[name], [(reply[name], weight) for reply, weight in replies])
         for reply, weight in replies:
             if self._of_weights:
@@ -120,43 +118,66 @@ class Mean:
             record[name] = LazyArray(values.dtype, values.shape, functools.partial(self._take, name))
         return record
 
-    def arrays(self) -> ArrayRecord:
-        """Return the mean as plain arrays in the dtypes of the model; this consumes all sums."""
-        record = ArrayRecord()
-        for name, array in self._broadcast.arrays.items():
-            record[name] = array_of(self._take(name), array.dtype)
-        return record
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Return the dtype in which a variable is summed."""
+        return np.dtype(np.float32 if self._broadcast.dense(name).dtype in (np.float32, np.float16) else np.float64)
+
+    def stretch(self, name: str, start: int, stop: int) -> Values:
+        """Return the mean's values between two indices, the first of which is a multiple of ``BLOCK``."""
+        values, factor = self._sums[name][start:stop].numpy(), 1 / self.weight
+        if name in self._totals:
+            values = ((self._totals[name][start:stop].numpy() + values) * factor).astype(values.dtype)
+        else:
+            values = values * factor
+        server, part = 1.0, torch.from_numpy(values)
+        if name in self._sent:
+            sent = [(packed, weight / self.weight) for packed, weight in self._sent[name].values()]
+            server = 1 - sum(share for _, share in sent)
+            for packed, share in sent:
+                packed.add_to(part, share, start)
+        own = self._broadcast.dense(name).reshape(-1)[start:stop]
+        values += own if server == 1 else own * values.dtype.type(server)
+        return values
+
+    def release(self, name: str) -> None:
+        """Release the sum of a variable."""
+        del self._sums[name]
+        self._totals.pop(name, None)
 
     def _take(self, name: str) -> Values:
-        total, own = self._sums.pop(name), self._broadcast.dense(name)
-        factor = 1 / self.weight
-        if name in self._totals:
-            total.copy_(self._totals.pop(name).add_(total).mul_(factor))
-            factor = 1.0
-        sent = [(packed, weight / self.weight) for (key, _), (packed, weight) in self._sent.items() if key == name]
-        server = 1 - sum(share for _, share in sent)
-        values, flat = total.numpy(), own.reshape(-1)
+        values, shape = self._sums[name].numpy(), self._broadcast.dense(name).shape
         for start in range(0, values.size, codec.CHUNK):  # a chunk stays in the processor's cache
             stop = min(start + codec.CHUNK, values.size)
-            part = values[start:stop]
-            part *= factor
-            for packed, share in sent:
-                packed.add_to(total[start:stop], share, start)
-            part += flat[start:stop] if server == 1 else flat[start:stop] * part.dtype.type(server)
-        return values.reshape(own.shape)
+            values[start:stop] = self.stretch(name, start, stop)
+        self.release(name)
+        return values.reshape(shape)
+
+    def _zeros(self, dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, Tensor]:
+        """Return flat zeros for the variables; in a file, all of a dtype are one tensor."""
+        sizes = {name: self._broadcast.dense(name).size for name in dtypes}
+        zeros = dict[str, Tensor]()
+        for dtype in set(dtypes.values()):
+            names, kind = [name for name in dtypes if dtypes[name] == dtype], dtype_of(dtype)
+            if self._folder is None:
+                zeros |= {name: torch.zeros(sizes[name], dtype=kind, device="cpu") for name in names}
+                continue
+            whole, begin = scratch(self._folder, sum(_aligned(sizes[name]) for name in names), kind), 0
+            for name in names:
+                zeros[name] = whole[begin : begin + sizes[name]]
+                begin += _aligned(sizes[name])
+        return zeros
 
     def _add_sent(self, reply: Mapping[str, ReplyVariable], weight: float) -> None:
         for name, variable in reply.items():
             if isinstance(variable.sent, Packed):
-                key = name, id(variable.sent)
-                self._sent[key] = variable.sent, weight + self._sent.get(key, (variable.sent, 0.0))[1]
+                parts, key = self._sent.setdefault(name, {}), id(variable.sent)
+                parts[key] = variable.sent, weight + parts.get(key, (variable.sent, 0.0))[1]
 
     def _move(self) -> None:
+        if not self._totals:
+            self._totals = self._zeros(dict.fromkeys(self._sums, np.dtype(np.float64)))
         for name, total in self._sums.items():
-            if name not in self._totals:
-                self._totals[name] = total.double()
-            else:
-                self._totals[name].add_(total)
+            self._totals[name].add_(total)
             total.zero_()
         self._count = 0
 
@@ -170,8 +191,14 @@ class Mean:
         for tensor in (*self._sums.values(), *self._totals.values()):
             tensor.mul_(ratio)
         self.weight *= ratio
-        self._sent = {key: (packed, weight * ratio) for key, (packed, weight) in self._sent.items()}
+        for parts in self._sent.values():
+            for key, (packed, weight) in parts.items():
+                parts[key] = packed, weight * ratio
         self._unit = unit
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // 16) * 16
 
 
 def decoded(broadcast: Broadcast, reply: Mapping[str, ReplyVariable], *, of_weights: bool) -> ArrayRecord:

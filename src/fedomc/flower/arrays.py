@@ -14,8 +14,10 @@ from torch.utils.dlpack import from_dlpack
 
 from fedomc import codec
 from fedomc.errors import PayloadError
+from fedomc.flower.mapped import BFLOAT16, MappedArray, npy_header
 from fedomc.methods import Packed
 from fedomc.serialization import frame
+from fedomc.serialization.mapped_file import MappedFile
 from fedomc.serialization.tensor_file import raw_bytes
 
 STYPE = "fedomc.frame: read it with fedomc.flower.install or fedomc.flower.omc_mod"
@@ -24,9 +26,6 @@ STYPE = "fedomc.frame: read it with fedomc.flower.install or fedomc.flower.omc_m
 A client that does not know fedomc fails with Flower's error "Unsupported serialization type". The type is the only part
 of that message that can tell its user what to do.
 """
-
-BFLOAT16 = "fedomc.bfloat16: read it with fedomc.flower.install"
-"""The serialization type of an ``Array`` of bfloat16 values, little-endian, a dtype that numpy does not have."""
 
 STRETCH = 8 * codec.CHUNK
 """The number of values of a variable that are processed at a time, so that they stay in the processor's cache."""
@@ -91,8 +90,8 @@ def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
     Raises:
         PayloadError: the data is not a numpy array of the array's shape, or a value is NaN or infinite.
     """
-    if array.stype == BFLOAT16:
-        values = _read_bfloat16(array, name).float().numpy()
+    if isinstance(array, MappedArray) or array.stype == BFLOAT16:
+        values = array.values if isinstance(array, MappedArray) else _read_bfloat16(array, name).float().numpy()
         if check and not _all_finite(values):
             raise PayloadError(f"{name} has a value that is NaN or infinite")
         return values
@@ -152,7 +151,7 @@ def array_of(values: Values, dtype: str) -> Array:
     """Put values into a plain ``Array`` of a dtype; conversion to integers rounds."""
     if dtype == "bfloat16":
         return Bfloat16Array(flat_tensor(np.ascontiguousarray(values)).to(torch.bfloat16).view(tuple(values.shape)))
-    return dense_array(_in_dtype(values, dtype))
+    return dense_array(in_dtype(values, dtype))
 
 
 class Bfloat16Array(Array):
@@ -177,17 +176,35 @@ def flat_tensor(values: Values) -> Tensor:
 
 def dense_array(values: Values) -> Array:
     """Put values into a plain ``Array`` with a single copy; Flower's constructor makes three."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-    data = b"".join((header.getvalue(), np.asarray(values, order="C").reshape(-1).view(np.uint8).data))
+    data = b"".join((npy_header(values), np.asarray(values, order="C").reshape(-1).view(np.uint8).data))
     return Array(str(values.dtype), tuple(values.shape), "numpy.ndarray", data)
 
 
-def _in_dtype(values: Values, dtype: str) -> Values:
+def in_dtype(values: Values, dtype: str) -> Values:
+    """Convert values to a dtype; conversion to integers rounds, and bfloat16 is float32 with the values of bfloat16."""
+    if dtype == "bfloat16":
+        return flat_tensor(np.ascontiguousarray(values)).to(torch.bfloat16).float().numpy().reshape(values.shape)
     target = np.dtype(dtype)
     if values.dtype == target:
         return values
     return np.asarray(values if target.kind == "f" else np.rint(values)).astype(target)
+
+
+def stored_model(file: MappedFile, kind: str, like: ArrayRecord) -> ArrayRecord:
+    """Return the model in a checkpoint's file, in the order and in the dtypes of a model like it.
+
+    The values stay in the file, except those of bfloat16, which the file has in float32.
+
+    Args:
+        file: of the checkpoint.
+        kind: of the arrays in it.
+        like: a model with the same variables.
+    """
+    record = ArrayRecord()
+    for name, array in like.items():
+        own = MappedArray(file, f"{kind}/{name}")
+        record[name] = own if own.dtype == array.dtype else array_of(own.values, array.dtype)
+    return record
 
 
 class LazyArray(Array):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedomc.errors import PayloadError
 from fedomc.flower._flower import logger
-from fedomc.flower.arrays import array_of, view_dense
+from fedomc.flower.arrays import array_of, stored_model, view_dense
 from fedomc.flower.defences import accountant_of, adaptive_clipping_of, innermost, layers
+from fedomc.flower.mapped import buffers_of
+from fedomc.flower.server_optimizers import MODEL, RoundFiles
 from fedomc.flower.traffic import Traffic
 from fedomc.serialization.checkpointing import Checkpoint
 from fedomc.training.policy import CompressionPolicy, TieredPolicy
@@ -54,7 +57,8 @@ def digest(arrays: ArrayRecord) -> str:
     hasher = xxhash.xxh3_128()
     for name, array in arrays.items():
         hasher.update(json.dumps([name, array.dtype, list(array.shape)]).encode())
-        hasher.update(array.data)
+        for part in buffers_of(array):
+            hasher.update(part)
     return hasher.hexdigest()
 
 
@@ -71,28 +75,36 @@ def to_checkpoint(state: RunState, inner: Strategy, settings: Mapping[str, Any])
         inner: the wrapped strategy.
         settings: the result of ``settings_of``; a run can only be resumed with the same settings.
     """
-    kinds: dict[str, dict[str, np.ndarray[Any, Any]]] = {
-        "model": {name: view_dense(array, name) for name, array in state.arrays.items()}
-    }
-    form: dict[str, str] = {}
-    for attribute, value in vars(innermost(inner)).items():
-        arrays = _arrays(value)
-        if arrays is not None and attribute != _DERIVED:
-            kinds[attribute], form[attribute] = arrays, type(value).__name__
+    kinds = {MODEL: {name: view_dense(array, name) for name, array in state.arrays.items()}, **_optimizer_state(inner)}
+    return Checkpoint(progress_of(state, inner, settings), kinds)
+
+
+def progress_of(state: RunState, inner: Strategy, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all of a checkpoint except its arrays; arguments as in ``to_checkpoint``."""
     version, numbers, gauss = random.getstate()
     clipping, accountant = adaptive_clipping_of(inner), accountant_of(inner)
-    progress = {
+    return {
         "round": state.round,
         "configured": dict(settings),
         "initial": state.initial,
         "traffic": [dataclasses.asdict(row) for row in state.traffic],
         "metrics": {name: _to_rows(getattr(state.result, name)) for name in _HISTORIES},
         "random": [version, list(numbers), gauss],
-        "form": form,
+        "form": {slot: type(getattr(innermost(inner), slot)).__name__ for slot in _optimizer_state(inner)},
         "clipping_norm": None if clipping is None else clipping.clipping_norm,
         "privacy": None if accountant is None else accountant.state_dict(),
     }
-    return Checkpoint(progress, kinds)
+
+
+def is_written(files: RoundFiles, state: RunState, inner: Strategy) -> bool:
+    """Return whether the files of a round have the model and the whole state of the strategy, as they are now."""
+    if files.draft is None or any(files.arrays.get(name) is not array for name, array in state.arrays.items()):
+        return False
+    now = _optimizer_state(inner)
+    return now.keys() == files.moments.keys() and all(
+        now[slot].keys() == moments.keys() and all(now[slot][key] is moments[key] for key in moments)
+        for slot, moments in files.moments.items()
+    )
 
 
 def from_checkpoint(
@@ -109,7 +121,7 @@ def from_checkpoint(
     Raises:
         PayloadError: the checkpoint has another model or other settings, or is incomplete.
     """
-    stored = checkpoint.arrays.get("model", {})
+    stored = checkpoint.arrays.get(MODEL, {})
     described = {name: (array.shape, str(array.dtype)) for name, array in stored.items()}
     if described != {name: (tuple(a.shape), _STORED_AS.get(a.dtype, a.dtype)) for name, a in arrays.items()}:
         raise PayloadError("the checkpoint has another model: use another folder to start a new run")
@@ -143,8 +155,11 @@ def from_checkpoint(
     random.setstate(random_state)
     for attribute, value in optimizer.items():
         setattr(innermost(inner), attribute, value)
-    for name, array in arrays.items():
-        state.arrays[name] = array_of(stored[name], array.dtype)
+    if checkpoint.file is None or os.name != "posix":  # elsewhere a file that is mapped could not be removed
+        for name, array in arrays.items():
+            state.arrays[name] = array_of(stored[name], array.dtype)
+    else:
+        state.arrays = stored_model(checkpoint.file, MODEL, arrays)
     return state
 
 
@@ -233,6 +248,12 @@ def _to_rows(history: Mapping[int, MetricRecord]) -> dict[str, dict[str, Any]]:
 
 def _from_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[int, MetricRecord]:
     return {int(number): MetricRecord(dict(rows[number])) for number in sorted(rows, key=int)}
+
+
+def _optimizer_state(inner: Strategy) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+    """Return the attributes of the innermost strategy that hold arrays, other than the model itself."""
+    found = {slot: _arrays(value) for slot, value in vars(innermost(inner)).items() if slot != _DERIVED}
+    return {slot: arrays for slot, arrays in found.items() if arrays is not None}
 
 
 def _arrays(value: object) -> dict[str, np.ndarray[Any, Any]] | None:

@@ -8,9 +8,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower._flower import is_legacy_content
-from fedomc.flower.arrays import BFLOAT16, STYPE, framed_array, read_dense, read_packed, records_of, view_dense
+from fedomc.flower.arrays import STYPE, framed_array, read_dense, read_packed, records_of, view_dense
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.flower.feedback import Residuals
+from fedomc.flower.mapped import BFLOAT16
 from fedomc.serialization import frame
 from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 

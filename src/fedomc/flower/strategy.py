@@ -13,17 +13,13 @@ from fedomc.flower import defences
 from fedomc.flower._flower import logger, stand_in
 from fedomc.flower.aggregation import AGGREGATES
 from fedomc.flower.base_model import name_base, read_digests
-from fedomc.flower.checkpointing import (
-    RunState,
-    checked_resumption,
-    digest,
-    from_checkpoint,
-    settings_of,
-    to_checkpoint,
-)
+from fedomc.flower.checkpointing import settings_of
 from fedomc.flower.downlink import Broadcast, compressible_shapes
 from fedomc.flower.grid import StreamingGrid
+from fedomc.flower.mapped import nbytes_of
 from fedomc.flower.replies import checked_evaluations
+from fedomc.flower.server_optimizers import RoundFiles, release_current
+from fedomc.flower.store import Store
 from fedomc.flower.supervision import Supervision, gain_of
 from fedomc.flower.tiers import NodeCapabilities
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
@@ -134,6 +130,7 @@ class OMCStrategy(Strategy):
             failed_rounds, gain_of(defences.innermost(inner)), "" if policy is None else str(policy)
         )
         self._round: TrainingRound | None = None
+        self._files: RoundFiles | None = None
         self._broadcast: Broadcast | None = None
         self._evaluation: Sequence[Metadata] = ()
         self._capabilities = NodeCapabilities()
@@ -172,6 +169,7 @@ class OMCStrategy(Strategy):
         Raises:
             PayloadError: the checkpoint has another model or other settings, every checkpoint is damaged, or the
                 checkpoint is that of a finished run with another initial model.
+            OSError: a checkpoint cannot be written, for instance because the disk is full.
             PolicyError: there are checkpoints, but the inner strategy has its own ``start``, which does not save any.
             RoundsFailedError: no reply was usable in ``failed_rounds`` consecutive rounds, or in all rounds of a
                 shorter run.
@@ -182,9 +180,12 @@ class OMCStrategy(Strategy):
             return self._inner_in_place().start(
                 streaming, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
             )
-        state = self._resumed(initial_arrays, num_rounds)
+        store = Store(self.checkpoints, self.inner, self._settings(), self.traffic)
+        state = store.begin(initial_arrays, num_rounds)
+        del initial_arrays  # which stay in memory only if the caller keeps them
+        self.traffic = state.traffic
         logger.info("Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
-        size = sum(len(array.data) for array in initial_arrays.values()) / 2**20
+        size = sum(nbytes_of(array) for array in state.arrays.values()) / 2**20
         logger.info("%d rounds of a model of %.2f MB", num_rounds, size)
         self.summary()
 
@@ -198,24 +199,26 @@ class OMCStrategy(Strategy):
             measure(0)
         for number in range(state.round + 1, num_rounds + 1):
             logger.info("[ROUND %d/%d]", number, num_rounds)
-            messages = self.configure_train(number, state.arrays, train_config, streaming)
-            new, metrics = self.aggregate_train(number, streaming.send_and_receive(messages, timeout=timeout))
-            if new is not None:
-                state.arrays = new
-            if metrics is not None:
-                logger.info("round %d: training metrics: %s", number, metrics)
-                state.result.train_metrics_clientapp[number] = metrics
-            messages = self.configure_evaluate(number, state.arrays, evaluate_config, streaming)
-            metrics = self.aggregate_evaluate(number, streaming.send_and_receive(messages, timeout=timeout))
-            if metrics is not None:
-                logger.info("round %d: evaluation metrics: %s", number, metrics)
-                state.result.evaluate_metrics_clientapp[number] = metrics
-            measure(number)
-            state.round = number
-            if self.checkpoints is not None:
-                self.checkpoints.save(number, to_checkpoint(state, self.inner, self._settings()))
-        if self.checkpoints is not None:
-            self.checkpoints.release()
+            with store.round(state) as self._files:
+                messages = self.configure_train(number, state.arrays, train_config, streaming)
+                new, metrics = self.aggregate_train(number, streaming.send_and_receive(messages, timeout=timeout))
+                self._round = None  # which holds the former model
+                if new is not None:
+                    state.arrays = new
+                del messages, new
+                if metrics is not None:
+                    logger.info("round %d: training metrics: %s", number, metrics)
+                    state.result.train_metrics_clientapp[number] = metrics
+                messages = self.configure_evaluate(number, state.arrays, evaluate_config, streaming)
+                metrics = self.aggregate_evaluate(number, streaming.send_and_receive(messages, timeout=timeout))
+                del messages
+                if metrics is not None:
+                    logger.info("round %d: evaluation metrics: %s", number, metrics)
+                    state.result.evaluate_metrics_clientapp[number] = metrics
+                measure(number)
+                state.round = number
+                store.save(state)
+        store.release()
         self._supervision.finish()
         state.result.arrays = state.arrays
         return state.result
@@ -246,23 +249,9 @@ class OMCStrategy(Strategy):
         Raises:
             PayloadError: the checkpoint has another model or other settings, or every checkpoint is damaged.
         """
-        state = self._restored(arrays)
-        return state.arrays, state.round
-
-    def _resumed(self, arrays: ArrayRecord, num_rounds: int) -> RunState:
-        """Return the state to start from, and log that a run is resumed or already finished."""
-        state = self._restored(arrays)
-        if self.checkpoints is None or not state.round:
-            return state
-        return checked_resumption(state, arrays, num_rounds, self.checkpoints.folder)
-
-    def _restored(self, arrays: ArrayRecord) -> RunState:
-        stored = None if self.checkpoints is None else self.checkpoints.resume()
-        if stored is None:
-            return RunState(0, arrays, "" if self.checkpoints is None else digest(arrays), self.traffic)
-        state = from_checkpoint(stored, self.inner, self._settings(), arrays)
+        state = Store(self.checkpoints, self.inner, self._settings(), self.traffic).restored(arrays)
         self.traffic = state.traffic
-        return state
+        return state.arrays, state.round
 
     def _settings(self) -> dict[str, object]:
         settings = {**settings_of(self.inner, self.aggregate, self.policy), "weight_cap": self.weight_cap}
@@ -308,7 +297,9 @@ class OMCStrategy(Strategy):
             weight_cap=self.weight_cap,
             of_weights=self.aggregate == "weights",
             name_of=self.client_name,
+            files=self._files,
         )
+        release_current(self.inner)
         return messages
 
     def aggregate_train(

@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedomc.flower.arrays import records_of
+from fedomc.flower.mapped import nbytes_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class RoundReport:
         counter: Counter[str] = getattr(self, f"{direction}_bytes")
         for record in records_of(message.content, ArrayRecord).values():
             for name, array in record.items():
-                counter[name] += len(array.data)
+                counter[name] += nbytes_of(array)
 
 
 Observer = Callable[[RoundReport], Any]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 
 from flwr.app import ArrayRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum, Strategy
@@ -10,17 +9,22 @@ from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Kr
 from fedomc.errors import NonFiniteError, PayloadError
 from fedomc.flower import defences
 from fedomc.flower._flower import logger
-from fedomc.flower.aggregation import Mean, averages, decoded, is_the_mean
+from fedomc.flower.aggregation import Mean, averages, decoded
 from fedomc.flower.arrays import array_of, view_dense
 from fedomc.flower.downlink import Broadcast
+from fedomc.flower.mapped import nbytes_of
 from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, with_weight
 from fedomc.flower.replies import Reply, checked_replies, like_most, log_left_out, without_others
+from fedomc.flower.server_optimizers import RoundFiles, ServerOptimizer, has_optimizer
 from fedomc.flower.traffic import RoundReport
 
 Result = tuple[ArrayRecord | None, MetricRecord | None]
 
 _FEW = 3
 """The number of replies of a stream that are added together; with fewer, the sums are read and written more often."""
+
+_SMALL = 2**26
+"""The number of bytes of replies that may be in memory together, whatever the size of the model."""
 
 _IGNORING_METRICS = (FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan)
 """The classes of Flower whose ``aggregate_train`` uses only the weight metric and ``train_metrics_aggr_fn``."""
@@ -37,6 +41,7 @@ class TrainingRound:
         weight_cap: the maximum weight of a reply, as a multiple of the median weight; None sets no cap.
         of_weights: whether the clients' weights are averaged, rather than their changes.
         name_of: returns the name of a node; replies are aggregated in the order of these names.
+        files: where the sums and the result are; None keeps them in memory.
 
     Attributes:
         received: the number of replies that were used.
@@ -52,6 +57,7 @@ class TrainingRound:
         weight_cap: float | None,
         of_weights: bool,
         name_of: Callable[[int], str | int],
+        files: RoundFiles | None = None,
     ) -> None:
         self.broadcast = broadcast
         self.number = broadcast.round
@@ -62,6 +68,7 @@ class TrainingRound:
         self._cap = WeightCap(weight_cap)
         self._of_weights = of_weights
         self._name_of = name_of
+        self._files = files
 
     def aggregate(self, inner: Strategy, messages: Iterable[Message]) -> Result:
         """Check the replies, decode them and have the inner strategy aggregate them.
@@ -76,16 +83,8 @@ class TrainingRound:
             others = [message for message in messages if message.metadata.src_node_id not in self.broadcast.nodes]
             replies = list(self._checked(self._sorted(asked) + others, errors))
             self._cap.add(reply.metrics.weight for reply in replies)
-            arrays, metrics = self._aggregate(inner, _released(replies), errors, streaming=False)
-        else:
-            arrays, metrics = self._aggregate(inner, self._checked(messages, errors), errors, streaming=True)
-        if arrays is None:
-            return None, metrics
-        try:
-            return _in_dtypes_of(self.broadcast.arrays, arrays), metrics
-        except NonFiniteError as error:
-            logger.error("round %d: %s; the model remains unchanged", self.number, error)
-            return None, metrics
+            return self._aggregate(inner, _released(replies), errors, streaming=False)
+        return self._aggregate(inner, self._checked(messages, errors), errors, streaming=True)
 
     def _checked(self, messages: Iterable[Message], errors: list[Message]) -> Iterator[Reply]:
         return checked_replies(self.broadcast, self._sent, messages, errors, self.report, self._weight_name)
@@ -98,7 +97,24 @@ class TrainingRound:
         every = list(replies)
         if streaming:
             self._cap.add(reply.metrics.weight for reply in every)
-        return self._of_all(inner, every, errors)
+        return self._converted(self._of_all(inner, every, errors))
+
+    def _converted(self, result: Result) -> Result:
+        """Convert the model that a strategy of its own has aggregated."""
+        arrays, metrics = result
+        if arrays is None:
+            return None, metrics
+        return self._finite(lambda: _in_dtypes_of(self.broadcast.arrays, arrays)), metrics
+
+    def _finite(self, make: Callable[[], ArrayRecord]) -> ArrayRecord | None:
+        """Make the new model; None if a value is not finite."""
+        try:
+            return make()
+        except NonFiniteError as error:
+            logger.error("round %d: %s; the model remains unchanged", self.number, error)
+            if self._files is not None:
+                self._files.discard()
+            return None
 
     # ---- strategies that need a mean --------------------------------------------------------------------------------
 
@@ -111,14 +127,15 @@ class TrainingRound:
         kept.sort(key=lambda pair: str(self._name_of(pair[1].node)))
         contents = self._metric_contents(kept)
         logger.info("round %d: averaged %d replies; %d clients reported errors", self.number, len(kept), len(errors))
-        if is_the_mean(inner):
+        if has_optimizer(inner):
+            metrics = inner.train_metrics_aggr_fn(contents, self._weight_name) if contents else MetricRecord()
+            optimizer = ServerOptimizer(inner, self.number)
             with self.report.timed("aggregate"):
-                arrays = mean.arrays()
-                return arrays, inner.train_metrics_aggr_fn(contents, self._weight_name) if contents else MetricRecord()
+                return self._finite(lambda: optimizer.update(self.broadcast, mean, self._files)), metrics
         message = kept[0][0]
         message.content = RecordDict({"arrays": mean.result(), "metrics": MetricRecord({self._weight_name: 1.0})})
         with _metrics_of(inner, contents), self.report.timed("aggregate"):
-            return inner.aggregate_train(self.number, [*errors, message])
+            return self._converted(inner.aggregate_train(self.number, [*errors, message]))
 
     def _streamed_mean(
         self, replies: Iterator[Reply], streaming: bool
@@ -129,12 +146,11 @@ class TrainingRound:
         then scaled down until no reply in it exceeds the cap. In the end, no reply weighs more than the cap, whatever
         the order; if no weight exceeds it, nothing is scaled.
         """
-        mean, kept, heaviest = (
-            Mean(self.broadcast, of_weights=self._of_weights),
-            list[tuple[Message, ReplyMetrics]](),
-            0.0,
+        mean = Mean(
+            self.broadcast, of_weights=self._of_weights, folder=None if self._files is None else self._files.folder
         )
-        while some := list(islice(replies, _FEW)):
+        kept, heaviest = list[tuple[Message, ReplyMetrics]](), 0.0
+        while some := self._together(replies):
             if streaming:
                 self._cap.add(reply.metrics.weight for reply in some)
             if heaviest > self._cap.limit:
@@ -156,6 +172,20 @@ class TrainingRound:
                 kept.append((reply.message, reply.metrics))
             del some, reply, content  # release them before the next ones are fetched
         return mean, kept
+
+    def _together(self, replies: Iterator[Reply]) -> list[Reply]:
+        """Draw the next replies that are added together: a few, and of a large model not more than half its size."""
+        limit = max(_SMALL, sum(nbytes_of(array) for array in self.broadcast.arrays.values()) // 2)
+        some, size = list[Reply](), 0
+        while reply := next(replies, None):
+            some.append(reply)
+            record = reply.message.content[reply.record]
+            assert isinstance(record, ArrayRecord)
+            own = sum(nbytes_of(array) for array in record.values())
+            size += own
+            if len(some) == _FEW or size + own > limit:
+                break
+        return some
 
     def _metric_contents(self, replies: Sequence[tuple[Message, ReplyMetrics]]) -> list[RecordDict]:
         """Return contents for Flower's metric functions: the common metrics of all replies that have all of them."""

@@ -38,20 +38,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: the file cannot be written; the former one is as it was.
     """
     path = os.path.realpath(path)
-    folder = os.path.dirname(path)
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)  # raises now if the name is too long, not when all is written
     except FileNotFoundError:
         mode = None
-    _remove_abandoned(folder)
-    temporary = os.path.join(folder, f".fedomc-{uuid.uuid4().hex}.tmp")
+    remove_abandoned(os.path.dirname(path))
+    # Nobody may read the temporary who may not read the file.
+    temporary, descriptor = open_temporary(os.path.dirname(path), 0o666 if mode is None else 0o600)
     try:
-        # Nobody may read the temporary who may not read the file.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
         with open(descriptor, "wb") as file:
-            if fcntl is not None:
-                with suppress(OSError):  # some network file systems have no locks; nothing is removed there
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             if mode is not None:
                 os.chmod(temporary, mode)
@@ -62,6 +57,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+    sync_folder(os.path.dirname(path))
+
+
+def open_temporary(folder: str, mode: int) -> tuple[str, int]:
+    """Open a new temporary file for reading and writing, which ``remove_abandoned`` removes if this process is killed.
+
+    Args:
+        folder: where the file is made.
+        mode: its permissions, which the umask limits.
+
+    Returns:
+        The path and the descriptor. The file counts as in use until the descriptor is closed.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    temporary = os.path.join(folder, f".fedomc-{uuid.uuid4().hex}.tmp")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+    if fcntl is not None:
+        with suppress(OSError):  # some network file systems have no locks; nothing is removed there
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return temporary, descriptor
+
+
+def sync_folder(folder: str) -> None:
+    """Have the names in a folder written to the disk."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -70,13 +91,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.close(descriptor)
 
 
-def _remove_abandoned(folder: str) -> None:
-    """Remove the temporary files of this module that no living process writes."""
+def remove_abandoned(folder: str | os.PathLike[str], age: float = _ABANDONED_AFTER) -> None:
+    """Remove the temporary files of this module that no living process writes.
+
+    Args:
+        folder: where they are.
+        age: the number of seconds since its last change from which on a file is removed. 0 is for a folder to which
+            only one process writes.
+    """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if _TEMPORARY.fullmatch(entry.name):
                 with suppress(OSError):  # it is another user's, or another process was faster
-                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_AFTER:
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime >= age:
                         _remove_unless_locked(entry.path)
 
 

@@ -46,7 +46,8 @@ _DTYPES = {
 }
 """The names of dtypes in safetensors."""
 
-_NO_DIGEST = "0" * 16
+NO_DIGEST = "0" * 16
+"""Takes the place of a digest that is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -118,21 +119,28 @@ def write_tensor_file(path: str | os.PathLike[str], texts: Mapping[str, str], pi
         OSError: the file cannot be written.
     """
     ordered = sorted(pieces, key=lambda piece: piece.order)
-    digests = {piece.key: _NO_DIGEST for piece in ordered}
-    room = len(_header(texts, digests, ordered))  # digests are equally long, so the header's length is known now
+    digests = {piece.key: NO_DIGEST for piece in ordered}
+    room = len(header_of(texts, digests, ordered))  # digests are equally long, so the header's length is known now
     with replacing(path) as file:
         file.write(bytes(room))
         for piece in ordered:
             data = piece.read()
-            digests[piece.key] = _tensor_digest(piece.dtype, piece.shape, data)
+            digests[piece.key] = tensor_digest(piece.dtype, piece.shape, data).hexdigest()
             file.write(data)
             del data
         file.seek(0)
-        file.write(_header(texts, digests, ordered))
+        file.write(header_of(texts, digests, ordered))
 
 
-def _header(texts: Mapping[str, str], digests: Mapping[str, str], ordered: list[Piece]) -> bytes:
-    """Return what stands before the tensors' bytes: a length, and the JSON that it counts."""
+def header_of(texts: Mapping[str, str], digests: Mapping[str, str], ordered: list[Piece], room: int = 0) -> bytes:
+    """Return what stands before the tensors' bytes: a length, and the JSON that it counts.
+
+    Args:
+        texts: the metadata, besides the digests.
+        digests: those of the tensors.
+        ordered: the tensors, in the order of the file.
+        room: the length to which a shorter header is filled with spaces, a multiple of 8.
+    """
     texts = {**texts, TENSOR_DIGESTS: to_json(digests)}
     header: dict[str, Any] = {"__metadata__": {**texts, TEXT_DIGEST: _text_digest(texts)}}
     end = 0
@@ -143,15 +151,15 @@ def _header(texts: Mapping[str, str], digests: Mapping[str, str], ordered: list[
         begin, end = end, end + piece.size
         header[piece.key] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [begin, end]}
     text = to_json(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, room - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
 
 
-def _tensor_digest(dtype: str, shape: Iterable[int], data: Any) -> str:
-    """Return the XXH3 of a tensor's dtype, shape and bytes."""
+def tensor_digest(dtype: str, shape: Iterable[int], data: Any = b"") -> Any:
+    """Return the XXH3 of a tensor's dtype, shape and bytes, to which further bytes can be added."""
     digest = xxhash.xxh3_64(f"{dtype}[{','.join(map(str, shape))}]".encode())
     digest.update(data)
-    return digest.hexdigest()
+    return digest
 
 
 def _text_digest(texts: Mapping[str, str]) -> str:
@@ -221,8 +229,7 @@ class TensorFile:
             dtype, shape = stored.get_dtype(), stored.get_shape()
         except Exception as error:  # the library passes on whatever torch makes of a forged header
             raise PayloadError(f"{key} cannot be read from {self.path}: {error}") from None
-        if self._digests is not None and self._digests[key] != _tensor_digest(dtype, shape, raw_bytes(tensor)):
-            raise PayloadError(f"{key} in {self.path} is damaged: its bytes do not match their digest")
+        self._check(key, dtype, shape, tensor)
         return tensor
 
     def stored(self, key: str) -> tuple[str, tuple[int, ...], Tensor]:
@@ -242,15 +249,29 @@ class TensorFile:
             data = torch.from_numpy(np.fromfile(self._raw, np.uint8, last - first))
         except Exception as error:  # of a file that changed since its header was checked
             raise PayloadError(f"{key} cannot be read from {self.path}: {error!r}") from None
-        if self._digests is not None and self._digests[key] != _tensor_digest(dtype, shape, raw_bytes(data)):
-            raise PayloadError(f"{key} in {self.path} is damaged: its bytes do not match their digest")
+        self._check(key, dtype, shape, data)
         return dtype, tuple(shape), data
+
+    def _check(self, key: str, dtype: str, shape: Iterable[int], data: Tensor) -> None:
+        if self._digests is None or self._digests[key] == tensor_digest(dtype, shape, raw_bytes(data)).hexdigest():
+            return
+        raise PayloadError(f"{key} in {self.path} is damaged: its bytes do not match their digest")
 
     def stored_as(self, key: str) -> tuple[str, tuple[int, ...], int]:
         """Return a tensor's dtype as safetensors names it, its shape and its bytes; the values are not read."""
         entry = self._entries[1][key]
         first, last = entry["data_offsets"]
         return entry["dtype"], tuple(entry["shape"]), last - first
+
+    def place(self, key: str) -> tuple[torch.dtype, tuple[int, ...], int]:
+        """Return a tensor's dtype and shape, and the number of bytes of the file before its values.
+
+        Raises:
+            PayloadError: ``dense_piece`` could not write this dtype.
+        """
+        first, _ = self._entries[1][key]["data_offsets"]
+        meta = self.skeleton(key)
+        return meta.dtype, tuple(meta.shape), self._entries[0] + first
 
     def skeleton(self, key: str) -> Tensor:
         """Return a tensor on the meta device that has the dtype and shape of a stored one.

@@ -1,0 +1,139 @@
+"""Arrays whose values stay in a file: they are read when they are used, and sent without a copy of the model."""
+
+import io
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+
+from fedomc.flower._flower import CHUNK_SIZE, ArrayChunk, held_chunks, hold_chunks
+from fedomc.serialization.mapped_file import MappedFile
+
+BFLOAT16 = "fedomc.bfloat16: read it with fedomc.flower.install"
+"""The serialization type of an ``Array`` of bfloat16 values, little-endian, a dtype that numpy does not have."""
+
+_Values = np.ndarray[Any, Any]
+
+
+def open_arrays(path: str | os.PathLike[str]) -> ArrayRecord:
+    """Return the model in a safetensors file, without reading it into memory.
+
+    The values are read from the file when they are used. Files that fedomc wrote are checked against their digests
+    first. The file must not be modified while the model is in use; it may be replaced or removed.
+
+    Args:
+        path: of the file, such as ``model.safetensors``.
+
+    Raises:
+        PayloadError: the file is damaged, no safetensors file, or has a dtype that torch or Flower cannot hold.
+        OSError: it cannot be read.
+
+    Example:
+        >>> strategy.start(grid, open_arrays("model.safetensors"))  # doctest: +SKIP
+    """
+    file, record = MappedFile.open(path), ArrayRecord()
+    for key in file.places:
+        record[key] = MappedArray(file, key)
+    return record
+
+
+class MappedArray(Array):
+    """An ``Array`` that reads its values from a mapped file; it otherwise behaves as a plain one.
+
+    Each access to ``data`` makes a copy. ``numpy`` returns an array that may be modified, of which only the modified
+    pages take memory; neither the file nor this array changes with it. Chunks are made as they are sent.
+    """
+
+    def __init__(self, file: MappedFile, key: str) -> None:
+        dtype, shape, _ = file.places[key]
+        self._file, self._key = file, key
+        self._header = b"" if dtype is torch.bfloat16 else npy_header(file.values(key))
+        self.dtype, self.shape = str(dtype).removeprefix("torch."), shape
+        self.stype = BFLOAT16 if dtype is torch.bfloat16 else "numpy.ndarray"
+
+    @property
+    def values(self) -> _Values:
+        """The values as they are in the file, which cannot be modified; those of bfloat16 are a float32 copy."""
+        values = self._file.values(self._key)
+        return values if self.stype != BFLOAT16 else torch.tensor(values).view(torch.bfloat16).float().numpy()
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of ``data``."""
+        return len(self._header) + self._file.data(self._key).nbytes
+
+    def numpy(self) -> _Values:
+        """Return the values; those of bfloat16 as float32."""
+        return self.values if self.stype == BFLOAT16 else self._file.copy(self._key)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "data":
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return b"".join((self._header, self._file.data(self._key).data))
+
+    def slice_array(self) -> Any:
+        """Return the chunks in which Flower sends the data: their IDs, and objects that read the file when needed."""
+        if held_chunks(self) is None:
+            chunks = [_MappedChunk(self, start) for start in range(0, self.nbytes, CHUNK_SIZE)]
+            hold_chunks(self, [(chunk.object_id, chunk) for chunk in chunks], keep_data=True)
+        return held_chunks(self)
+
+    def deflate(self) -> bytes:
+        """Return the serialized form of a plain array with the same chunks, since it names the class of its object."""
+        plain = Array(self.dtype, self.shape, self.stype, b"")
+        hold_chunks(plain, self.slice_array(), keep_data=True)
+        return plain.deflate()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MappedArray":
+        return MappedArray(self._file, self._key)
+
+    def _stretch(self, start: int) -> bytes | memoryview:
+        """Return the bytes of the chunk that starts at an index."""
+        stop = min(start + CHUNK_SIZE, self.nbytes)
+        header, data = self._header, self._file.data(self._key).data
+        if start >= len(header):
+            return data[start - len(header) : stop - len(header)]
+        return b"".join((header[start:stop], data[: max(stop - len(header), 0)]))
+
+
+class _MappedChunk(ArrayChunk):
+    """A chunk of an array's data, which is read from the file when it is used."""
+
+    def __init__(self, array: MappedArray, start: int) -> None:
+        self._array, self._start = array, start
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "data":
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return memoryview(self._array._stretch(self._start))
+
+    def deflate(self) -> bytes:
+        """Return the serialized form of a plain chunk, since it names the class of its object."""
+        return ArrayChunk(self.data).deflate()
+
+
+def nbytes_of(array: Array) -> int:
+    """Return the number of bytes of an array's data, which are not read for it."""
+    return array.nbytes if isinstance(array, MappedArray) else len(array.data)
+
+
+def buffers_of(array: Array) -> Iterator[bytes | memoryview]:
+    """Yield an array's data in parts."""
+    if isinstance(array, MappedArray):
+        yield array._header
+        yield array._file.data(array._key).data
+    else:
+        yield array.data
+
+
+def npy_header(values: _Values) -> bytes:
+    """Return what numpy writes into a file before the values of an array."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+    return header.getvalue()
