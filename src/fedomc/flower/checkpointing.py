@@ -18,7 +18,7 @@ from fedomc.errors import PayloadError
 from fedomc.flower._flower import logger
 from fedomc.flower.arrays import array_of, stored_model, view_dense
 from fedomc.flower.defences import accountant_of, adaptive_clipping_of, innermost, layers
-from fedomc.flower.mapped import buffers_of
+from fedomc.flower.mapped import parts_of
 from fedomc.flower.server_optimizers import MODEL, RoundFiles
 from fedomc.flower.traffic import Traffic
 from fedomc.serialization.checkpointing import Checkpoint
@@ -57,7 +57,7 @@ def digest(arrays: ArrayRecord) -> str:
     hasher = xxhash.xxh3_128()
     for name, array in arrays.items():
         hasher.update(json.dumps([name, array.dtype, list(array.shape)]).encode())
-        for part in buffers_of(array):
+        for part in parts_of(array):
             hasher.update(part)
     return hasher.hexdigest()
 

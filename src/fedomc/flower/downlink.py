@@ -8,8 +8,10 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from fedomc.errors import PolicyError
 from fedomc.flower.arrays import Values, flat_tensor, packed_array, records_of, view_dense
 from fedomc.flower.config import CONFIG, to_config
+from fedomc.flower.mapped import ViewArray
 from fedomc.methods import Encoding, Method, Packed, encode
 from fedomc.serialization import frame
+from fedomc.serialization.mapped_file import Scratch
 from fedomc.tensor.dtypes import NAMES
 from fedomc.training.fidelity import Distance, measure
 from fedomc.training.policy import CompressionPolicy
@@ -36,6 +38,7 @@ class Broadcast:
         unquantized_format: the format of the variables that partial quantization leaves unquantized; None is FP32.
         former: the previous broadcast. If it has the same arrays, its encoded variables are reused, because evaluation
             sends the same model as the next round of training.
+        scratch: where the encoded variables are; None keeps them in memory.
 
     Attributes:
         arrays: the model.
@@ -53,6 +56,7 @@ class Broadcast:
         entropy_coding: str = "none",
         unquantized_format: Method | None = None,
         former: "Broadcast | None" = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.arrays = arrays
         self.round = server_round
@@ -62,6 +66,7 @@ class Broadcast:
         self._code_down = entropy_coding in ("down", "both")
         self._code_up = entropy_coding in ("up", "both")
         self._unquantized_format = unquantized_format
+        self._scratch = scratch
         self._shapes = compressible_shapes(arrays)
         self._pieces: dict[tuple[object, ...], _Piece] = {}
         self.distances: dict[str, Distance] = {}
@@ -148,7 +153,14 @@ class Broadcast:
             values = flat_tensor(self.dense(name))
             packed = encode(values, how.format, how.transform, name=name)
             array = packed_array(packed, self._shapes[name], kind, entropy_coding=self._code_down)
-            piece = _Piece(array, packed, measure(packed, values))
+            distance = measure(packed, values)
+            data = memoryview(array.data)
+            if self._scratch is not None:
+                data = self._scratch.put(array.data)
+                array = ViewArray(array.dtype, self._shapes[name], array.stype, data)
+            if data.nbytes > packed.codes.nbytes:  # otherwise it is entropy coded
+                packed = frame.from_bytes(data, name, copy=False, shape=self._shapes[name]).packed
+            piece = _Piece(array, packed, distance)
         self._pieces[key] = piece
         self.distances[name] = max(self.distances.get(name, piece.distance), piece.distance)
         return piece

@@ -2,7 +2,6 @@
 
 import io
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,44 +39,42 @@ def open_arrays(path: str | os.PathLike[str]) -> ArrayRecord:
     return record
 
 
-class MappedArray(Array):
-    """An ``Array`` that reads its values from a mapped file; it otherwise behaves as a plain one.
+class ViewArray(Array):
+    """An ``Array`` whose data are a view of a file; it otherwise behaves as a plain one.
 
-    Each access to ``data`` makes a copy. ``numpy`` returns an array that may be modified, of which only the modified
-    pages take memory; neither the file nor this array changes with it. Chunks are made as they are sent.
+    Each access to ``data`` makes a copy. Chunks are made as they are sent.
+
+    Args:
+        dtype: as of ``Array``.
+        shape: as of ``Array``.
+        stype: as of ``Array``.
+        view: the data.
+        header: bytes that come before those of the view.
     """
 
-    def __init__(self, file: MappedFile, key: str) -> None:
-        dtype, shape, _ = file.places[key]
-        self._file, self._key = file, key
-        self._header = b"" if dtype is torch.bfloat16 else npy_header(file.values(key))
-        self.dtype, self.shape = str(dtype).removeprefix("torch."), shape
-        self.stype = BFLOAT16 if dtype is torch.bfloat16 else "numpy.ndarray"
-
-    @property
-    def values(self) -> _Values:
-        """The values as they are in the file, which cannot be modified; those of bfloat16 are a float32 copy."""
-        values = self._file.values(self._key)
-        return values if self.stype != BFLOAT16 else torch.tensor(values).view(torch.bfloat16).float().numpy()
+    def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, view: memoryview, header: bytes = b"") -> None:
+        self.dtype, self.shape, self.stype = dtype, shape, stype
+        self._header, self._view = header, view
 
     @property
     def nbytes(self) -> int:
         """The number of bytes of ``data``."""
-        return len(self._header) + self._file.data(self._key).nbytes
+        return len(self._header) + self._view.nbytes
 
-    def numpy(self) -> _Values:
-        """Return the values; those of bfloat16 as float32."""
-        return self.values if self.stype == BFLOAT16 else self._file.copy(self._key)
+    @property
+    def parts(self) -> tuple[bytes, memoryview]:
+        """The data in two parts."""
+        return self._header, self._view
 
     def __getattr__(self, name: str) -> Any:
         if name != "data":
             raise AttributeError(f"{type(self).__name__} has no {name!r}")
-        return b"".join((self._header, self._file.data(self._key).data))
+        return b"".join(self.parts)
 
     def slice_array(self) -> Any:
         """Return the chunks in which Flower sends the data: their IDs, and objects that read the file when needed."""
         if held_chunks(self) is None:
-            chunks = [_MappedChunk(self, start) for start in range(0, self.nbytes, CHUNK_SIZE)]
+            chunks = [_ViewChunk(self, start) for start in range(0, self.nbytes, CHUNK_SIZE)]
             hold_chunks(self, [(chunk.object_id, chunk) for chunk in chunks], keep_data=True)
         return held_chunks(self)
 
@@ -90,28 +87,51 @@ class MappedArray(Array):
     def __reduce__(self) -> tuple[Any, ...]:
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "MappedArray":
-        return MappedArray(self._file, self._key)
-
-    def _stretch(self, start: int) -> bytes | memoryview:
-        """Return the bytes of the chunk that starts at an index."""
-        stop = min(start + CHUNK_SIZE, self.nbytes)
-        header, data = self._header, self._file.data(self._key).data
-        if start >= len(header):
-            return data[start - len(header) : stop - len(header)]
-        return b"".join((header[start:stop], data[: max(stop - len(header), 0)]))
+    def stretch(self, start: int) -> memoryview:
+        """Return the data of the chunk that starts at an index; only the first one is copied, if there is a header."""
+        stop, skip = min(start + CHUNK_SIZE, self.nbytes), len(self._header)
+        if start >= skip:
+            return self._view[start - skip : stop - skip]
+        return memoryview(b"".join((self._header[start:stop], self._view[: max(stop - skip, 0)])))
 
 
-class _MappedChunk(ArrayChunk):
+class MappedArray(ViewArray):
+    """A tensor of a mapped file.
+
+    ``numpy`` returns an array that may be modified, of which only the modified pages take memory; neither the file nor
+    this array changes with it.
+    """
+
+    def __init__(self, file: MappedFile, key: str) -> None:
+        dtype, shape, _ = file.places[key]
+        self._file, self._key = file, key
+        if dtype is torch.bfloat16:
+            super().__init__("bfloat16", shape, BFLOAT16, file.data(key).data)
+        else:
+            values = file.values(key)
+            super().__init__(str(values.dtype), shape, "numpy.ndarray", file.data(key).data, npy_header(values))
+
+    @property
+    def values(self) -> _Values:
+        """The values as they are in the file, which cannot be modified; those of bfloat16 are a float32 copy."""
+        values = self._file.values(self._key)
+        return values if self.stype != BFLOAT16 else torch.tensor(values).view(torch.bfloat16).float().numpy()
+
+    def numpy(self) -> _Values:
+        """Return the values; those of bfloat16 as float32."""
+        return self.values if self.stype == BFLOAT16 else self._file.copy(self._key)
+
+
+class _ViewChunk(ArrayChunk):
     """A chunk of an array's data, which is read from the file when it is used."""
 
-    def __init__(self, array: MappedArray, start: int) -> None:
+    def __init__(self, array: ViewArray, start: int) -> None:
         self._array, self._start = array, start
 
     def __getattr__(self, name: str) -> Any:
         if name != "data":
             raise AttributeError(f"{type(self).__name__} has no {name!r}")
-        return memoryview(self._array._stretch(self._start))
+        return self._array.stretch(self._start)
 
     def deflate(self) -> bytes:
         """Return the serialized form of a plain chunk, since it names the class of its object."""
@@ -120,16 +140,12 @@ class _MappedChunk(ArrayChunk):
 
 def nbytes_of(array: Array) -> int:
     """Return the number of bytes of an array's data, which are not read for it."""
-    return array.nbytes if isinstance(array, MappedArray) else len(array.data)
+    return array.nbytes if isinstance(array, ViewArray) else len(array.data)
 
 
-def buffers_of(array: Array) -> Iterator[bytes | memoryview]:
-    """Yield an array's data in parts."""
-    if isinstance(array, MappedArray):
-        yield array._header
-        yield array._file.data(array._key).data
-    else:
-        yield array.data
+def parts_of(array: Array) -> tuple[bytes | memoryview, ...]:
+    """Return an array's data in parts, without a copy."""
+    return array.parts if isinstance(array, ViewArray) else (array.data,)
 
 
 def npy_header(values: _Values) -> bytes:

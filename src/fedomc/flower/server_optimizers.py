@@ -11,6 +11,7 @@ with variables of bfloat16, float16 or integers: Flower goes on from its last re
 this module from the model that was sent, as Flower does after a restart.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedomc.flower.aggregation import Mean, averages
 from fedomc.flower.arrays import Values, array_of, in_dtype, stored_model
 from fedomc.flower.downlink import Broadcast
 from fedomc.serialization.checkpointing import CheckpointDraft
+from fedomc.serialization.mapped_file import Scratch
 
 MODEL = "model"
 """The kind of a checkpoint's arrays that are the model; the others have the names of the strategy's attributes."""
@@ -54,6 +56,11 @@ class RoundFiles:
     draft: CheckpointDraft | None = None
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     moments: dict[str, dict[str, Values]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def scratch(self) -> Scratch:
+        """Where the broadcasts of the round are."""
+        return Scratch(self.folder)
 
     def discard(self) -> None:
         """Remove what has been written, unless the checkpoint is complete."""

@@ -382,6 +382,7 @@ class OMCStrategy(Strategy):
             self.entropy_coding,
             self.unquantized_format,
             self._broadcast,
+            None if self._files is None else self._files.scratch,
         )
 
     @property

@@ -35,6 +35,9 @@ Values = np.ndarray[Any, Any]
 _SMALL = 2**16
 """Up to this number of bytes, values are copied rather than mapped again."""
 
+_FIRST_BLOCK, _LAST_BLOCK = 2**20, 2**26
+"""The bytes of the first and of the largest files of a ``Scratch``, each twice as large as the one before."""
+
 
 class MappedFile:
     """The tensors of a file that does not change, mapped into memory.
@@ -134,10 +137,7 @@ class FileDraft:
         self._folder = os.path.realpath(folder)
         self._temporary, self._descriptor = open_temporary(self._folder, 0o666)
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._descriptor, 0, end)  # raises now if the disk is full
-            else:
-                os.ftruncate(self._descriptor, end)
+            _reserve(self._descriptor, end)
             self.file = MappedFile(os.dup(self._descriptor), places)
         except BaseException:
             self.discard()
@@ -211,12 +211,45 @@ def scratch(folder: str | os.PathLike[str], numel: int, dtype: torch.dtype) -> t
         return torch.zeros(numel, dtype=dtype, device="cpu")
     path, descriptor = open_temporary(os.path.realpath(folder), 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, size)  # a full disk would otherwise end the process at a write
-        data = mmap.mmap(descriptor, size)
+        _reserve(descriptor, size)  # a full disk would otherwise end the process at a write
+        return torch.from_file(path, shared=True, size=numel, dtype=dtype, device="cpu")
     finally:
         os.close(descriptor)
         os.unlink(path)
-    return torch.from_numpy(np.frombuffer(data, np.uint8)).view(dtype)
+
+
+class Scratch:
+    """Bytes in files without names, whose space is freed with them or with the process.
+
+    Args:
+        folder: where the files are.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = folder
+        self._free = np.empty(0, np.uint8)
+        self._size = _FIRST_BLOCK
+
+    def put(self, data: bytes) -> memoryview:
+        """Return the bytes as a view of a file.
+
+        Raises:
+            OSError: the folder cannot be written to, or the disk has no room.
+        """
+        if self._free.size < len(data):
+            self._free = scratch(self._folder, max(self._size, len(data)), torch.uint8).numpy()
+            self._size = min(2 * self._size, _LAST_BLOCK)
+        own, self._free = self._free[: len(data)], self._free[-(-len(data) // 64) * 64 :]
+        own[:] = np.frombuffer(data, np.uint8)
+        return own.data
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size, and the room on the disk if the system can reserve it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
 
 
 def dtype_of(dtype: np.dtype[Any]) -> torch.dtype:
