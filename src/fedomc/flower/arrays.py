@@ -165,6 +165,10 @@ class Bfloat16Array(Array):
         """Return the values as float32."""
         return view_dense(self, "the array", check=False)
 
+    def deflate(self) -> bytes:
+        """Return the serialized form of a plain array, since it names the class of its object."""
+        return Array(self.dtype, self.shape, self.stype, self.data).deflate()
+
     def __reduce__(self) -> Any:
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
