@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ import fedomc
 from benchmarks.recipes.design import Cell
 from benchmarks.recipes.tasks import CLIENTS, Examples, Task
 from fedomc.flower import OMCStrategy, collect, install, step_metrics
-from fedomc_speech.in_process import InProcess
+from fedomc.flower.in_process import InProcess
 
 FP32 = "FP32"
 MOMENTUM = 0.9
@@ -143,7 +144,7 @@ class Nodes(InProcess):
     """The clients; each trains when its reply is pulled."""
 
     def __init__(self, task: Task, cell: Cell, seed: int, rates: Rates, rounds: int) -> None:
-        super().__init__(CLIENTS)
+        super().__init__(ClientApp(), CLIENTS)
         self.task, self.cell, self.seed, self.rates, self.rounds = task, cell, seed, rates, rounds
         self.data = task.clients(cell.split, seed)
 

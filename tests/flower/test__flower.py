@@ -12,12 +12,13 @@ from flwr.clientapp.mod import fixedclipping_mod
 from flwr.common import EvaluateIns, FitIns, GetParametersIns, GetPropertiesIns, Parameters
 from flwr.compat.common import recorddict_compat
 from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.task_identity import TaskIdentity
 
 import fedomc.flower
 from fedomc.flower import _flower
 
 PACKAGE = Path(fedomc.flower.__file__).parent
-PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
+PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.simulation"}
 CHANGED = "Flower changed: "
 
 
@@ -58,6 +59,21 @@ def test_the_errors_of_mods_are_recognized() -> None:
     reply = app(Message(RecordDict({"config": ConfigRecord()}), 1, "train"), context())
     assert reply.has_error()
     assert _flower.is_mod_failure(reply.error.code), CHANGED + "a mod that cannot work answers with another error code"
+
+
+def test_a_message_is_made_named_and_answered_with_a_failure_where_there_is_no_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, None)
+    _flower.identify_process()
+    message = Message(RecordDict(), 7, "train")
+    assert message.metadata.src_node_id == 1, CHANGED + "a process has its identity elsewhere than in TaskIdentity"
+    _flower.name_message(message, "to 7")
+    assert message.metadata.message_id == "to 7", CHANGED + "metadata keep the ID elsewhere than in _message_id"
+    reply = _flower.client_failure(message, ValueError("no memory"))
+    assert reply.has_error() and reply.error.reason == "ValueError: no memory"
+    assert reply.metadata.reply_to_message_id == "to 7"
 
 
 def test_the_error_of_secure_aggregation_is_recognized() -> None:

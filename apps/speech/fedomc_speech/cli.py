@@ -1,14 +1,11 @@
 """The command line: ``python -m fedomc_speech``."""
 
 import os
-import signal
-import threading
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Final
 
 import typer
@@ -16,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 
 import fedomc
+from fedomc.flower.simulation import simulate, stop_on_signal
 from fedomc_speech import corpus, federation, model, pretraining, report
+from fedomc_speech.client import app as client_app
 from fedomc_speech.cost import cost_of
 from fedomc_speech.errors import SettingsError
 from fedomc_speech.experiments import command
@@ -25,7 +24,6 @@ from fedomc_speech.experiments.runner import Runs
 from fedomc_speech.progress import PretrainingProgress, RunProgress, minutes
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings
-from fedomc_speech.simulation import simulate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -36,6 +34,7 @@ CORPUS_HELP: Final = f"{', '.join(corpus.NAMES[:-1])} or {corpus.NAMES[-1]}."
 PATH_HELP: Final = "Folder of an4, librispeech or, with --corpus folder, a corpus of your own."
 SEED_HELP: Final = "Seed of all random numbers."
 PRETRAINING: Final = pretraining.Pretraining()
+STOPPING: Final = "Stopping after this round; Ctrl-C again stops at once."
 
 # What Flower's simulation takes besides the training, measured with cohorts of 8: once to start, and in each round.
 START_SECONDS = 15.0
@@ -232,7 +231,7 @@ def experiments(
             chosen.append(experiment.at(paths, output))
         if not chosen:
             raise SettingsError(f"there is no experiment to run in {folder}: name a TOML file")
-        with _stop_on_interrupt(console) as stop:
+        with stop_on_signal(lambda: console.print(STOPPING)) as stop:
             rows, seeds = row or [], seed or []
             if not command.run(chosen, rows, seeds, Runs(output), results, workers, console, stop, further=further):
                 raise typer.Exit(130)
@@ -257,11 +256,12 @@ def _compare(settings: Settings, path: Path, resume: bool, tensorboard: bool, co
     cost = _cost(settings, loaded, parts)
     folder = RunFolder(path, settings, resume=resume)
     console.print(cost, soft_wrap=True)
-    with _stop_on_interrupt(console) as stop:
+    with stop_on_signal(lambda: console.print(STOPPING)) as stop:
         with RunProgress(settings, console, stop) as progress:
             done: list[bool] = []
             simulate(
                 lambda grid: done.append(federation.run(settings, grid, folder, progress, tensorboard=tensorboard)),
+                client_app,
                 len(parts),
                 path / "flower.log",
             )
@@ -300,21 +300,3 @@ def _clear_errors() -> Iterator[None]:
     except fedomc.OMCError as error:
         Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
-
-
-@contextmanager
-def _stop_on_interrupt(console: Console) -> Iterator[threading.Event]:
-    """Make the first Ctrl-C stop after the round, and a second one at once."""
-    stop = threading.Event()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        console.print("Stopping after this round; Ctrl-C again stops at once.")
-
-    previous: Any = signal.signal(signal.SIGINT, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -10,9 +10,10 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from misbehaving import CONTENTS, spoilt
 
+from fedomc.flower.in_process import InProcess
 from fedomc.serialization.checkpointing import Checkpoint
 from fedomc_speech import federation
-from fedomc_speech.in_process import InProcess
+from fedomc_speech.client import app
 from fedomc_speech.run_folder import CHECKPOINT, RunFolder
 from fedomc_speech.settings import Settings, Variant
 
@@ -28,7 +29,7 @@ class Nodes(InProcess):
     """
 
     def __init__(self, clients: int, first: int = 100, faults: Faults | None = None) -> None:
-        super().__init__(clients, first)
+        super().__init__(app, clients, first)
         self.faults = faults or {}
 
     def part_of(self, node: int) -> int:

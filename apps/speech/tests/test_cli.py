@@ -14,9 +14,10 @@ import pytest
 from nodes import Watcher, results_of
 from typer.testing import CliRunner
 
+from fedomc.flower.in_process import InProcess
 from fedomc_speech import corpus, federation
 from fedomc_speech.cli import app
-from fedomc_speech.in_process import InProcess
+from fedomc_speech.client import app as client_app
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings
 
@@ -127,5 +128,5 @@ def test_a_simulation_stops_on_interrupt_and_resumes(tones: Path, tmp_path: Path
 
     settings = Settings.from_mapping(stored["settings"])
     here = tmp_path / "here"
-    federation.run(settings, InProcess(4), RunFolder(here, settings, resume=False), Watcher())
+    federation.run(settings, InProcess(client_app, 4), RunFolder(here, settings, resume=False), Watcher())
     assert results_of(here) == results_of(tmp_path / "run")

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from flwr.app import ConfigRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 import fedomc
 from fedomc.flower import OMCStrategy, collect, install
 from fedomc.flower.arrays import STYPE
+from fedomc.flower.in_process import InProcess
 from fedomc_speech import model as speech
-from fedomc_speech.in_process import InProcess
 
 
 @pytest.mark.parametrize("format", ["S1E3M7", "S1E2M3+S1E2M1"])
@@ -21,7 +22,7 @@ def test_a_reply_in_per_cent_of_fp32(format: str, include: tuple[str, ...], expe
     arrays = collect(speech.build("tiny", 32, seed=0))
     policy = fedomc.CompressionPolicy.parse(f"{format}>DRIVE1", uplink_include=include)
     strategy = OMCStrategy(FedAvg(), policy)
-    message, *_ = strategy.configure_train(1, arrays, ConfigRecord(), InProcess(2))
+    message, *_ = strategy.configure_train(1, arrays, ConfigRecord(), InProcess(ClientApp(), 2))
     with torch.device("meta"):
         model = speech.build("tiny", 32)
     install(model, message, consume=True)

@@ -8,24 +8,28 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from flwr.app import Array, RecordDict
+from flwr.app import Array, Error, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_SIZE
 from flwr.common.constant import ErrorCode
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = [
     "CHUNK_SIZE",
     "ArrayChunk",
+    "client_failure",
     "find_caller",
     "hold_chunks",
     "is_legacy_content",
     "is_mod_failure",
     "logger",
     "held_chunks",
+    "identify_process",
     "mentions_legacy_content",
     "mentions_secure_aggregation",
+    "name_message",
     "stand_in",
 ]
 
@@ -52,6 +56,23 @@ def hold_chunks(array: Array, chunks: Chunks, *, keep_data: bool) -> None:
 def held_chunks(array: Array) -> Chunks | None:
     """Return the chunks that an array already holds; None if Flower has not sliced it yet."""
     return array.__dict__.get(_CHUNKS)
+
+
+def client_failure(message: Message, error: Exception) -> Message:
+    """Return the reply that Flower's engines send for a client that raised an exception."""
+    reason = f"{type(error).__name__}: {error}"
+    return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+
+
+def identify_process() -> None:
+    """Give this process an identity if it has none: Flower makes messages only in a process that has one."""
+    if TaskIdentity._run_id is None:
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+
+def name_message(message: Message, message_id: str) -> None:
+    """Give a message the ID that an engine gives it when it is pushed."""
+    message.metadata.__dict__["_message_id"] = message_id
 
 
 def is_mod_failure(code: int) -> bool:

@@ -19,13 +19,14 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedomc.flower.in_process import InProcess
+from fedomc.flower.simulation import log_to
 from fedomc_speech import corpus, federation, pretraining
+from fedomc_speech.client import app as client_app
 from fedomc_speech.errors import ExperimentError
 from fedomc_speech.experiments.plan import Initial, key_of
-from fedomc_speech.in_process import InProcess
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings, Variant
-from fedomc_speech.simulation import log_to
 
 LOG = "experiments.log"
 
@@ -279,7 +280,7 @@ def _run(run: Settings, path: Path) -> bool:
     parts = corpus.split(loaded.train, run.split, run.clients or None, run.seed)
     folder = Runs(path).open(run)
     log_to(folder.path / "flower.log")
-    done = federation.run(run, InProcess(len(parts)), folder, _Watcher(run))
+    done = federation.run(run, InProcess(client_app, len(parts)), folder, _Watcher(run))
     if done:
         folder.drop_checkpoint()  # there may be a hundred runs
     return done

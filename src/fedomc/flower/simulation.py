@@ -2,12 +2,19 @@
 
 import logging
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from flwr.app import Context
-from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+
+from fedomc.flower._flower import logger
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -18,19 +25,18 @@ ENVIRONMENT = {
 }
 
 
-def simulate(main: Callable[[Grid], None], clients: int, log_file: Path) -> None:
+def simulate(main: Callable[[Grid], None], client_app: ClientApp, clients: int, log_file: Path) -> None:
     """Run a function as the server of a simulated federation; its exceptions are raised here.
 
     Args:
         main: the function; it is called with the grid.
+        client_app: the ClientApp of all nodes; it should be one that a module defines, as worker processes import it.
         clients: number of virtual nodes.
         log_file: file that Flower's log is appended to.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from flwr.simulation import run_simulation  # it reads the environment when it is imported
-
-    from fedomc_speech.client import app as client_app
 
     log_to(log_file)
     failures: list[BaseException] = []
@@ -43,7 +49,7 @@ def simulate(main: Callable[[Grid], None], clients: int, log_file: Path) -> None
         except BaseException as error:
             failures.append(error)
 
-    backend: BackendConfig = {
+    backend: Any = {
         "init_args": {"num_cpus": os.cpu_count() or 1, "log_to_driver": False, "logging_level": logging.ERROR},
         "client_resources": {"num_cpus": 1, "num_gpus": 0},
     }
@@ -54,7 +60,6 @@ def simulate(main: Callable[[Grid], None], clients: int, log_file: Path) -> None
 
 def log_to(path: Path) -> None:
     """Write Flower's log to a file, and nowhere else."""
-    logger = logging.getLogger("flwr")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
@@ -62,3 +67,26 @@ def log_to(path: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
+
+
+@contextmanager
+def stop_on_signal(notify: Callable[[], None]) -> Iterator[threading.Event]:
+    """Make the first SIGINT or SIGTERM set an event, for a run to stop after its round; a second one stops it at once.
+
+    Args:
+        notify: called when the first signal arrives, for instance to print that the round is still finished.
+    """
+    stop = threading.Event()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        notify()
+
+    previous: Any = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

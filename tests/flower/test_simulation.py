@@ -1,0 +1,40 @@
+"""What runs federations on one machine: signals, and a federation in one process. Ray's is tested with the apps."""
+
+import os
+import signal
+
+import pytest
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedomc.flower.in_process import InProcess
+from fedomc.flower.simulation import stop_on_signal
+
+client = ClientApp()
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    part = int(context.node_config["partition-id"])
+    if part == 2:
+        raise ValueError("no memory")
+    return Message(RecordDict({"metrics": MetricRecord({"part": part})}), reply_to=message)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_to_stop_and_the_second_stops(number: signal.Signals) -> None:
+    before, calls = signal.getsignal(number), []
+    with stop_on_signal(lambda: calls.append("notified")) as stop:
+        os.kill(os.getpid(), number)
+        assert stop.is_set() and calls == ["notified"]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before and calls == ["notified"]
+
+
+def test_nodes_answer_for_their_parts_and_an_error_ends_that_of_one_client_alone() -> None:
+    nodes = InProcess(client, 3, first=10)
+    assert nodes.get_node_ids() == [10, 11, 12]
+    replies = nodes.send_and_receive([Message(RecordDict(), node, "train") for node in nodes.get_node_ids()])
+    assert [reply.content["metrics"]["part"] for reply in replies[:2]] == [0, 1]
+    assert replies[2].has_error() and replies[2].error.reason.endswith("no memory")
