@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SANITIZED := build/sanitized
 
-.PHONY: demo experiments test test-aarch64 test-deployment test-gpu fuzz lint types layers tests sanitize clean
+.PHONY: demo demo-llm experiments test test-aarch64 test-deployment test-gpu fuzz lint types layers tests sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech compare --name demo
+
+# Federated fine-tuning of a small language model, full and with adapters, in less than ten minutes.
+demo-llm: $(INSTALLED)
+	$(BIN)/python -m fedomc_llm finetune --name demo-llm
 
 # The paper's experiments, about five hours, with FURTHER=1 three more; Ctrl-C stops them and the same command goes on.
 # AN4=FOLDER for those that need it.
@@ -57,10 +61,10 @@ sanitize: $(INSTALLED)
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -n 2 tests/codec/test_native.py tests/codec/test_native_blocks.py tests/codec/test_native_rotation.py
 
-$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) apps/speech/pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) apps/speech/pyproject.toml apps/llm/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedomc needs Python 3.11 or newer: make PYTHON=python3.11")'
-	$(BIN)/pip install --constraint constraints.txt --editable '.[flower,nvflare,huggingface,benchmarks,dev]' --editable apps/speech
+	$(BIN)/pip install --constraint constraints.txt --editable '.[flower,nvflare,huggingface,benchmarks,dev]' --editable apps/speech --editable 'apps/llm[gguf]'
 	touch $@
 
 clean:
