@@ -3,7 +3,7 @@
 import bisect
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -93,10 +93,10 @@ def common_metrics(replies: Sequence[ReplyMetrics], server_round: int) -> tuple[
         if form not in chosen:
             logger.warning(
                 "round %d: metric %s is dropped, because only %d of %d replies have it in this form: %s",
-                *(server_round, form[0], len(having), len(replies), _named(having)),
+                *(server_round, form[0], len(having), len(replies), named(having)),
             )
         elif lacking:
-            logger.warning("round %d: metric %s is aggregated without %s", server_round, form[0], _named(lacking))
+            logger.warning("round %d: metric %s is aggregated without %s", server_round, form[0], named(lacking))
     names = {name for name, _ in chosen}
     rows = [
         MetricRecord({name: value for name, value in reply.metrics.items() if name in names})
@@ -158,7 +158,8 @@ def _length(value: object) -> int:
     return len(value) if isinstance(value, list) else -1
 
 
-def _named(nodes: Sequence[int]) -> str:
+def named(nodes: Collection[int]) -> str:
+    """Name up to eight nodes, for the log."""
     shown = ", ".join(map(str, sorted(nodes)[:8]))
     return f"node{'s' * (len(nodes) > 1)} {shown}" + (f" and {len(nodes) - 8} more" if len(nodes) > 8 else "")
 

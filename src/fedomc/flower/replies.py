@@ -1,7 +1,7 @@
 """Checks the replies of clients: their sender, the message that they reply to, and their variables."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from fedomc.flower import defences
 from fedomc.flower._flower import logger
 from fedomc.flower.arrays import STYPE, dtype_of, read_packed, records_of, view_dense
 from fedomc.flower.downlink import Broadcast
-from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, read_metrics, with_weight
+from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, named, read_metrics, with_weight
 from fedomc.flower.traffic import RoundReport
 from fedomc.flower.variables import ReplyVariable
 from fedomc.methods import Method, Packed
@@ -50,6 +50,7 @@ def checked_replies(
     errors: list[Message],
     report: RoundReport,
     weight_name: str,
+    enough: int | None = None,
 ) -> Iterator[Reply]:
     """Yield the usable replies to a broadcast; a warning is logged for each of the others.
 
@@ -60,32 +61,55 @@ def checked_replies(
         errors: gets the replies that report an error.
         report: the report, to which the time for checking is added.
         weight_name: the name of the metric that is the reply's weight.
+        enough: the number of usable replies after which no more are drawn; None draws all.
     """
-    answered = set[int]()
+    answered, usable = set[int](), 0
     for message in replies:
-        node, reason = _sender(sent, message)
+        node, reason = sender_of(sent, message)
         if node not in broadcast.nodes or node in answered:
             reason = reason or "it was not selected, or has already replied"
         if reason:
             log_left_out(broadcast.round, node, reason)
-        elif message.has_error():
-            errors.append(message)
-            answered.add(node)
-            log_left_out(broadcast.round, node, defences.explained(message.error))
         else:
             answered.add(node)
-            try:
-                with report.timed("decode"):
-                    record, variables = read_variables(broadcast, message)
-                metrics = read_metrics(message, broadcast.round, weight_name)
-            except PayloadError as error:
-                log_left_out(broadcast.round, node, error)
-            else:
-                yield Reply(message, record, variables, metrics)
-                del variables
+            reply = checked_reply(broadcast, node, message, errors, report, weight_name)
+            if reply is not None:
+                usable += 1
+                yield reply
+                del reply
         del message
+        if usable == enough:
+            log_not_awaited(broadcast.round, usable, broadcast.nodes - answered)
+            return
     for node in sorted(broadcast.nodes - answered):
         log_left_out(broadcast.round, node, "no reply came in time")
+
+
+def checked_reply(
+    broadcast: Broadcast, node: int, message: Message, errors: list[Message], report: RoundReport, weight_name: str
+) -> Reply | None:
+    """Return a node's reply if it is usable; otherwise log a warning and return None.
+
+    Args:
+        broadcast: the model as it was sent to the node.
+        node: the node, as ``sender_of`` returns it.
+        message: its reply.
+        errors: gets the message if it reports an error.
+        report: the report, to which the time for checking is added.
+        weight_name: the name of the metric that is the reply's weight.
+    """
+    if message.has_error():
+        errors.append(message)
+        log_left_out(broadcast.round, node, defences.explained(message.error))
+        return None
+    try:
+        with report.timed("decode"):
+            record, variables = read_variables(broadcast, message)
+        metrics = read_metrics(message, broadcast.round, weight_name)
+    except PayloadError as error:
+        log_left_out(broadcast.round, node, error)
+        return None
+    return Reply(message, record, variables, metrics)
 
 
 def checked_evaluations(
@@ -94,6 +118,7 @@ def checked_evaluations(
     server_round: int,
     weight_name: str,
     weight_cap: float | None,
+    enough: int | None = None,
 ) -> list[Message] | None:
     """Return the errors and the usable replies of an evaluation, reduced to their common metrics.
 
@@ -103,13 +128,14 @@ def checked_evaluations(
         server_round: the number of the round.
         weight_name: the name of the metric that is a reply's weight.
         weight_cap: the maximum weight of a reply, as a multiple of the median weight; None sets no cap.
+        enough: the number of usable replies after which no more are drawn from an iterator; None draws all.
 
     Returns:
         The messages, or None if no reply has a positive weight.
     """
     errors, usable, answered = list[Message](), list[tuple[Message, ReplyMetrics]](), set[int]()
     for message in replies:
-        node, reason = _sender(sent, message)
+        node, reason = sender_of(sent, message)
         if reason or node in answered:
             log_left_out(server_round, node, reason or "it has already replied")
             continue
@@ -122,6 +148,9 @@ def checked_evaluations(
             usable.append((message, read_metrics(message, server_round, weight_name)))
         except PayloadError as error:
             log_left_out(server_round, node, error)
+        if len(usable) == enough and not isinstance(replies, Sequence):
+            log_not_awaited(server_round, len(usable), {metadata.dst_node_id for metadata in sent} - answered)
+            break
     cap = WeightCap(weight_cap)
     cap.add(metrics.weight for _, metrics in usable)
     chosen, weights = list[Message](), list[float]()
@@ -138,6 +167,15 @@ def checked_evaluations(
 def log_left_out(server_round: int, node: int, reason: object) -> None:
     """Log a warning that a node's reply is not used."""
     logger.warning("round %d: left out node %d: %s", server_round, node, reason)
+
+
+def log_not_awaited(server_round: int, usable: int, nodes: Collection[int]) -> None:
+    """Log which nodes' replies a round did not wait for."""
+    if nodes:
+        logger.info(
+            "round %d: went on with the first %d usable replies, without %s (over_selection)",
+            *(server_round, usable, named(nodes)),
+        )
 
 
 def like_most(replies: Sequence[Reply], server_round: int) -> list[Reply]:
@@ -166,7 +204,7 @@ def without_others(reply: Reply, server_round: int) -> RecordDict:
     return RecordDict({key: record for key, record in reply.message.content.items() if key not in others})
 
 
-def _sender(sent: Sequence[Metadata], message: Message) -> tuple[int, str]:
+def sender_of(sent: Sequence[Metadata], message: Message) -> tuple[int, str]:
     """Return the node that a reply belongs to, and the reason why it is not valid in this round, empty if it is.
 
     For a node that has disappeared, the SuperLink replies in its own name. The node is therefore determined by the

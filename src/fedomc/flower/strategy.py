@@ -1,5 +1,6 @@
 """``OMCStrategy``: adds compressed messages to any of Flower's strategies."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NoReturn
@@ -14,7 +15,7 @@ from fedomc.flower._flower import logger, stand_in
 from fedomc.flower.aggregation import AGGREGATES
 from fedomc.flower.base_model import name_base, read_digests
 from fedomc.flower.checkpointing import settings_of
-from fedomc.flower.downlink import Broadcast, compressible_shapes
+from fedomc.flower.downlink import Broadcast
 from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.mapped import nbytes_of
 from fedomc.flower.replies import checked_evaluations
@@ -76,6 +77,9 @@ class OMCStrategy(Strategy):
         observers: functions that are called with the report of each round of training.
         failed_rounds: the number of consecutive rounds without a usable reply that ends the run with an error. A
             shorter run in which every round failed ends with the error, too. None never raises it.
+        over_selection: how many clients are selected for each usable reply that a round needs. With 1.3, a round or an
+            evaluation for which the inner strategy selects 130 clients goes on with the first 100 usable replies, as
+            long as the replies come from an iterator. With 1 it waits for all of them.
         base: the digests of the base models that a client may have, each from ``fedomc.base_digest(model)``, if the
             messages have only what is trained, such as adapters. ``install`` refuses a message for another base model.
         traffic: the bytes of the training messages of each round.
@@ -84,9 +88,9 @@ class OMCStrategy(Strategy):
 
     Raises:
         FormatError: a format does not exist.
-        PolicyError: ``aggregate`` or ``entropy_coding`` is unknown, the cap is below 1, zstandard is not installed but
-            entropy coding is requested, ``weights`` is used with a strategy that clips, the unquantized format is only
-            for an uplink, or a text is not a digest.
+        PolicyError: ``aggregate`` or ``entropy_coding`` is unknown, the cap or the over-selection is below 1,
+            zstandard is not installed but entropy coding is requested, ``weights`` is used with a strategy that clips,
+            the unquantized format is only for an uplink, or a text is not a digest.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class OMCStrategy(Strategy):
         observers: Sequence[Observer] = (),
         failed_rounds: int | None = 3,
         base: str | Sequence[str] = (),
+        over_selection: float = 1.0,
     ) -> None:
         if aggregate not in AGGREGATES:
             raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
@@ -110,6 +115,10 @@ class OMCStrategy(Strategy):
             raise PolicyError(f"entropy_coding={entropy_coding!r} is unknown: use one of {', '.join(DIRECTIONS)}")
         if weight_cap is not None and not weight_cap >= 1:
             raise PolicyError(f"weight_cap={weight_cap} would cap the median client: use 1 or more, or None for no cap")
+        if not 1 <= over_selection < math.inf:
+            raise PolicyError(
+                f"over_selection={over_selection} is out of range: use 1.3 for 30% more clients, 1 for none"
+            )
         if entropy_coding != "none":
             require()
         defences.check_aggregate(inner, aggregate)
@@ -123,6 +132,7 @@ class OMCStrategy(Strategy):
         self.checkpoints = checkpoints
         self.observers = observers
         self.failed_rounds = failed_rounds
+        self.over_selection = over_selection
         self.base = read_digests(base)
         self.traffic: list[Traffic] = []
         self.report: RoundReport | None = None
@@ -255,6 +265,7 @@ class OMCStrategy(Strategy):
 
     def _settings(self) -> dict[str, object]:
         settings = {**settings_of(self.inner, self.aggregate, self.policy), "weight_cap": self.weight_cap}
+        settings |= {"over_selection": self.over_selection} if self.over_selection > 1 else {}
         return {**settings, "base": list(self.base)} if self.base else settings
 
     def _inner_in_place(self) -> Strategy:
@@ -298,6 +309,7 @@ class OMCStrategy(Strategy):
             of_weights=self.aggregate == "weights",
             name_of=self.client_name,
             files=self._files,
+            enough=self._enough(len(messages)),
         )
         release_current(self.inner)
         return messages
@@ -343,7 +355,10 @@ class OMCStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Check the metrics and have the inner strategy aggregate them; None if no reply has a positive weight."""
-        messages = checked_evaluations(self._evaluation, replies, server_round, self._weight_name, self.weight_cap)
+        enough = self._enough(len(self._evaluation))
+        messages = checked_evaluations(
+            self._evaluation, replies, server_round, self._weight_name, self.weight_cap, enough
+        )
         return None if messages is None else self.inner.aggregate_evaluate(server_round, messages)
 
     def _send(self, broadcast: Broadcast, messages: Iterable[Message]) -> None:
@@ -355,25 +370,8 @@ class OMCStrategy(Strategy):
         self._broadcast = broadcast
 
     def _broadcast_of(self, arrays: ArrayRecord, server_round: int, grid: Grid, messages: list[Message]) -> Broadcast:
-        tiers = self.policy
-        if not isinstance(tiers, TieredPolicy):
-            return self._broadcast_by(lambda node: tiers, arrays, server_round)
-        self._capabilities.ask(grid, {message.metadata.dst_node_id for message in messages})
-        shapes = compressible_shapes(arrays)
-
-        def policy_of(node: int) -> CompressionPolicy | None:
-            client = self.client_name(node)
-            try:
-                return tiers.choose(shapes, **self._capabilities.of(node), round=server_round, client=client)
-            except PolicyError as error:
-                logger.warning("round %d: node %d gets the default tier: %s", server_round, node, error)
-                return tiers.choose()
-
-        return self._broadcast_by(policy_of, arrays, server_round)
-
-    def _broadcast_by(
-        self, policy_of: Callable[[int], CompressionPolicy | None], arrays: ArrayRecord, server_round: int
-    ) -> Broadcast:
+        nodes = {message.metadata.dst_node_id for message in messages}
+        policy_of = self._capabilities.policies(self.policy, nodes, grid, arrays, server_round, self.client_name)
         return Broadcast(
             arrays,
             policy_of,
@@ -384,6 +382,10 @@ class OMCStrategy(Strategy):
             self._broadcast,
             None if self._files is None else self._files.scratch,
         )
+
+    def _enough(self, selected: int) -> int:
+        """Return the number of usable replies with which a round goes on, of as many as there are selected clients."""
+        return math.ceil(selected / self.over_selection - 1e-9)
 
     @property
     def _weight_name(self) -> str:

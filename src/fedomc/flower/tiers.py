@@ -1,12 +1,16 @@
 """Client tiers: each node announces its capabilities and is sent the model in a format that suits it."""
 
+from collections.abc import Callable
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedomc.errors import PolicyError
 from fedomc.flower._flower import logger
 from fedomc.flower.arrays import records_of
+from fedomc.flower.downlink import compressible_shapes
+from fedomc.training.policy import CompressionPolicy, TieredPolicy
 
 _ACTION = "fedomc"
 """The name of the query, which ``app.query("fedomc")(announce)`` answers."""
@@ -47,9 +51,40 @@ class NodeCapabilities:
             if node not in self._of:
                 logger.warning("node %d did not announce its capabilities and gets the default tier", node)
 
-    def of(self, node: int) -> dict[str, Any]:
-        """Return what a node has announced, as keyword arguments of ``TieredPolicy.choose``."""
-        return self._of.get(node, {})
+    def policies(
+        self,
+        policy: CompressionPolicy | TieredPolicy | None,
+        nodes: set[int],
+        grid: Grid,
+        arrays: ArrayRecord,
+        server_round: int,
+        client_name: Callable[[int], str | int],
+    ) -> Callable[[int], CompressionPolicy | None]:
+        """Return the function from a node to its policy, which of a tiered policy is that of what it announces.
+
+        Args:
+            policy: the policy of all nodes, or of each tier. A node that announces a tier that does not exist gets the
+                default one, with a warning.
+            nodes: the nodes to ask for what they announce, if the policy is tiered.
+            grid: the grid that connects them.
+            arrays: the model.
+            server_round: the number of the round.
+            client_name: returns the name of a node that is used for random draws.
+        """
+        if not isinstance(policy, TieredPolicy):
+            return lambda node: policy
+        self.ask(grid, nodes)
+        shapes = compressible_shapes(arrays)
+
+        def policy_of(node: int) -> CompressionPolicy | None:
+            client = client_name(node)
+            try:
+                return policy.choose(shapes, **self._of.get(node, {}), round=server_round, client=client)
+            except PolicyError as error:
+                logger.warning("round %d: node %d gets the default tier: %s", server_round, node, error)
+                return policy.choose()
+
+        return policy_of
 
 
 def _read(content: RecordDict) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class TrainingRound:
         of_weights: whether the clients' weights are averaged, rather than their changes.
         name_of: returns the name of a node; replies are aggregated in the order of these names.
         files: where the sums and the result are; None keeps them in memory.
+        enough: the number of usable replies after which no more are drawn from an iterator; None draws all.
 
     Attributes:
         received: the number of replies that were used.
@@ -58,6 +59,7 @@ class TrainingRound:
         of_weights: bool,
         name_of: Callable[[int], str | int],
         files: RoundFiles | None = None,
+        enough: int | None = None,
     ) -> None:
         self.broadcast = broadcast
         self.number = broadcast.round
@@ -69,6 +71,7 @@ class TrainingRound:
         self._of_weights = of_weights
         self._name_of = name_of
         self._files = files
+        self._enough = enough
 
     def aggregate(self, inner: Strategy, messages: Iterable[Message]) -> Result:
         """Check the replies, decode them and have the inner strategy aggregate them.
@@ -84,10 +87,12 @@ class TrainingRound:
             replies = list(self._checked(self._sorted(asked) + others, errors))
             self._cap.add(reply.metrics.weight for reply in replies)
             return self._aggregate(inner, _released(replies), errors, streaming=False)
-        return self._aggregate(inner, self._checked(messages, errors), errors, streaming=True)
+        return self._aggregate(inner, self._checked(messages, errors, self._enough), errors, streaming=True)
 
-    def _checked(self, messages: Iterable[Message], errors: list[Message]) -> Iterator[Reply]:
-        return checked_replies(self.broadcast, self._sent, messages, errors, self.report, self._weight_name)
+    def _checked(
+        self, messages: Iterable[Message], errors: list[Message], enough: int | None = None
+    ) -> Iterator[Reply]:
+        return checked_replies(self.broadcast, self._sent, messages, errors, self.report, self._weight_name, enough)
 
     def _aggregate(
         self, inner: Strategy, replies: Iterator[Reply], errors: list[Message], *, streaming: bool
