@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SANITIZED := build/sanitized
 
-.PHONY: demo demo-llm experiments test test-aarch64 test-deployment test-gpu fuzz lint types layers tests sanitize clean
+.PHONY: demo demo-llm docs experiments test test-aarch64 test-deployment test-docs test-gpu fuzz lint types layers tests sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech compare --name demo
@@ -19,6 +19,11 @@ demo-llm: $(INSTALLED)
 # AN4=FOLDER for those that need it.
 experiments: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech experiments $(if $(AN4),--an4 $(AN4)) $(if $(FURTHER),--further)
+
+# The documentation site, in build/site; any warning is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 test: lint types layers tests sanitize
 
@@ -35,6 +40,10 @@ layers: $(INSTALLED)
 
 tests: $(INSTALLED)
 	$(BIN)/pytest -n 2
+
+# Every block of code in the pages, the notebooks, links, the API reference and the site; a part of `make tests`.
+test-docs: $(INSTALLED)
+	$(BIN)/pytest tests/docs
 
 # A real deployment of apps/speech on this machine, and everything that can happen to it; about a quarter of an hour.
 test-deployment: $(INSTALLED)
@@ -64,7 +73,7 @@ sanitize: $(INSTALLED)
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) apps/speech/pyproject.toml apps/llm/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedomc needs Python 3.11 or newer: make PYTHON=python3.11")'
-	$(BIN)/pip install --constraint constraints.txt --editable '.[flower,nvflare,huggingface,benchmarks,dev]' --editable apps/speech --editable 'apps/llm[gguf]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[flower,nvflare,huggingface,benchmarks,docs,dev]' --editable apps/speech --editable 'apps/llm[gguf]'
 	touch $@
 
 clean:

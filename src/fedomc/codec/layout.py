@@ -10,6 +10,7 @@ Layout", VLDB 2023).
 LANES = 32
 ROWS = 32
 BLOCK = LANES * ROWS
+"""Values that are packed together."""
 CHUNK = 64 * BLOCK
 """The number of values that one thread processes at a time, chosen so that temporaries stay in the cache."""
 
