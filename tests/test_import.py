@@ -3,7 +3,20 @@ import sys
 
 import pytest
 
-OPTIONAL = ("flwr", "transformers", "nvflare", "matplotlib", "typer", "rich", "jiwer", "ray", "gfloat", "ml_dtypes")
+OPTIONAL = (
+    "flwr",
+    "transformers",
+    "nvflare",
+    "matplotlib",
+    "typer",
+    "rich",
+    "jiwer",
+    "ray",
+    "gfloat",
+    "ml_dtypes",
+    "wandb",
+    "mlflow",
+)
 
 
 @pytest.mark.parametrize("module", ["fedomc", "fedomc.serialization.frame"])
