@@ -1,20 +1,30 @@
 """Measures the server's cost of aggregation: peak memory by the size of the cohort, and time against memcpy.
 
     python -m benchmarks.server [--json out.json] [--rounds 3] [--clients 4 16 64] [--formats S1E3M7@0.9]
-        [--model large]
+        [--model large] [--apps FedAvg FedAdam] [--replies 4 16 64 128] [--billion]
 
-Each row is a round of ``OMCStrategy(FedAvg())`` with the application's large model (about 115 M parameters), or the
-size that ``--model`` names, on one thread. The replies are made here one after the other, as a network would deliver
-them, each in its own memory. Rows ``{format, clients, peak_rss_bytes, seconds, memcpy_ratio, peak_ratio}``: the peak is
+Each row of ``rows`` is a round of ``OMCStrategy(FedAvg())`` with the application's large model (about 115 M
+parameters), or the size that ``--model`` names, on one thread. The replies are made here one after the other, as a
+network would deliver them, each in its own memory. Rows ``{format, clients, peak_rss_bytes, seconds, memcpy_ratio, peak_ratio}``: the peak is
 that of the process above its level before the server's model exists; the seconds are those of ``aggregate_train``
 without making the replies; ``memcpy_ratio`` is the time of a memcpy of the FP32 model for each client, measured between
 the replies, divided by the seconds, so a value above 1 is faster than memcpy; ``peak_ratio`` is relative to the
 smallest cohort. Each row is the median of runs in separate processes.
+
+Each row of ``apps`` is a whole ``start`` with checkpoints, of two rounds, whose initial model is a file, with messages
+that Flower serializes in both directions (``benchmarks.server_app``); ``framework`` is ``fedomc``, or ``flower`` for
+the strategy without fedomc, whose model is in memory. Rows ``{framework, strategy, format, clients, rounds,
+peak_anonymous_bytes, peak_file_bytes, model_ratio, seconds, memcpy_ratio}``: anonymous memory and file pages, which the
+system may drop, are counted apart, above their levels before the run; ``model_ratio`` is that of the anonymous peak to
+the FP32 model; the seconds are those of a round without making replies. Rows of Flower alone whose replies do not fit
+into the memory are left out. ``--billion`` runs a model of 1 B parameters instead, four clients and three rounds; it
+takes about 40 GB of disk.
 """
 
 import argparse
 import ctypes
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -28,6 +38,8 @@ from benchmarks.training import memory, values
 FORMATS = ("S1E2M3+S1E2M1", "S1E3M7@0.9", "FP32")
 CLIENTS = (4, 16, 64)
 LEAST_CLIENTS = 2
+APPS = ("FedAvg", "FedAdam")
+REPLIES = (4, 16, 64, 128)
 VOCABULARY = 1024
 STRATEGY = "the name of Flower's, such as FedAdam, or a DifferentialPrivacy...FixedClipping, around FedAvg"
 BUFFER = 2**26  # bytes: larger than the caches
@@ -42,23 +54,30 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="of the clients, as the application's")
     parser.add_argument("--strategy", default="FedAvg", help=STRATEGY)
     parser.add_argument("--model", default="large", help="size of the application's model: large or tiny")
+    parser.add_argument("--apps", nargs="*", default=list(APPS), help="strategies of Flower to run as a ServerApp")
+    parser.add_argument("--replies", type=int, nargs="+", default=list(REPLIES), help="cohorts of the ServerApps")
+    parser.add_argument("--billion", action="store_true", help="run a model of 1 B parameters instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--app-worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if min(options.clients) < LEAST_CLIENTS:
         parser.error(f"--clients {min(options.clients)}: Flower's strategies wait for {LEAST_CLIENTS} clients or more")
     if options.worker:
         print(json.dumps(run(**json.loads(options.worker), size=options.model)))
         return
+    if options.app_worker:
+        print(json.dumps(run_app(**json.loads(options.app_worker), size=options.model)))
+        return
+    if options.billion:
+        billion = {"strategy": options.strategy, "format": options.formats[0], "clients": 4, "rounds": 3}
+        write(options.json, {"apps": apps([{"framework": "fedomc", **billion}], "billion")})
+        return
     jobs = [{"format": f, "clients": c, "strategy": options.strategy} for f in options.formats for c in options.clients]
     print(f"{len(jobs)} rows x {options.rounds} rounds, 5 to 60 seconds each, about 3 GB of memory", flush=True)
     runs: list[list[dict[str, Any]]] = [[] for _ in jobs]
     for number in range(1, options.rounds + 1):
         for job, found in zip(jobs, runs, strict=True):
-            command = [sys.executable, "-m", "benchmarks.server", "--model", options.model, "--worker", json.dumps(job)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-            if done.returncode:
-                sys.exit(done.stderr)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
+            found.append(worker("--worker", job, options.model))
         print(f"round {number} of {options.rounds} done", flush=True)
     rows = [
         {**job, **{k: statistics.median(one[k] for one in f) for k in f[0]}} for job, f in zip(jobs, runs, strict=True)
@@ -72,8 +91,71 @@ def main() -> None:
             f"{row['format']:<16} {row['clients']:>7} {peak:>6.0f} MB {row['peak_ratio']:>5.2f}x "
             f"{row['seconds']:>7.2f} s {each:>7.3f} s {row['memcpy_ratio']:>6.2f} x memcpy"
         )
-    if options.json:
-        options.json.write_text(json.dumps({"rows": rows}, indent=2))
+    write(options.json, {"rows": rows})
+    runs = [
+        {"framework": framework, "strategy": name, "format": format, "clients": clients, "rounds": 2}
+        for name in options.apps
+        for framework, format in (("flower", "FP32"), *(("fedomc", format) for format in options.formats))
+        for clients in options.replies
+    ]
+    write(options.json, {"rows": rows, "apps": apps(runs, options.model)})
+
+
+def write(path: Path | None, content: dict[str, Any]) -> None:
+    """Write the rows so far: a run may be stopped."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=2))
+
+
+def worker(mode: str, job: dict[str, Any], model: str) -> dict[str, Any]:
+    """Run a row in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.server", "--model", model, mode, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def apps(jobs: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    """Run the rows of ServerApps, and print them."""
+    rows: list[dict[str, Any]] = []
+    if jobs:
+        print(f"{'':<28} {'clients':>7} {'anonymous':>12} {'':>6} {'file pages':>12} {'a round':>9}")
+    for job in jobs:
+        found = worker("--app-worker", job, model)
+        if not found:
+            continue
+        rows.append({**job, **found, "model_ratio": found["peak_anonymous_bytes"] / found["model_bytes"]})
+        row = rows[-1]
+        print(
+            f"{row['framework']:<7}{row['strategy']:<8}{row['format']:<13} {row['clients']:>7} "
+            f"{row['peak_anonymous_bytes'] / 1e6:>9.0f} MB {row['model_ratio']:>5.2f}x "
+            f"{row['peak_file_bytes'] / 1e6:>9.0f} MB {row['seconds']:>7.1f} s"
+            + (f" {row['memcpy_ratio']:>6.2f} x memcpy" if row["memcpy_ratio"] else ""),
+            flush=True,
+        )
+    return rows
+
+
+def run_app(framework: str, clients: int, size: str, **job: Any) -> dict[str, Any]:
+    """Run one ServerApp; give nothing if its replies do not fit into the memory."""
+    from benchmarks import server_app
+
+    if size == "billion":
+        shapes = server_app.billion()
+    else:
+        from fedomc_speech.model import build
+
+        model = build(size, VOCABULARY)
+        shapes = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in values(model)}
+        del model
+    alone = framework == "flower"
+    bytes_in_all = clients * sum(math.prod(shape) * 4 for _, shape in shapes.values())
+    free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    if alone and 2 * bytes_in_all > free:
+        return {}
+    return server_app.run(clients=clients, shapes=shapes, alone=alone, **job)
 
 
 # ---- one row, in its own process -----------------------------------------------------------------------------------

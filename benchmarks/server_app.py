@@ -5,10 +5,15 @@ a real deployment: what is sent is turned into objects, queued and dropped at on
 the objects of a reply are made here as if they had been received, and Flower makes a message of them.
 """
 
+import functools
 import logging
+import os
+import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +25,15 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.training import memory
 from fedomc import CompressionPolicy
-from fedomc.flower import Checkpoints, OMCStrategy
+from fedomc.flower import Checkpoints, OMCStrategy, RoundReport, open_arrays
 from fedomc.flower.arrays import STYPE, packed_array
 from fedomc.methods import encode
 from fedomc.serialization import frame
+from fedomc.serialization.tensor_file import dense_piece, raw_bytes, write_tensor_file
 
 INTERVAL = 0.01  # seconds between two looks at the memory
 SCALE = 0.01  # of a client's change
+BUFFER = 2**26  # bytes
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """The dtype and the shape of each variable, by name."""
@@ -59,34 +66,47 @@ class Watch:
         return {"peak_anonymous_bytes": self.anonymous, "peak_file_bytes": self.files}
 
 
+class Stored(Array):
+    """An array whose objects lie in a file, and which is in memory only by their IDs."""
+
+    def __init__(self, key: str, places: dict[str, tuple[int, int]]) -> None:
+        super().__init__("float32", (), "stored", b"")
+        self.key, self.places = key, places
+
+    @property
+    def object_id(self) -> str:
+        """The ID of the array's object."""
+        return self.key
+
+
 class Replies:
-    """Makes the objects of clients' replies, with random values that are the same in each reply.
+    """Makes the objects of clients' replies, which are the same in each reply, from a file.
 
     Args:
         shapes: of the model's variables.
         policy: of the clients; None for FP32.
+        folder: of the file.
     """
 
-    def __init__(self, shapes: Shapes, policy: CompressionPolicy | None) -> None:
-        self.shapes, self.policy = shapes, policy
+    def __init__(self, shapes: Shapes, policy: CompressionPolicy | None, folder: Path) -> None:
         self.seconds = 0.0
-        size = max(torch.Size(shape).numel() for _, shape in shapes.values())
-        self._values = torch.randn(size, generator=torch.Generator().manual_seed(1)).mul_(SCALE)
-        self._made: dict[tuple[bool, str, tuple[int, ...]], Array] = {}
+        self.dense: dict[str, Stored] = {}
+        self.packed: dict[str, Stored] = {}
+        self._file = (folder / "replies").open("w+b")
+        for i, (name, (dtype, shape)) in enumerate(shapes.items()):
+            values = random_values(i, dtype, shape).mul_(SCALE)
+            self.dense[name] = self._stored(Array(values.numpy()))
+            if policy is not None and dtype == "float32":
+                kind = frame.VARIABLE if policy.update_format is None else frame.UPDATE
+                packed = encode(values, policy.encoding().methods[-1], name=name)
+                self.packed[name] = self._stored(packed_array(packed, shape, kind))
 
-    def _array(self, name: str, packed: bool) -> Array:
-        """Return an array for a variable; variables of the same shape have the same values."""
-        dtype, shape = self.shapes[name]
-        key = packed, dtype, shape
-        if key not in self._made:
-            values = self._values[: torch.Size(shape).numel()].view(shape)
-            if packed:
-                assert self.policy is not None
-                kind = frame.VARIABLE if self.policy.update_format is None else frame.UPDATE
-                self._made[key] = packed_array(encode(values, self.policy.encoding().methods[-1]), shape, kind)
-            else:
-                self._made[key] = Array(values.to(getattr(torch, dtype)).numpy())
-        return self._made[key]
+    def _stored(self, array: Array) -> Stored:
+        places = {}
+        for key, one in get_all_nested_objects(array).items():
+            places[key] = self._file.tell(), self._file.write(one.deflate())
+        self._file.flush()
+        return Stored(array.object_id, places)
 
     def to(self, message: Message, names: dict[str, bool]) -> Message:
         """Make the reply to a message as Flower does from the objects that arrive.
@@ -98,9 +118,14 @@ class Replies:
         began = time.perf_counter()
         record = ArrayRecord()
         for name, packed in names.items():
-            record[name] = self._array(name, packed)
-        content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 7, "loss": 1.0})})
-        objects = {key: one.deflate() for key, one in get_all_nested_objects(content).items()}
+            record[name] = (self.packed if packed else self.dense)[name]
+        metrics = MetricRecord({"num-examples": 7, "loss": 1.0})
+        content = RecordDict({"arrays": record, "metrics": metrics})
+        objects = {one.object_id: one.deflate() for one in (content, record, metrics)}
+        for stored in record.values():
+            assert isinstance(stored, Stored)
+            for key, (offset, size) in stored.places.items():
+                objects[key] = os.pread(self._file.fileno(), size, offset)
         arrived = inflate_object_from_contents(content.object_id, objects)
         assert isinstance(arrived, RecordDict)
         reply = Message(arrived, reply_to=message)
@@ -157,18 +182,32 @@ class Grid:
         return list(self.pull_messages(self.push_messages(messages)))
 
 
-def random_arrays(shapes: Shapes) -> ArrayRecord:
-    """Make a model with random values."""
-    draw, record = torch.Generator().manual_seed(0), ArrayRecord()
-    for name, (dtype, shape) in shapes.items():
-        values = torch.randn(shape, generator=draw) * torch.Size(shape[1:]).numel() ** -0.5
-        record[name] = Array(values.to(getattr(torch, dtype)).numpy())
-    return record
+def random_values(seed: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Make the values of a variable."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.mul_(torch.Size(shape[1:]).numel() ** -0.5).to(getattr(torch, dtype))
 
 
-def run(
-    format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, folder: str | None, alone: bool
-) -> dict[str, float]:
+def random_model(shapes: Shapes, path: Path) -> ArrayRecord:
+    """Write a model with random values to a file, one variable after the other, and open it."""
+    pieces = []
+    for i, (name, (dtype, shape)) in enumerate(shapes.items()):
+        like = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        make = functools.partial(random_values, i, dtype, shape)
+        pieces.append(dense_piece(name, like, lambda make=make: raw_bytes(make())))  # type: ignore[misc]
+    write_tensor_file(path, {}, pieces)
+    return open_arrays(path)
+
+
+def billion() -> Shapes:
+    """Return the shapes of a model with a billion parameters."""
+    shapes: Shapes = {"embedding.weight": ("float32", (50_000, 2048))}
+    for layer in range(18):
+        shapes |= {f"layers.{layer}.{part}.weight": ("float32", (8192, 2048)) for part in ("gate", "up", "down")}
+    return shapes
+
+
+def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, alone: bool) -> dict[str, float | None]:
     """Run a ServerApp.
 
     Args:
@@ -177,27 +216,51 @@ def run(
         clients: the number of replies in a round.
         rounds: the number of rounds.
         shapes: of the model.
-        folder: where the checkpoints are; None for a run without any.
-        alone: whether Flower's strategy runs without ``OMCStrategy``.
+        alone: whether Flower's strategy runs without ``OMCStrategy``, and the initial model is in memory.
+
+    Returns:
+        The peaks above the level before the model exists; the seconds of a round without those of making replies;
+        and the time of a memcpy of the FP32 model, relative to that of checking and aggregating a reply.
     """
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     for name in ("_run_id", "_node_id", "_task_id"):
         setattr(TaskIdentity, name, 1)
     policy = None if format == "FP32" else CompressionPolicy.parse(format)
-    replies = Replies(shapes, policy)
-    for name in shapes:  # before the level of memory is taken
-        replies._array(name, False)
-        if policy is not None:
-            replies._array(name, True)
-    grid = Grid(replies, clients)
     inner = getattr(strategies, strategy)(fraction_evaluate=0.0)
-    checkpoints = None if folder is None else Checkpoints(folder, keep=1)
-    wrapped = inner if alone else OMCStrategy(inner, policy, checkpoints=checkpoints, weight_cap=None)
-    watch = Watch()
-    began = time.perf_counter()
-    result = wrapped.start(grid, random_arrays(shapes), num_rounds=rounds)
-    seconds = time.perf_counter() - began - replies.seconds
-    peaks = watch.end()
-    assert len(result.train_metrics_clientapp) == rounds
-    return {**peaks, "seconds": seconds / rounds}
+    size = sum(torch.Size(shape).numel() * getattr(torch, dtype).itemsize for dtype, shape in shapes.values())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        replies = Replies(shapes, policy, folder)
+        grid: Any = Grid(replies, clients)
+        initial = random_model(shapes, folder / "initial.safetensors")
+        watch, began = Watch(), time.perf_counter()
+        reports: list[RoundReport] = []
+        if alone:
+            plain = ArrayRecord({name: Array(array.numpy()) for name, array in initial.items()})
+            result = inner.start(grid, plain, num_rounds=rounds)
+        else:
+            checkpoints = Checkpoints(folder / "run", keep=1)
+            wrapped = OMCStrategy(inner, policy, checkpoints=checkpoints, observers=[reports.append])
+            result = wrapped.start(grid, initial, num_rounds=rounds)
+        seconds = (time.perf_counter() - began - replies.seconds) / rounds
+        peaks = watch.end()
+        assert len(result.train_metrics_clientapp) == rounds
+    of_replies = [(one.decode_seconds + one.aggregate_seconds) / clients for one in reports]
+    reply = statistics.median(of_replies) if reports else None
+    return {
+        **peaks,
+        "seconds": seconds,
+        "memcpy_ratio": memcpy_seconds(size) / reply if reply else None,
+        "model_bytes": size,
+    }
+
+
+def memcpy_seconds(size: int) -> float:
+    """Measure a memcpy of a model, whose stretches are larger than the caches."""
+    one, other, times = torch.zeros(BUFFER // 4), torch.ones(BUFFER // 4), []
+    for _ in range(9):
+        began = time.perf_counter()
+        one.copy_(other)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * size / BUFFER

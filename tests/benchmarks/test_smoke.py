@@ -89,10 +89,27 @@ def torchao_is_there() -> bool:
 
 @pytest.mark.parametrize("strategy", ["FedAvg", "FedAdam", "DifferentialPrivacyServerSideFixedClipping"])
 def test_server(strategy: str, rows_of: Run) -> None:
-    arguments = ["--model", "tiny", "--rounds", "1", "--clients", "2", "3", "--strategy", strategy]
+    arguments = ["--model", "tiny", "--rounds", "1", "--clients", "2", "3", "--strategy", strategy, "--apps"]
     rows = rows_of(server, *arguments)
     assert {(row["format"], row["clients"]) for row in rows} == {(f, c) for f in server.FORMATS for c in (2, 3)}
     assert all(row["seconds"] > 0 and row["memcpy_ratio"] > 0 for row in rows)
+
+
+def test_server_as_a_whole_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(mode: str, job: dict[str, Any], model: str) -> dict[str, Any]:
+        assert mode == "--app-worker"
+        return server.run_app(**job, size=model)
+
+    monkeypatch.setattr(server, "worker", here)
+    jobs = [
+        {"framework": framework, "strategy": "FedAdam", "format": format, "clients": 2, "rounds": 2}
+        for framework, format in (("flower", "FP32"), ("fedomc", "FP32"), ("fedomc", "S1E2M3+S1E2M1"))
+    ]
+    flower, dense, packed = server.apps(jobs, "tiny")
+    for row in (flower, dense, packed):
+        assert row["peak_anonymous_bytes"] > 0 and row["seconds"] > 0 and row["model_bytes"] > 2**20
+    assert flower["memcpy_ratio"] is None and dense["memcpy_ratio"] > 0 and packed["memcpy_ratio"] > 0
+    assert packed["peak_file_bytes"] > packed["model_bytes"]
 
 
 def test_server_refuses_a_cohort_that_flower_would_wait_for(

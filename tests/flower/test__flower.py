@@ -49,6 +49,12 @@ def test_a_chunk_is_its_content_behind_a_header() -> None:
     assert _flower.ArrayChunk(memoryview(plain().data)).object_id == key, CHANGED + "ids are no longer of contents"
 
 
+def test_an_array_is_cut_after_so_many_bytes() -> None:
+    array = Array("float32", (1,), "any", bytes(_flower.CHUNK_SIZE + 1))
+    sizes = [len(chunk.data) for _, chunk in array.slice_array()]  # type: ignore[attr-defined]
+    assert sizes == [_flower.CHUNK_SIZE, 1], CHANGED + "_flower.CHUNK_SIZE is no longer where an Array is cut"
+
+
 def context() -> Context:
     return Context(1, 1, {}, RecordDict(), {})
 
