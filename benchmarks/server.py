@@ -5,11 +5,11 @@
 
 Each row of ``rows`` is a round of ``OMCStrategy(FedAvg())`` with the application's large model (about 115 M
 parameters), or the size that ``--model`` names, on one thread. The replies are made here one after the other, as a
-network would deliver them, each in its own memory. Rows ``{format, clients, peak_rss_bytes, seconds, memcpy_ratio, peak_ratio}``: the peak is
-that of the process above its level before the server's model exists; the seconds are those of ``aggregate_train``
-without making the replies; ``memcpy_ratio`` is the time of a memcpy of the FP32 model for each client, measured between
-the replies, divided by the seconds, so a value above 1 is faster than memcpy; ``peak_ratio`` is relative to the
-smallest cohort. Each row is the median of runs in separate processes.
+network would deliver them, each in its own memory. Rows ``{format, clients, peak_rss_bytes, seconds, memcpy_ratio,
+peak_ratio}``: the peak is that of the process above its level before the server's model exists; the seconds are those
+of ``aggregate_train`` without making the replies; ``memcpy_ratio`` is the time of a memcpy of the FP32 model for each
+client, measured between the replies, divided by the seconds, so a value above 1 is faster than memcpy; ``peak_ratio``
+is relative to the smallest cohort. Each row is the median of runs in separate processes.
 
 Each row of ``apps`` is a whole ``start`` with checkpoints, of two rounds, whose initial model is a file, with messages
 that Flower serializes in both directions (``benchmarks.server_app``); ``framework`` is ``fedomc``, or ``flower`` for

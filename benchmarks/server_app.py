@@ -20,8 +20,9 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as strategies
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, push_objects
+from flwr.supercore.inflatable.inflatable_utils import push_objects
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import http_grid
 
 from benchmarks.training import memory
 from fedomc import CompressionPolicy
@@ -33,7 +34,7 @@ from fedomc.serialization.tensor_file import dense_piece, raw_bytes, write_tenso
 
 INTERVAL = 0.01  # seconds between two looks at the memory
 SCALE = 0.01  # of a client's change
-BUFFER = 2**26  # bytes
+BUFFER = 2**26  # bytes: larger than the caches
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """The dtype and the shape of each variable, by name."""
@@ -90,6 +91,8 @@ class Replies:
 
     def __init__(self, shapes: Shapes, policy: CompressionPolicy | None, folder: Path) -> None:
         self.seconds = 0.0
+        self.memcpy: list[float] = []
+        self._one, self._other = torch.zeros(BUFFER // 4), torch.ones(BUFFER // 4)
         self.dense: dict[str, Stored] = {}
         self.packed: dict[str, Stored] = {}
         self._file = (folder / "replies").open("w+b")
@@ -116,6 +119,8 @@ class Replies:
             names: for each variable whether it was sent packed.
         """
         began = time.perf_counter()
+        self._one.copy_(self._other)
+        self.memcpy.append(time.perf_counter() - began)
         record = ArrayRecord()
         for name, packed in names.items():
             record[name] = (self.packed if packed else self.dense)[name]
@@ -126,7 +131,7 @@ class Replies:
             assert isinstance(stored, Stored)
             for key, (offset, size) in stored.places.items():
                 objects[key] = os.pread(self._file.fileno(), size, offset)
-        arrived = inflate_object_from_contents(content.object_id, objects)
+        arrived = http_grid.inflate_object_from_contents(content.object_id, objects)
         assert isinstance(arrived, RecordDict)
         reply = Message(arrived, reply_to=message)
         self.seconds += time.perf_counter() - began
@@ -220,7 +225,8 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
 
     Returns:
         The peaks above the level before the model exists; the seconds of a round without those of making replies;
-        and the time of a memcpy of the FP32 model, relative to that of checking and aggregating a reply.
+        and the time of a memcpy of the FP32 model, measured between the replies, relative to that of checking and
+        aggregating a reply.
     """
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -251,16 +257,6 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
     return {
         **peaks,
         "seconds": seconds,
-        "memcpy_ratio": memcpy_seconds(size) / reply if reply else None,
+        "memcpy_ratio": statistics.median(replies.memcpy) * size / BUFFER / reply if reply else None,
         "model_bytes": size,
     }
-
-
-def memcpy_seconds(size: int) -> float:
-    """Measure a memcpy of a model, whose stretches are larger than the caches."""
-    one, other, times = torch.zeros(BUFFER // 4), torch.ones(BUFFER // 4), []
-    for _ in range(9):
-        began = time.perf_counter()
-        one.copy_(other)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) * size / BUFFER

@@ -1,10 +1,12 @@
 """The private names of Flower that are used: each still does what we rely on, and no other module uses any."""
 
 import ast
+import inspect
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.client import NumPyClient
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
@@ -12,7 +14,10 @@ from flwr.clientapp.mod import fixedclipping_mod
 from flwr.common import EvaluateIns, FitIns, GetParametersIns, GetPropertiesIns, Parameters
 from flwr.compat.common import recorddict_compat
 from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import http_grid
 
 import fedomc.flower
 from fedomc.flower import _flower
@@ -53,6 +58,27 @@ def test_an_array_is_cut_after_so_many_bytes() -> None:
     array = Array("float32", (1,), "any", bytes(_flower.CHUNK_SIZE + 1))
     sizes = [len(chunk.data) for _, chunk in array.slice_array()]  # type: ignore[attr-defined]
     assert sizes == [_flower.CHUNK_SIZE, 1], CHANGED + "_flower.CHUNK_SIZE is no longer where an Array is cut"
+
+
+def test_a_message_is_made_of_its_objects_as_by_flower() -> None:
+    shared, draw = bytes(_flower.CHUNK_SIZE), np.random.default_rng(0)
+    record = ArrayRecord()
+    for i, data in enumerate((shared, shared + draw.bytes(9), draw.bytes(10), b"", shared)):
+        record[str(i)] = Array("uint8", (len(data),), "any", data)
+    content = RecordDict({"arrays": record, "config": ConfigRecord({"a": 1})})
+    contents = {key: one.deflate() for key, one in get_all_nested_objects(content).items()}
+    wanted = inflate_object_from_contents(content.object_id, dict(contents))
+    assert _flower.inflate_by_arrays(content.object_id, contents) == wanted, CHANGED + "messages are made otherwise"
+    assert contents == {}, CHANGED + "the contents of objects are no longer released with them"
+
+
+def test_the_grid_of_a_deployment_makes_messages_by_arrays() -> None:
+    assert http_grid.__name__ == _flower._HTTP_GRID and "inflate_object_from_contents(" in inspect.getsource(
+        http_grid.HttpGrid.pull_messages
+    ), CHANGED + "HttpGrid makes messages otherwise: replies take twice their size"
+    with _flower.inflating_by_arrays():
+        assert http_grid.inflate_object_from_contents is _flower.inflate_by_arrays
+    assert http_grid.inflate_object_from_contents is inflate_object_from_contents
 
 
 def context() -> Context:

@@ -5,7 +5,9 @@
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from flwr.app import Array, Error, Message, RecordDict
@@ -14,6 +16,8 @@ from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_SIZE
 from flwr.common.constant import ErrorCode
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_object_head_values_from_object_content
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = [
@@ -27,6 +31,8 @@ __all__ = [
     "logger",
     "held_chunks",
     "identify_process",
+    "inflate_by_arrays",
+    "inflating_by_arrays",
     "mentions_legacy_content",
     "mentions_secure_aggregation",
     "name_message",
@@ -73,6 +79,45 @@ def identify_process() -> None:
 def name_message(message: Message, message_id: str) -> None:
     """Give a message the ID that an engine gives it when it is pushed."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+_HTTP_GRID = "flwr.superlink.grid.http_grid"
+"""The module of the grid of a deployment, which calls ``inflate_object_from_contents`` for each message."""
+
+
+@contextmanager
+def inflating_by_arrays() -> Iterator[None]:
+    """Have the grid of a deployment make messages with ``inflate_by_arrays`` meanwhile."""
+    module: Any = sys.modules.get(_HTTP_GRID)
+    if module is None:  # then there is no such grid
+        yield
+        return
+    former = module.inflate_object_from_contents
+    module.inflate_object_from_contents = inflate_by_arrays
+    try:
+        yield
+    finally:
+        module.inflate_object_from_contents = former
+
+
+def inflate_by_arrays(object_id: str, object_contents: dict[str, bytes]) -> InflatableObject:
+    """Make a message of its objects like Flower, but release the chunks of each array when the array is made.
+
+    Flower keeps a copy of every chunk until the message is complete, which takes the size of the message once more.
+    """
+    heads = {key: get_object_head_values_from_object_content(content) for key, content in object_contents.items()}
+    arrays = {key: chunks for key, (kind, chunks, _) in heads.items() if kind == Array.__qualname__}
+    uses = Counter(chunk for chunks in arrays.values() for chunk in chunks)
+    objects: dict[str, InflatableObject] = {}
+    for key, chunks in arrays.items():
+        own = {one: object_contents[one] for one in (key, *chunks)}
+        objects[key] = inflate_object_from_contents(key, own)
+        del own, object_contents[key]
+        uses.subtract(chunks)
+        for chunk in chunks:
+            if not uses[chunk]:
+                del object_contents[chunk]
+    return inflate_object_from_contents(object_id, object_contents, objects=objects)
 
 
 def is_mod_failure(code: int) -> bool:

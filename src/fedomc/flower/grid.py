@@ -7,6 +7,8 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedomc.flower._flower import inflating_by_arrays
+
 _INTERVAL = 0.1
 """The minimum number of seconds between two polls for replies; if a poll takes longer, the interval is as long."""
 
@@ -39,7 +41,7 @@ class StreamingGrid(Grid):
             began = time.monotonic()
             still = []
             for sent in waiting:
-                replies = list(self.grid.pull_messages([sent]))  # one at a time, so that only one is in memory
+                replies = list(self.pull_messages([sent]))  # one at a time, so that only one is in memory
                 if not replies:
                     still.append(sent)
                 while replies:
@@ -82,4 +84,5 @@ class StreamingGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Fetch the replies to messages that have arrived so far."""
-        return self.grid.pull_messages(message_ids)
+        with inflating_by_arrays():
+            return list(self.grid.pull_messages(message_ids))
