@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
 from fedomc import codec
@@ -54,7 +54,7 @@ class RoundFiles:
     folder: Path
     progress: Mapping[str, Any] = field(default_factory=dict)
     draft: CheckpointDraft | None = None
-    arrays: ArrayRecord = field(default_factory=ArrayRecord)
+    arrays: Mapping[str, Array] = field(default_factory=dict)
     moments: dict[str, dict[str, Values]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -135,8 +135,9 @@ class ServerOptimizer:
         written = {slot: {name: draft.array(slot, keys[slot][name]) for name in shapes} for slot in self._slots}
         self._assign(written)
         files.moments = {slot: {keys[slot][n]: v for n, v in each.items()} for slot, each in written.items()}
-        files.arrays = stored_model(draft.file, MODEL, broadcast.arrays)
-        return files.arrays
+        arrays = stored_model(draft.file, MODEL, broadcast.arrays)
+        files.arrays = dict(arrays.items())  # the record may be changed by a subclass of the strategy
+        return arrays
 
     def _stretches(self, broadcast: Broadcast, mean: Mean, name: str) -> Iterator[tuple[int, Values, list[Values]]]:
         """Yield the first index of each stretch of a variable, its new values in the dtype of the model, and moments.
