@@ -18,8 +18,15 @@ MODULES = {
     "absmax": "triton_encode",
     "encode": "triton_encode",
     "update": "triton_update",
+    "block_decode": "triton_blocks",
+    "block_decode_sum": "triton_blocks",
+    "block_encode": "triton_blocks",
+    "block_update": "triton_blocks",
 }
-"""The operators that have Triton kernels, and their modules; the reference serves all others."""
+"""The operators that have Triton kernels, and their modules; the reference serves all others.
+
+The blockwise ones hand integers and NF4 on to the reference.
+"""
 
 
 @functools.cache
