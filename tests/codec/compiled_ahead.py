@@ -16,6 +16,7 @@ from fedomc.codec.reference import working_bias
 from fedomc.codec.triton_blocks import block_decode_kernel, block_encode_kernel, block_update_kernel
 from fedomc.codec.triton_decode import decode_kernel
 from fedomc.codec.triton_encode import absmax_kernel, encode_kernel, sums_kernel
+from fedomc.codec.triton_settle import WORDS, choose_exponent_kernel, keep_kernel
 from fedomc.codec.triton_update import settle_kernel, update_kernel
 from fedomc.codec.triton_words import BLOCKS, OPTIONS
 
@@ -72,6 +73,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield update_kernel, {"out": "*i32"}, blocked(e, m) | bias(e, m) | {"STOCHASTIC": stochastic}
     limits = {"LARGEST_MANTISSA": 0x700000, "TOP": 4, "LEAST": -123, "MOST": 110, "MAX_VALUE": 31.0}
     yield settle_kernel, {}, {"E": 3, "RESCALE": True} | bias(3, 7) | limits
+    del limits["MAX_VALUE"]
+    yield choose_exponent_kernel, {}, {"SCALED": True} | limits
+    yield keep_kernel, {"present": "*i32", "out": "*i32"}, {"WORDS": WORDS}
     others = {f"OTHER_{name}": value for name, value in element(2, 1).items()}
     yield block_decode_kernel, {"out": "*fp32"}, blocked(2, 3) | {"BLOCK": 64, "OTHER_BLOCK": 64, "SUM": True} | others
     for stochastic, block in [(True, 64), (False, 256)]:

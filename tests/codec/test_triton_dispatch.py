@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from fedomc import codec
 from fedomc.codec import reference, triton_dispatch
 
 
@@ -27,3 +28,11 @@ def test_without_triton_the_reference_serves_and_a_warning_says_so(monkeypatch: 
 def test_importing_fedomc_does_not_import_triton() -> None:
     code = "import sys, fedomc; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0  # noqa: S603
+
+
+def test_the_backend_is_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert codec.backend("cuda") == "triton"
+    assert codec.backend("mps") == "reference"
+    monkeypatch.setattr(triton_dispatch, "is_installed", lambda: False)
+    assert codec.backend("cuda:1") == "reference"

@@ -1,17 +1,17 @@
 """Converts between float32 values and packed codes, for whole variables or stretches that begin at a block boundary.
 
 Methods call these functions without knowing which backend runs them. Each function is a ``torch.library`` operator, so
-the dispatcher chooses the backend: the C++ kernels for CPU tensors, Triton kernels for decoding floats on CUDA devices,
-and the reference, written in PyTorch operations, for all else. All produce the same bits.
+the dispatcher chooses the backend: the C++ kernels for CPU tensors, Triton kernels for floats on CUDA devices, and the
+reference, written in PyTorch operations, for all else. All produce the same bits.
 """
 
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedomc.codec import native, reference, reference_blocks, reference_rotation, triton_dispatch
+from fedomc.codec.deferred import Deferred, Outcome, defers, encode_there, keep_present
 from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat, OCPElement
 from fedomc.codec.layout import BLOCK, CHUNK, SUMS, words_of
 from fedomc.codec.scaling import bounded_exponent, fitting_exponent
@@ -22,6 +22,7 @@ __all__ = [
     "CHUNK",
     "INFINITY_BITS",
     "SUMS",
+    "Deferred",
     "Outcome",
     "absmax_bits",
     "add_difference",
@@ -35,8 +36,11 @@ __all__ = [
     "decode_add",
     "decode_add_difference",
     "decode_sum",
+    "defers",
     "encode",
+    "encode_there",
     "fitting_exponent",
+    "keep_present",
     "numbers_of",
     "pack",
     "rotated_decode",
@@ -58,7 +62,7 @@ for _name, _schema in SCHEMAS.items():
     _module = _REFERENCES.get(_name.partition("_")[0], reference)
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
     _library.impl(_name, getattr(_module, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    if native.extension is not None:
+    if native.extension is not None and hasattr(native, _name):
         _library.impl(_name, getattr(native, _name), "CPU")  # type: ignore[no-untyped-call]
     if _name in triton_dispatch.MODULES:
         _kernel = triton_dispatch.operator(_name, getattr(_module, _name))
@@ -75,22 +79,15 @@ BlockPart = tuple[Tensor, Tensor, BlockElement, int]
 """The codes of a blockwise method: words, scales, element and block size."""
 
 
-class Outcome(NamedTuple):
-    """The result of encoding or updating values.
-
-    Attributes:
-        absmax_bits: the float32 bits of the largest magnitude. They are ``INFINITY_BITS`` or more if a value is not
-            finite; the output is then undefined.
-        changed: whether any value differs from the decoded one; always true if nothing was decoded.
-    """
-
-    absmax_bits: int
-    changed: bool
-
-
 def backend(device: torch.device | str) -> str:
-    """Return the name of the backend that serves a device: ``native`` or ``reference``."""
-    return "native" if torch.device(device).type == "cpu" and native.extension is not None else "reference"
+    """Return the name of the backend that serves a device: ``native``, ``triton`` or ``reference``.
+
+    What has no kernel, such as integers and NF4 on a GPU, is served by the reference in any case.
+    """
+    there = torch.device(device)
+    if there.type == "cpu" and native.extension is not None:
+        return "native"
+    return "triton" if defers(there) else "reference"
 
 
 def absmax_bits(values: Tensor) -> int:
@@ -197,7 +194,7 @@ def encode(
     """
     table, status = _sums_table(values, sums), _status(values)
     _operators.encode(values, element.exponent_bits, element.mantissa_bits, exponent, seed, start, words, table, status)
-    return table, _outcome(status)
+    return table, Deferred(status).outcome()
 
 
 def update(
@@ -211,7 +208,7 @@ def update(
     *,
     rescale: bool = True,
     seed: int | None = None,
-) -> Outcome:
+) -> Outcome | Deferred:
     """Add ``alpha * gradient`` to the decoded values and encode the result, without a dense copy of the values.
 
     The values are rounded in units of the present scale, relative to the present offset, so a value that the gradient
@@ -232,14 +229,15 @@ def update(
 
     Returns:
         The outcome, with the largest magnitude in units of the codes. It is also infinite if the present scale, such
-        as zero, does not allow an update; the caller then has to encode the values anew.
+        as zero, does not allow an update; the caller then has to encode the values anew. It is deferred where
+        ``defers`` says so.
     """
     status = _status(gradient)
     _operators.update(
         words, scale_offset, element.exponent_bits, element.mantissa_bits, gradient, alpha, rescale, seed, out,
         out_scale_offset, status,
     )  # fmt: skip
-    return _outcome(status)
+    return _deferred(status)
 
 
 def block_decode(words: Tensor, scales: Tensor, element: BlockElement, block: int, out: Tensor) -> Tensor:
@@ -287,11 +285,11 @@ def block_encode(
     *,
     start: int = 0,
     seed: int | None = None,
-) -> Outcome:
+) -> Outcome | Deferred:
     """Encode values as codes with a scale per block; the arguments are those of ``encode`` and ``block_decode``."""
     status = _status(values)
     _operators.block_encode(values, *numbers_of(element), block, seed, start, words, scales, status)
-    return _outcome(status)
+    return _deferred(status)
 
 
 def block_update(
@@ -305,14 +303,14 @@ def block_update(
     out_scales: Tensor,
     *,
     seed: int | None = None,
-) -> Outcome:
+) -> Outcome | Deferred:
     """Add ``alpha * gradient`` to the decoded values and encode the result, without a dense copy of the values.
 
     The arguments are those of ``update`` and ``block_decode``; ``out`` and ``out_scales`` are overwritten.
     """
     status = _status(gradient)
     _operators.block_update(words, scales, *numbers_of(element), block, gradient, alpha, seed, out, out_scales, status)
-    return _outcome(status)
+    return _deferred(status)
 
 
 def rotated_decode(words: Tensor, scales: Tensor, bits: int, seed: int, out: Tensor, *, start: int = 0) -> Tensor:
@@ -396,6 +394,5 @@ def _status(values: Tensor) -> Tensor:
     return torch.zeros(_STATUS, dtype=torch.int64, device=values.device)
 
 
-def _outcome(status: Tensor) -> Outcome:
-    bits, changed = status.tolist()
-    return Outcome(bits, bool(changed))
+def _deferred(status: Tensor) -> Outcome | Deferred:
+    return Deferred(status) if defers(status.device) else Deferred(status).outcome()

@@ -191,9 +191,9 @@ def past_dispatcher(name: str, operator: Callable[..., None]) -> Callable[..., N
 
     The way through the dispatcher takes longer than the kernel does for a few thousand values.
     """
-    if extension is None:
+    kernel: Callable[..., None] | None = globals().get(name)
+    if extension is None or kernel is None:
         return operator
-    kernel: Callable[..., None] = globals()[name]
 
     def call(first: Tensor, *others: Any) -> None:
         if type(first) is Tensor and first.is_cpu and not dispatch_is_watched():

@@ -87,10 +87,35 @@ def encode(
 ) -> None:  # fmt: skip
     """Encode ``Q(2**exponent * V)`` into ``words``, with sums for the fit if ``sums`` is not empty."""
     element = FloatElement(e, m)
-    status.copy_(torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
+    begin(status)
     for at, part in chunks_of(values):
         row = sums[at // CHUNK] if len(sums) else None
         _encode_chunk(part, element, exponent, seed, start + at, stretch(words, element.bits, at, part), row, status)
+
+
+def choose_exponent(
+    status: Tensor, e: int, m: int, stochastic: bool, exponent: Tensor, scale_offset: Tensor
+) -> None:  # fmt: skip
+    """Write the exponent that scales the largest magnitude into the range, with its scale and an offset of zero."""
+    element = FloatElement(e, m)
+    fitting = fitting_exponent(int(status[0]), element, stochastic=stochastic, growing=True)
+    exponent.fill_(bounded_exponent(fitting, element))
+    scale_offset[:1].fill_(2.0 ** -int(exponent))
+    scale_offset[1:].zero_()
+
+
+def encode_scaled(
+    values: Tensor, e: int, m: int, exponent: Tensor, seed: int | None, start: int,
+    words: Tensor, sums: Tensor, status: Tensor,
+) -> None:  # fmt: skip
+    """Encode as ``encode`` does, with the exponent in an int32 tensor ``[1]``."""
+    encode(values, e, m, int(exponent), seed, start, words, sums, status)
+
+
+def keep(present: Tensor, status: Tensor, out: Tensor) -> None:
+    """Write the present field to ``out`` if the new one is not finite, or if no value changed."""
+    if int(status[0]) >= _INFINITY_BITS or not int(status[1]):
+        out.copy_(present)
 
 
 def update(
@@ -140,6 +165,12 @@ def update(
 
 
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def begin(status: Tensor) -> None:
+    """Set the status of what is encoded: no magnitude yet, but a change; without a copy from the host."""
+    status[:1].zero_()
+    status[1:].fill_(1)
 
 
 def chunks_of(flat: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedomc.codec.elements import BlockElement, FloatElement, IntegerElement, NormalFloat, OCPElement
 from fedomc.codec.layout import BLOCK
 from fedomc.codec.random import random_bits
-from fedomc.codec.reference import chunks_of, flushed, magnitudes, pack, round_to, stretch, unpack, values_of
+from fedomc.codec.reference import begin, chunks_of, flushed, magnitudes, pack, round_to, stretch, unpack, values_of
 from fedomc.codec.scaling import largest_mantissa
 
 INTEGER, NORMAL_FLOAT, OCP, FLOAT = 0, 1, 2, 3
@@ -80,7 +80,7 @@ def block_encode(
 ) -> None:  # fmt: skip
     """Choose the scale of each block and encode ``Q(V / scale)``."""
     element = block_element(kind, e, m)
-    status.copy_(torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
+    begin(status)
     for at, part in chunks_of(values):
         _encode_chunk(flushed(part), element, block, seed, start + at, at, words, scales, status)
 

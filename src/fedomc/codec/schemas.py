@@ -11,6 +11,11 @@ SCHEMAS = {
     "add_difference": "(Tensor values, Tensor subtrahend, float weight, Tensor(a!) out) -> ()",
     "encode": "(Tensor values, int e, int m, int exponent, int? seed, int start, Tensor(a!) words, Tensor(b!) sums, "
     "Tensor(c!) status) -> ()",
+    "choose_exponent": "(Tensor status, int e, int m, bool stochastic, Tensor(a!) exponent, "
+    "Tensor(b!) scale_offset) -> ()",
+    "encode_scaled": "(Tensor values, int e, int m, Tensor exponent, int? seed, int start, Tensor(a!) words, "
+    "Tensor(b!) sums, Tensor(c!) status) -> ()",
+    "keep": "(Tensor present, Tensor status, Tensor(a!) out) -> ()",
     "update": "(Tensor words, Tensor scale_offset, int e, int m, Tensor gradient, float alpha, bool rescale, "
     "int? seed, Tensor(a!) out, Tensor(b!) out_scale_offset, Tensor(c!) status) -> ()",
     "block_decode": "(Tensor words, Tensor scales, int kind, int e, int m, int block, Tensor(a!) out) -> ()",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedomc.codec import reference_blocks
 from fedomc.codec.elements import FloatElement
+from fedomc.codec.reference import begin
 from fedomc.codec.reference_blocks import FLOAT, OCP, block_element
 from fedomc.codec.scaling import float32, largest_mantissa
 from fedomc.codec.triton_floats import code_of, unscaled
@@ -176,8 +177,7 @@ def block_encode(
     """See ``reference_blocks.block_encode``."""
     if kind not in (FLOAT, OCP):
         return reference_blocks.block_encode(values, kind, e, m, block, seed, start, words, scales, status)
-    status[:1].zero_()
-    status[1:].fill_(1)
+    begin(status)
     n = values.numel()
     return launch(
         block_encode_kernel, n, values,

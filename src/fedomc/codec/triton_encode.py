@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedomc.codec.elements import FloatElement
 from fedomc.codec.layout import BLOCK, LANES, SUMS
-from fedomc.codec.reference import working_bias
+from fedomc.codec.reference import begin, working_bias
 from fedomc.codec.triton_floats import code_of, power_of_two, unscaled
 from fedomc.codec.triton_words import (
     KEYS,
@@ -115,8 +115,7 @@ def encode_scaled(
     words: Tensor, sums: Tensor, status: Tensor,
 ) -> None:  # fmt: skip
     """Encode as ``encode`` does, with the exponent in an int32 tensor ``[1]`` on the device."""
-    status[:1].zero_()
-    status[1:].fill_(1)
+    begin(status)
     n, element = values.numel(), FloatElement(e, m)
     bias, blocks = working_bias(element), -(-n // BLOCK)
     row_sums = torch.empty(

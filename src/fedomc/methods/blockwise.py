@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.codec import INFINITY_BITS, Outcome
+from fedomc.codec import INFINITY_BITS, Deferred, Outcome
 from fedomc.codec.elements import BlockElement, FloatElement
 from fedomc.errors import FormatError
 from fedomc.methods.method import Field, Fields, Method, Source, Writing
@@ -70,20 +70,27 @@ class Blockwise(Method):
         """Encode a stretch of float32 values into its fields."""
         codec.block_encode(values, self.element, self.block, fields[0], fields[1], start=start, seed=writing.seed)
 
-    def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
+    def encode(
+        self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None
+    ) -> Outcome | Deferred:
         """Encode a whole variable in a single pass over its values."""
-        absmax = 0
+        absmax, status = 0, torch.zeros(2, dtype=torch.int64, device=fields[0].device)
         for start, values in source.stretches():
             part = self.stretch(fields, source.numel, start, len(values))
             outcome = codec.block_encode(
                 values, self.element, self.block, part[0], part[1], start=start, seed=writing.seed
             )
+            if isinstance(outcome, Deferred):
+                torch.maximum(status, outcome.status, out=status)
+                continue
             absmax = max(absmax, outcome.absmax_bits)
             if absmax >= INFINITY_BITS:
                 break
-        return Outcome(absmax, True)
+        return Deferred(status) if codec.defers(status.device) else Outcome(absmax, True)
 
-    def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
+    def update(
+        self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing
+    ) -> Outcome | Deferred:
         """Add ``alpha`` times a gradient in one pass, without a dense copy of the values."""
         return codec.block_update(
             present[0], present[1], self.element, self.block, gradient, alpha, out[0], out[1], seed=writing.seed

@@ -11,6 +11,7 @@ the mean, so that the expected value of a code would no longer equal the origina
 import functools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.codec import INFINITY_BITS, Outcome
+from fedomc.codec import INFINITY_BITS, Deferred, Outcome
 from fedomc.codec.elements import FloatElement
 from fedomc.codec.scaling import float32
 from fedomc.errors import FormatError
@@ -127,8 +128,12 @@ class FloatFormat(FloatElement, Method):
         """Encode a stretch with a scale of its own; ``encode`` uses one scale for a whole variable."""
         self.encode(Source.of(values), fields, writing)
 
-    def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
-        """Encode a whole variable; see the module's note on the power of two."""
+    def encode(
+        self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None
+    ) -> Outcome | Deferred:
+        """Encode a whole variable; see the module's note on the power of two. Only a fit is never deferred."""
+        if codec.defers(fields[0].device) and writing.transform not in _FITTED:
+            return self._encode_there(source, fields, writing)
 
         def encoded(exponent: int) -> tuple[Tensor, Outcome]:
             tables, absmax = [], 0
@@ -169,7 +174,16 @@ class FloatFormat(FloatElement, Method):
         fields[1].copy_(torch.tensor([scale, b], dtype=torch.float32, device="cpu"))
         return outcome
 
-    def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
+    def _encode_there(self, source: Source, fields: Fields, writing: Writing) -> Deferred:
+        def stretches() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for start, values in source.stretches():
+                yield start, values, self.stretch(fields, source.numel, start, len(values))[0]
+
+        return codec.encode_there(stretches, self, writing.transform in _SCALED, writing.seed, fields[1])
+
+    def update(
+        self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing
+    ) -> Outcome | Deferred:
         """Add ``alpha`` times a gradient in one pass, without a dense copy of the values and without a new fit."""
         outcome = codec.update(
             present[0],
@@ -182,7 +196,7 @@ class FloatFormat(FloatElement, Method):
             rescale=writing.transform in _SCALED,
             seed=writing.seed,
         )
-        if outcome.absmax_bits < INFINITY_BITS:
+        if isinstance(outcome, Deferred) or outcome.absmax_bits < INFINITY_BITS:
             return outcome
         # The result is not finite, or the scale is unsuitable, which occurs only in foreign data.
         return super().update(present, gradient, alpha, out, writing)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.codec import CHUNK, INFINITY_BITS, Outcome
+from fedomc.codec import CHUNK, INFINITY_BITS, Deferred, Outcome
 from fedomc.codec.workspace import workspace
 from fedomc.methods.interchange import Interchange
 
@@ -207,7 +207,9 @@ class Method(ABC):
         """Return the transformation to use if none is specified."""
         return self.transforms[0]
 
-    def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
+    def encode(
+        self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None
+    ) -> Outcome | Deferred:
         """Encode a whole variable.
 
         Args:
@@ -217,7 +219,8 @@ class Method(ABC):
             present: the current fields of the variable, as a hint if they are likely to be similar to the new ones.
 
         Returns:
-            The outcome; if it reports a value that is not finite, the written fields are invalid.
+            The outcome; if it reports a value that is not finite, the written fields are invalid. Methods may defer
+            it where ``codec.defers`` says so.
         """
         absmax = 0
         for start, values in source.stretches():
@@ -227,7 +230,9 @@ class Method(ABC):
             self.encode_stretch(values, self.stretch(fields, source.numel, start, len(values)), start, writing)
         return Outcome(absmax, True)
 
-    def update(self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing) -> Outcome:
+    def update(
+        self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing
+    ) -> Outcome | Deferred:
         """Encode a variable's current values plus ``alpha`` times a gradient.
 
         Args:
@@ -251,7 +256,7 @@ class Method(ABC):
             return values
 
         found = self.encode(Source(numel, updated), out, writing, present)
-        return Outcome(found.absmax_bits, changed)
+        return found if isinstance(found, Deferred) else Outcome(found.absmax_bits, changed)
 
     def decode_sum(self, fields: Fields, update: "Method", update_fields: Fields, out: Tensor) -> Tensor:
         """Decode the sum of a stretch and an update of any method into ``out``."""

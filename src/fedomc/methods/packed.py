@@ -8,10 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedomc.codec import INFINITY_BITS, Outcome
+from fedomc.codec import CHUNK, INFINITY_BITS, Deferred, Outcome, defers, keep_present
 from fedomc.codec.workspace import workspace
 from fedomc.errors import NonFiniteError
 from fedomc.methods.method import Fields, Method, Source, Writing
+
+_STRETCH = 64 * CHUNK
+"""How many values a device encodes at a time, for which chunks would be too small."""
 
 
 class State(NamedTuple):
@@ -45,21 +48,23 @@ class Packed:
         state: the fields and counters; every change installs a new object, so its identity reveals changes.
     """
 
-    __slots__ = ("__weakref__", "_bounded", "method", "numel", "state")
+    __slots__ = ("__weakref__", "_bounded", "_fault", "method", "numel", "state")
 
     def __init__(self, method: Method, numel: int, fields: Fields, draws: int = 0, *, is_zero: bool = False) -> None:
         self.method = method
         self.numel = numel
         self.state = State(fields, draws, is_zero)
         self._bounded: tuple[State, float] | None = None
+        self._fault: tuple[str, Tensor] | None = None
 
     def __getstate__(self) -> tuple[None, dict[str, object]]:
         """Return what is pickled: all but the cached bound."""
+        self.check()
         return None, {"method": self.method, "numel": self.numel, "state": self.state}
 
     def __setstate__(self, state: tuple[None, dict[str, object]]) -> None:
         """Restore what ``__getstate__`` returned."""
-        self._bounded = None
+        self._bounded = self._fault = None
         for name, value in state[1].items():
             setattr(self, name, value)
 
@@ -104,10 +109,28 @@ class Packed:
         return bound
 
     def to(self, device: torch.device | str) -> "Packed":
-        """Return a copy on a device."""
+        """Return a copy on a device; one for the CPU is checked, as the host waits for it in any case."""
+        if torch.device(device).type == "cpu":
+            self.check()
         state = self.state
         fields = tuple(field.to(device, copy=True) for field in state.fields)
-        return Packed(self.method, self.numel, fields, state.draws, is_zero=state.is_zero)
+        copy = Packed(self.method, self.numel, fields, state.draws, is_zero=state.is_zero)
+        copy._fault = self._fault
+        return copy
+
+    def check(self) -> None:
+        """Report what a device refused to write since the last check; waits for the device only if it wrote anything.
+
+        Raises:
+            NonFiniteError: a value was NaN or infinite.
+        """
+        fault, self._fault = self._fault, None
+        if fault is not None and int(fault[1][0]) >= INFINITY_BITS:
+            raise NonFiniteError(
+                f"{fault[0]} had a value that was NaN or infinite in an earlier step, or one beyond the range of its "
+                "scale; the variable was left as it was before that step. "
+                "Look for a diverging loss, lower the learning rate or clip the gradient"
+            )
 
     def take(self, other: "Packed") -> None:
         """Copy the state of another variable of the same method and size, including its count of random draws."""
@@ -156,9 +179,12 @@ class Packed:
         """
         state, out = self.state, self._room()
         present = state.fields if state.draws else None
-        source = Source(self.numel, produce)
+        source = Source(self.numel, produce, _STRETCH if defers(self.codes.device) else CHUNK)
         found = self.method.encode(source, out, self._writing(transform, rounding, seed, name), present)
-        self._finish(out, found, name, accepts)
+        if isinstance(found, Deferred) and accepts is None:
+            self._finish_there(out, found, name)
+        else:
+            self._finish(out, found, name, accepts)
 
     def add_(
         self,
@@ -178,6 +204,11 @@ class Packed:
         state, out = self.state, self._room()
         writing = self._writing(transform, rounding, seed, name)
         found = self.method.update(state.fields, gradient, alpha, out, writing)
+        if isinstance(found, Deferred):
+            if accepts is None:
+                self._finish_there(out, found, name)
+                return
+            found = found.outcome()
         if found.changed or found.absmax_bits >= INFINITY_BITS:
             self._finish(out, found, name, accepts)
 
@@ -195,10 +226,19 @@ class Packed:
         draw = draw_seed(seed, name, self.state.draws) if rounding == "stochastic" else None
         return Writing(transform, draw)
 
+    def _finish_there(self, fields: Fields, found: Deferred, name: str) -> None:
+        """Install new fields that the device checks; the host learns of it from ``check``."""
+        keep_present(self.state.fields, fields, found)
+        worst = found.status if self._fault is None else torch.maximum(self._fault[1], found.status)
+        self._fault = name, worst
+        self._replace(State(fields, self.state.draws + 1, is_zero=False))
+
     def _finish(
-        self, fields: Fields, found: Outcome, name: str, accepts: Callable[["Packed"], bool] | None = None
+        self, fields: Fields, found: Outcome | Deferred, name: str, accepts: Callable[["Packed"], bool] | None = None
     ) -> None:
         """Check new fields and install them in place of the current ones."""
+        if isinstance(found, Deferred):
+            found = found.outcome()
         if found.absmax_bits >= INFINITY_BITS:
             raise NonFiniteError(
                 f"{name} has a value that is NaN or infinite; nothing was changed. "

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fedomc import codec
-from fedomc.codec import BLOCK, Outcome
+from fedomc.codec import BLOCK, Deferred, Outcome
 from fedomc.codec.reference_rotation import LEVELS
 from fedomc.errors import FormatError
 from fedomc.methods.method import Field, Fields, Method, Source, Writing
@@ -143,7 +143,9 @@ class Rotated(Method):
         words, scales, seed = fields
         return codec.rotated_decode(words, scales, self.bits, int(seed[0]), out, start=_first(seed))
 
-    def encode(self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None) -> Outcome:
+    def encode(
+        self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None
+    ) -> Outcome | Deferred:
         """Encode a whole variable with the rotations of one seed."""
         fields[2].fill_(0 if writing.seed is None else writing.seed)
         return super().encode(source, fields, writing, present)

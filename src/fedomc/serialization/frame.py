@@ -104,6 +104,7 @@ def to_bytes(
             f"{method} has a header of {len(header)} bytes and {len(fields)} fields, but a frame can hold at most "
             f"{MAX_METHOD_HEADER} and {MAX_FIELDS}"
         )
+    packed.check()
     tensors = [tensor.cpu().contiguous() for tensor in packed.fields]
     bodies: list[bytes | memoryview] = [_raw(tensor) for tensor in tensors]
     coding, difference = entropy.PLAIN, False

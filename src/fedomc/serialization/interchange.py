@@ -53,6 +53,7 @@ def check_exchangeable(tensors: Mapping[str, Tensor], names: Set[str]) -> None:
 def interchange_pieces(name: str, tensor: CompressedTensor) -> Iterator[Piece]:
     """Describe a variable in one part as pieces of a file, whose bytes are made when it is their turn."""
     packed = tensor.base
+    packed.check()
     for described, make in _interchange(name, packed.method).writers(packed.fields, tensor.shape):
         suffix, dtype, shape, nbytes = described
         yield Piece(name + suffix, dtype, list(shape), nbytes, 1, partial(_made, make))

@@ -210,6 +210,8 @@ def encoded_change(
         NonFiniteError: a change is NaN or infinite.
     """
     assert encoding.uplink is not None
+    for part in value.parts if is_compressed(value) else ():
+        part.check()
     update = _update_of(value)
     flat = value if is_compressed(value) else value.detach().reshape(-1)
 

@@ -28,6 +28,7 @@ from fedomc._torch import (
     without_grad,
     wrapper_tensor,
 )
+from fedomc.codec import CHUNK
 from fedomc.codec.workspace import PANEL_BYTES, workspace
 from fedomc.errors import NonFiniteError
 from fedomc.methods import Encoding, Method, Packed, encode, parse_method, registered
@@ -211,7 +212,7 @@ class CompressedTensor(DecodedArrays, Tensor):
             return produce(start, stop) - part.decode(self.empty(start, stop), start)
 
         sample = self.steps.begin(part, asked, self.decode_range) if is_step else None
-        part.rewrite(produce, how.transform, how.rounding, how.seed, self.variable, self._is_finite)
+        part.rewrite(produce, how.transform, how.rounding, how.seed, self.variable, self._accepts)
         if sample is not None:
             self.steps.end(part, sample)
 
@@ -221,9 +222,14 @@ class CompressedTensor(DecodedArrays, Tensor):
         if values.dtype is not torch.float32:
             values = self.empty(0, part.numel).copy_(values)
         sample = self.steps.begin(part, lambda start, stop: values[start:stop] * alpha, self.decode_range)
-        part.add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._is_finite)
+        part.add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._accepts)
         if sample is not None:
             self.steps.end(part, sample)
+
+    @property
+    def _accepts(self) -> Callable[[Packed], bool] | None:
+        """What tells whether a new part may replace the last one; None where every one may whose codes are finite."""
+        return None if self.dtype is torch.float32 and self.update is None else self._is_finite
 
     def is_finite(self) -> bool:
         """Tell whether all values are finite: no code is infinite in float32, but other dtypes end sooner."""
@@ -231,14 +237,11 @@ class CompressedTensor(DecodedArrays, Tensor):
 
     def _is_finite(self, new: Packed) -> bool:
         """Tell whether all values are finite in this dtype once a new part replaces the last one."""
-        parts = (*self.parts[:-1], new)
-        dtype = self.dtype
-        if (dtype is torch.float32 and len(parts) == 1) or sum(part.bound for part in parts) < LIMITS[dtype]:
+        parts, dtype = (*self.parts[:-1], new), self.dtype
+        if self._accepts is None or sum(part.bound for part in parts) < LIMITS[dtype]:
             return True
-        ranges = ((start, min(start + codec.CHUNK, new.numel)) for start in range(0, new.numel, codec.CHUNK))
-        return all(
-            bool(_decode(parts, self.empty(start, stop), start).to(dtype).isfinite().all()) for start, stop in ranges
-        )
+        stretches = ((start, self.empty(start, min(start + CHUNK, new.numel))) for start in range(0, new.numel, CHUNK))
+        return all(bool(_decode(parts, room, start).to(dtype).isfinite().all()) for start, room in stretches)
 
     def empty(self, start: int, stop: int) -> Tensor:
         """Allocate ``stop - start`` values in scratch memory."""
