@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import fedomc
-from fedomc.flower.simulation import simulate, stop_on_signal
+from fedomc.flower.simulation import log_to, simulate, stop_on_signal
 from fedomc.huggingface import attach_quantizer
 from fedomc_llm import federation, models, pretraining, report, texts
 from fedomc_llm.client import app as client_app
@@ -125,6 +125,7 @@ def _finetune(settings: Settings, output: Path, name: str, resume: bool, console
     clients = len(texts.read(settings.texts))
     federation.check_cohort(settings, clients)
     folder = RunFolder(output / name, settings, resume=resume)
+    log_to(folder.path / "flower.log")
     torch.set_num_threads(1)
     stopping = "Stopping after this round; Ctrl-C again stops at once."
     with stop_on_signal(lambda: console.print(stopping)) as stop, RunProgress(settings.rounds, console, stop) as shown:

@@ -14,6 +14,9 @@ from fedomc_llm.settings import LORA, Settings, Variant
 
 app = ClientApp()
 
+adapted = functools.lru_cache(maxsize=1)(models.adapted)
+"""The last model with adapters, kept by a process: its base never changes, and each message fills the adapters."""
+
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
@@ -64,7 +67,7 @@ def _round(message: Message) -> int:
 def _received(settings: Settings, variant: Variant, message: Message) -> nn.Module:
     if variant.method == LORA:
         chosen = (settings.model, variant.format, settings.rank, settings.targets, settings.seed)
-        return install(models.adapted(*chosen), message)
+        return install(adapted(*chosen), message)
     return install(models.skeleton(settings.model), message)
 
 

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from fedomc.flower import collect
 from fedomc.flower.in_process import InProcess
 from fedomc_llm import federation, texts
-from fedomc_llm.client import app
+from fedomc_llm.client import adapted, app
 from fedomc_llm.settings import Settings, Variant
 
 
@@ -67,6 +67,7 @@ def cost_of(settings: Settings, variant: Variant, place: str) -> Cost:
         taken.append(time.perf_counter() - began)
         if reply.has_error():
             raise RuntimeError(f"{variant}: {reply.error.reason}")
+    adapted.cache_clear()
     metrics = reply.content["metrics"]
     return Cost(
         step_seconds=max(taken[1] - taken[0], taken[1] / 4),

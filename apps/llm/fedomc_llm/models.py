@@ -18,11 +18,14 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 import fedomc
 from fedomc.huggingface import OMCConfig
 from fedomc_llm.errors import ModelError
 from fedomc_llm.settings import FP32
+
+logging.disable_progress_bar()  # a run shows its own
 
 ADAPTERS = "*lora_*"
 """The name pattern of adapters."""
@@ -105,11 +108,8 @@ def load(path: str, format: str = FP32) -> nn.Module:
     return model
 
 
-@functools.lru_cache(maxsize=1)
 def adapted(path: str, format: str, rank: int, targets: str, seed: int) -> nn.Module:
     """Read a frozen base model and add adapters, whose first values depend on the seed.
-
-    A process keeps the last one, because its base never changes and each message fills the adapters anew.
 
     Raises:
         ModelError: the model cannot be read, or has no layers of these names.

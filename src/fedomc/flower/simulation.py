@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves the clients beside anything else
 }
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def simulate(main: Callable[[Grid], None], client_app: ClientApp, clients: int, log_file: Path) -> None:
@@ -49,13 +52,27 @@ def simulate(main: Callable[[Grid], None], client_app: ClientApp, clients: int, 
         except BaseException as error:
             failures.append(error)
 
-    backend: Any = {
-        "init_args": {"num_cpus": os.cpu_count() or 1, "log_to_driver": False, "logging_level": logging.ERROR},
-        "client_resources": {"num_cpus": 1, "num_gpus": 0},
-    }
+    _start_ray()
+    backend: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0}}
     run_simulation(server_app, client_app, clients, backend_config=backend)
     if failures:
         raise failures[0]
+
+
+def _start_ray() -> None:
+    """Start Ray as Flower would, but keep the signal handlers of this process: Ray's own would end it."""
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in _STOPPING}
+    ray.init(
+        num_cpus=os.cpu_count() or 1,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        include_dashboard=False,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+    )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def log_to(path: Path) -> None:
@@ -84,7 +101,7 @@ def stop_on_signal(notify: Callable[[], None]) -> Iterator[threading.Event]:
         stop.set()
         notify()
 
-    previous: Any = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: Any = {number: signal.signal(number, request) for number in _STOPPING}
     try:
         yield stop
     finally:
