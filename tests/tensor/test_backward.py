@@ -65,3 +65,15 @@ def test_unused_and_frozen() -> None:
         torch.autograd.grad(y.sum(), p)
     with pytest.raises(RuntimeError, match=r"layer\.weight.* does not require grad"):
         torch.autograd.grad(y.sum(), p.requires_grad_(False))
+
+
+def test_a_checkpoint_that_ends_with_a_product_finds_the_weights_compressed_when_it_is_computed_again() -> None:
+    """The product's backward asks for its input first, which runs the forward pass of the checkpoint."""
+    packed = compressed(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8, bias=False)))
+    x = randn(4, 8)
+    gradients = []
+    for again in (False, True):
+        packed.zero_grad()
+        (x + (checkpoint(packed, x, use_reentrant=False) if again else packed(x))).sum().backward()
+        gradients.append([parameter.grad for parameter in packed.parameters()])
+    assert all(same_bits(a, b) for a, b in zip(*gradients, strict=True))

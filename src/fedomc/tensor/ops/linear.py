@@ -30,15 +30,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors  # a checkpoint computes its forward pass again here, which needs the overrides
         with no_overrides():
-            return _gradients(ctx, gradient)
+            return _gradients(ctx, gradient, x)
 
 
 _apply = apply_untransformed(_Linear)
 
 
-def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (x,) = ctx.saved_tensors
+def _gradients(ctx: Any, gradient: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
     of_x, of_weight, of_bias = ctx.needs_input_grad
     rows = gradient if gradient.dim() == 2 else gradient.reshape(-1, gradient.shape[-1])  # [N, out]
     # Double backward needs torch's own product, which is differentiable.
