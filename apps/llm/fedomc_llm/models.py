@@ -25,7 +25,7 @@ from fedomc.huggingface import OMCConfig
 from fedomc_llm.errors import ModelError
 from fedomc_llm.settings import FP32
 
-logging.disable_progress_bar()  # a run shows its own
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a run shows its own
 
 ADAPTERS = "*lora_*"
 """The name pattern of adapters."""
