@@ -70,7 +70,7 @@ class Run:
     def key(self) -> str:
         """The name of the result's file, without its suffix."""
         text = json.dumps(self.described, sort_keys=True)
-        name = f"{self.cell}-{self.format}-{self.seed}".replace("/", "-").replace(">", "-up-")
+        name = f"{self.cell}-{self.format}-{self.seed}".replace("/", "-").replace("<", "-down-").replace(">", "-up-")
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

@@ -229,7 +229,7 @@ def _described(policy: CompressionPolicy | None) -> dict[str, Any] | None:
     if policy is None:
         return None
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    texts = {name: str(fields[name]) for name in ("format", "update_format", "uplink")}
+    texts = {name: str(fields[name]) for name in ("format", "update_format", "uplink", "downlink")}
     encoding = policy.encoding()  # resolves the defaults that depend on the formats
     texts |= {"transform": encoding.transform, "rounding": encoding.rounding}
     by_name = [[pattern, str(fmt)] for pattern, fmt in dict(policy.format_by_name).items()]  # the first match counts

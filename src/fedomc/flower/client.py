@@ -17,6 +17,7 @@ from fedomc.flower.config import CONFIG, from_config
 from fedomc.flower.feedback import Residuals
 from fedomc.flower.supervision import STEP_DRIFT, STEP_KEPT, STEP_NOISE
 from fedomc.serialization import frame
+from fedomc.serialization.downlink import as_held
 from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.dtypes import DTYPES
@@ -197,12 +198,14 @@ def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> 
     if config is None:
         raise PayloadError(f"{name} is compressed, but the message has no {CONFIG!r} config record")
     # A base is never rewritten, so it may be a view of the message; a variable in one part needs its own memory.
-    parsed = read_packed(array, name, copy=config.encoding.update_format is None)
+    rewritten = config.encoding.update_format is None and config.encoding.downlink is None
+    parsed = read_packed(array, name, copy=rewritten)
     if parsed.kind == frame.UPDATE:
         raise PayloadError(f"{name} contains only an update, from which a model cannot be filled: send the variable")
     if parsed.kind != frame.DENSE:
         dtype = old.dtype if old.dtype in DTYPES else torch.float32
-        return CompressedTensor.from_packed(parsed.packed, config.encoding, parsed.shape, name, dtype)
+        held = as_held(parsed.packed, config.encoding, name)
+        return CompressedTensor.from_packed(held, config.encoding, parsed.shape, name, dtype)
     if parsed.packed.method != config.unquantized_format:
         raise PayloadError(
             f"{name} is in {parsed.packed.method}, but the message says unquantized_format={config.unquantized_format}"

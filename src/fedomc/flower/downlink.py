@@ -147,11 +147,11 @@ class Broadcast:
 
     def _piece(self, name: str, how: Encoding, kind: int) -> _Piece:
         """Encode a variable, only once for all clients that receive it in this format."""
-        key = (name, kind, how.format, how.transform)
+        key = (name, kind, how.sent, how.sent_transform)
         piece = self._pieces.get(key) or self._former_pieces.get(key)
         if piece is None:
             values = flat_tensor(self.dense(name))
-            packed = encode(values, how.format, how.transform, name=name)
+            packed = encode(values, how.sent, how.sent_transform, name=name)
             array = packed_array(packed, self._shapes[name], kind, entropy_coding=self._code_down)
             distance = measure(packed, values)
             data = memoryview(array.data)

@@ -1,4 +1,4 @@
-"""``Encoding``: how a variable is held during training, and how a client sends back its change."""
+"""``Encoding``: how a variable is held during training, and how it travels to a client and back."""
 
 from dataclasses import dataclass, replace
 
@@ -22,15 +22,20 @@ class Encoding:
         seed: the seed of stochastic rounding.
         uplink: the method with which a client sends back the change of the variable since its arrival, rounded once
             and stochastically; if None, the client sends back the variable as held.
+        downlink: the method in which a server sends the variable, if that is not the one in which a client holds it.
+            The client encodes what arrives once more, in ``format``. Only a variable in one part can have one: of two
+            parts, the server sends the base.
 
     Raises:
         FormatError: a format does not exist.
-        PolicyError: the transformation or rounding is unknown, or a method that cannot hold variables is used outside
-            the uplink.
+        PolicyError: the transformation or rounding is unknown, a method that cannot hold variables is used outside the
+            uplink, or a variable in two parts has a downlink.
 
     Example:
         >>> str(Encoding.parse("S1E2M3+S1E2M1>DRIVE1"))
         'S1E2M3+S1E2M1>DRIVE1'
+        >>> str(Encoding.parse("S1E2M5/64<S1E2M3/256").sent)
+        'S1E2M3/256'
     """
 
     format: Method
@@ -39,6 +44,7 @@ class Encoding:
     rounding: str = "stochastic"
     seed: int = 0
     uplink: Method | None = None
+    downlink: Method | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_method(self.format))
@@ -46,7 +52,14 @@ class Encoding:
             object.__setattr__(self, "update_format", parse_method(self.update_format))
         if self.uplink is not None:
             object.__setattr__(self, "uplink", parse_method(self.uplink))
-        for method in self.methods:
+        if self.downlink is not None:
+            object.__setattr__(self, "downlink", parse_method(self.downlink))
+            if self.update_format is not None:
+                raise PolicyError(
+                    f"a server sends the base {self.format} of a variable in two parts, so {self.downlink} cannot be "
+                    f"its downlink: write {self.downlink}+{self.update_format} if the base shall have that format"
+                )
+        for method in (*self.methods, *([] if self.downlink is None else [self.downlink])):
             if not method.holds:
                 raise PolicyError(
                     f"{method} can only be used for the uplink, not for training, where each step would rotate and "
@@ -63,7 +76,7 @@ class Encoding:
 
     @classmethod
     def parse(cls, text: "str | Encoding", *, seed: int = 0) -> "Encoding":
-        """Parse ``S1E3M7``, ``S1E2M3+S1E2M1`` (two parts) or ``S1E3M7>S1E2M1`` (with an uplink).
+        """Parse ``S1E3M7``, ``S1E2M3+S1E2M1`` (two parts), ``S1E3M7>S1E2M1`` (uplink) or ``S1E3M7<S1E2M3`` (downlink).
 
         An ``Encoding`` is returned unchanged.
 
@@ -72,23 +85,35 @@ class Encoding:
             seed: the seed of stochastic rounding.
 
         Raises:
-            FormatError: a method name is unknown, or there are more than two parts or more than one uplink.
+            FormatError: a method name is unknown, or there are more than two parts, uplinks or downlinks.
         """
         if isinstance(text, Encoding):
             return text
-        held, sent, uplink = text.partition(">")
+        rest, up, uplink = text.partition(">")
+        held, down, downlink = rest.partition("<")
         base, plus, update = held.partition("+")
         return cls(
             parse_method(base),
             parse_method(update) if plus else None,
             seed=seed,
-            uplink=parse_method(uplink) if sent else None,
+            uplink=parse_method(uplink) if up else None,
+            downlink=parse_method(downlink) if down else None,
         )
 
     @property
     def methods(self) -> tuple[Method, ...]:
         """The methods of the parts: the base, and the update if there is one."""
         return (self.format,) if self.update_format is None else (self.format, self.update_format)
+
+    @property
+    def sent(self) -> Method:
+        """The method in which a server sends the variable: that of the downlink, of the variable or of its base."""
+        return self.format if self.downlink is None else self.downlink
+
+    @property
+    def sent_transform(self) -> str:
+        """The transformation with which a server encodes the variable."""
+        return self.transform if self.transform in self.sent.transforms else self.sent.default_transform()
 
     def nbytes(self, numel: int) -> int:
         """Return the number of bytes for a variable of ``numel`` values."""
@@ -104,4 +129,5 @@ class Encoding:
         return replace(self, format=format, transform=transform)
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.methods)) + ("" if self.uplink is None else f">{self.uplink}")
+        down = "" if self.downlink is None else f"<{self.downlink}"
+        return "+".join(map(str, self.methods)) + down + ("" if self.uplink is None else f">{self.uplink}")

@@ -161,10 +161,10 @@ def _as_tensor(value: np.ndarray[Any, Any] | Tensor) -> Tensor:
 
 def _message_frame(name: str, value: Any, kind: int, how: Encoding) -> bytes:
     """Encode what the server sends of a variable."""
-    tensor, format, rounding = _as_tensor(value), how.format, "nearest"
+    tensor, format, transform, rounding = _as_tensor(value), how.sent, how.sent_transform, "nearest"
     if kind == frame.UPDATE:
-        format, rounding = how.update_format or how.format, how.rounding
-    packed = encode(tensor.cpu(), format, how.transform, rounding, how.seed, name)
+        format, transform, rounding = how.update_format or how.format, how.transform, how.rounding
+    packed = encode(tensor.cpu(), format, transform, rounding, how.seed, name)
     return frame.to_bytes(packed, tuple(tensor.shape), kind, name)
 
 

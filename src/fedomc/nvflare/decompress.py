@@ -25,6 +25,7 @@ from fedomc.nvflare.messages import (
     replaced,
 )
 from fedomc.serialization import frame
+from fedomc.serialization.downlink import as_held
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.dtypes import NAMES
 from fedomc.training.module_state import is_finite
@@ -92,14 +93,16 @@ class DecompressFilter(ModelFilter):
             if encoding is None:
                 raise PayloadError(f"{name} as bytes, but nothing in the meta says how to decode them")
             # A base is never rewritten, so it may stay in the message's memory; a variable in one part may not.
-            parsed = frame.from_bytes(value, name, copy=keep and encoding.update_format is None, shape=shape)
+            rewritten = keep and encoding.update_format is None and encoding.downlink is None
+            parsed = frame.from_bytes(value, name, copy=rewritten, shape=shape)
             if dtype not in (None, *NAMES):
                 raise PayloadError(f"{name} compressed, but {dtype} was sent")
             own = getattr(torch, dtype or dtypes.get(name, "float32"))
             if parsed.kind != kind:
                 raise PayloadError(f"{name} as a frame of kind {parsed.kind}, but {dxo.data_kind} have kind {kind}")
             if keep:
-                data[name] = CompressedTensor.from_packed(parsed.packed, encoding, parsed.shape, name, own)
+                held = parsed.packed if kind == frame.UPDATE else as_held(parsed.packed, encoding, name)
+                data[name] = CompressedTensor.from_packed(held, encoding, parsed.shape, name, own)
                 if not is_finite(data[name]):
                     raise PayloadError(f"{name} with a value beyond {own}")
             else:

@@ -264,6 +264,7 @@ def encoding_fields(encoding: Encoding) -> dict[str, str | int]:
     """Write an encoding as plain fields, for the record or file that goes with a frame."""
     update = {} if encoding.update_format is None else {"update_format": str(encoding.update_format)}
     uplink = {} if encoding.uplink is None else {"uplink": str(encoding.uplink)}
+    downlink = {} if encoding.downlink is None else {"downlink": str(encoding.downlink)}
     return {
         "format": str(encoding.format),
         **update,
@@ -271,6 +272,7 @@ def encoding_fields(encoding: Encoding) -> dict[str, str | int]:
         "rounding": encoding.rounding,
         "seed": encoding.seed,
         **uplink,
+        **downlink,
     }
 
 
@@ -281,7 +283,8 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
         PayloadError: a field is missing or wrong.
     """
     try:
-        update, seed, uplink = fields.get("update_format"), fields["seed"], fields.get("uplink")
+        update, seed = fields.get("update_format"), fields["seed"]
+        uplink, downlink = fields.get("uplink"), fields.get("downlink")
         if not (fields["transform"] and fields["rounding"]):
             raise PayloadError(f"transform={fields['transform']!r} or rounding={fields['rounding']!r} is missing")
         if type(seed) is not int:
@@ -296,6 +299,7 @@ def read_encoding(fields: Mapping[str, Any]) -> Encoding:
             fields["rounding"],
             seed,
             None if uplink is None else parse_method(uplink),
+            None if downlink is None else parse_method(downlink),
         )
     except KeyError as error:
         raise PayloadError(f"the encoding has no {error}") from None

@@ -81,7 +81,7 @@ def reply_frame(
     compressed, one part                       its codes, unchanged
     compressed, two parts                      the codes of its update, unchanged
     dense, received compressed                 its change, in ``update_format`` if the encoding has one; otherwise its
-                                               value, in the received format
+                                               value, in the format in which a client holds it
     dense, received in ``unquantized_format``  its change, in ``unquantized_format``
     dense, received dense                      no frame
     =========================================  =========================================================================
@@ -129,7 +129,8 @@ def reply_frame(
     if not isinstance(sent, frame.Frame) or config is None:
         return None
     if sent.kind == frame.VARIABLE and config.encoding.update_format is None:
-        return value_frame(value, sent.packed.method, config, name, sent.packed)
+        format = sent.packed.method if config.encoding.downlink is None else config.encoding.format
+        return value_frame(value, format, config, name, sent.packed)
     format = config.encoding.update_format if sent.kind == frame.VARIABLE else config.unquantized_format
     if format is None:
         raise PayloadError(

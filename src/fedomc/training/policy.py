@@ -50,11 +50,15 @@ class CompressionPolicy:
             change is sent back by the uplink method, if that takes fewer bytes. Do not name running statistics:
             rounding can make a variance negative. With DRIVE1, including biases and normalization left the accuracy of
             a CNN as it was with FedAvg and FedAdam, and cost two points with FedAvgM (scikit-learn's digits, 3 seeds).
+        downlink: the method in which a server sends variables in one part, if that is not ``format``, in which clients
+            hold them: what arrives is encoded once more. A coarse broadcast costs no accuracy where training from
+            scratch in a coarse format does. None sends variables as they are held.
 
     Raises:
         FormatError: no such format.
         PolicyError: a fraction outside 0..1, an unknown transformation or rounding, a method that holds no variable,
-            outside of the uplink, or ``uplink_include`` without an uplink.
+            outside of the uplink, ``uplink_include`` without an uplink, or a downlink with two parts or with
+            ``format_by_name``.
     """
 
     format: str | Method
@@ -69,13 +73,14 @@ class CompressionPolicy:
     format_by_name: Mapping[str, str | Method] | Sequence[tuple[str, str | Method]] = ()
     uplink: str | Method | None = None
     uplink_include: Sequence[str] = field(default=())
+    downlink: str | Method | None = None
 
     @classmethod
     def parse(cls, text: "str | CompressionPolicy", **kwargs: Any) -> "CompressionPolicy":
         """Read formats as ``Encoding.parse`` does, and a fraction behind ``@``; a policy passes through.
 
-        Examples are ``S1E3M7``, ``S1E3M7@0.9``, ``S1E2M3+S1E2M1`` for two parts, and ``S1E3M7>DRIVE1@0.9`` with an
-        uplink.
+        Examples are ``S1E3M7``, ``S1E3M7@0.9``, ``S1E2M3+S1E2M1`` for two parts, ``S1E3M7>DRIVE1@0.9`` with an uplink,
+        and ``S1E2M5/64<S1E2M3/256`` with a downlink.
 
         Args:
             text: what to read.
@@ -96,6 +101,8 @@ class CompressionPolicy:
                 raise PolicyError(f"{text!r}: @ must be followed by the share to compress, as in S1E3M7@0.9") from None
         if encoding.uplink is not None:
             kwargs["uplink"] = encoding.uplink
+        if encoding.downlink is not None:
+            kwargs["downlink"] = encoding.downlink
         return cls(encoding.format, encoding.update_format, **kwargs)
 
     def __str__(self) -> str:
@@ -109,6 +116,8 @@ class CompressionPolicy:
             object.__setattr__(self, "update_format", parse_method(self.update_format))
         if self.uplink is not None:
             object.__setattr__(self, "uplink", parse_method(self.uplink))
+        if self.downlink is not None:
+            object.__setattr__(self, "downlink", parse_method(self.downlink))
         if not 0 <= self.fraction <= 1:  # also false for NaN
             raise PolicyError(f"fraction={self.fraction} is out of range: it must be from 0 to 1")
         if self.uplink_include and self.uplink is None:
@@ -118,6 +127,11 @@ class CompressionPolicy:
                 raise PolicyError(f"{name}={getattr(self, name)!r} must be a list of patterns, not a string")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "format_by_name", _by_pattern(self.format_by_name))
+        if self.downlink is not None and self.format_by_name:
+            raise PolicyError(
+                f"downlink={self.downlink} cannot be used with format_by_name, because a message says only one format "
+                f"to hold variables in, here {self.format}: use one of the two"
+            )
         for method in self.formats:
             self.encoding(method)
 
@@ -143,7 +157,8 @@ class CompressionPolicy:
         update = None if self.update_format is None else parse_method(self.update_format)
         method = parse_method(format or self.format)
         uplink = None if self.uplink is None else parse_method(self.uplink)
-        return Encoding(method, update, self.transform or "", self.rounding, seed, uplink)
+        downlink = None if self.downlink is None else parse_method(self.downlink)
+        return Encoding(method, update, self.transform or "", self.rounding, seed, uplink, downlink)
 
     def compressible(self, variables: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Return the names and sizes of all variables that the policy may compress, in the model's order.
