@@ -248,7 +248,8 @@ def _needed_by_collect(array: Array, name: str, parameter: bool, config: UplinkC
 
 def _differs_from_codes(config: UplinkConfig) -> bool:
     """Return whether a variable in one part is sent back as a difference to the received codes."""
-    return config.entropy_coding or config.uplink is not None
+    # What was sent in another method than it is held in has no codes to which the held ones could be near.
+    return (config.entropy_coding and config.encoding.downlink is None) or config.uplink is not None
 
 
 def _written(

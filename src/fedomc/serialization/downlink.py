@@ -33,4 +33,4 @@ def as_held(packed: Packed, encoding: Encoding, name: str) -> Packed:
     # A separate seed, because the first local step must not be rounded with the same random bits.
     seed = draw_seed(encoding.seed, "downlink", 0)
     held.rewrite(values, encoding.transform, "stochastic", seed, name)
-    return Packed(held.method, held.numel, held.fields)
+    return held

@@ -67,7 +67,7 @@ def arrived_bytes(variables: nn.Module | Mapping[str, Sequence[int]], selection:
         if encoding is None:
             total += 4 * numel * (name in left)
         elif encoding.update_format is None:
-            total += encoding.nbytes(numel)
+            total += encoding.sent.nbytes(numel)
     return total
 
 
