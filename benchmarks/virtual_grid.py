@@ -43,7 +43,7 @@ class VirtualGrid:
     @contextmanager
     def as_grid(self) -> Iterator[Grid]:
         """Return this object as what it stands in for, and have ``fedomc`` wait on its clock."""
-        with patch("fedomc.flower.grid.time", self):
+        with patch("fedomc.flower.grid.time", self), patch("fedomc.flower.in_flight.time", self):
             yield cast(Any, self)
 
     def monotonic(self) -> float:

@@ -1,5 +1,6 @@
 """The integration with Flower: messages with compressed variables, and a strategy that compresses for each client."""
 
+from fedomc.flower.asynchronous import FedBuff
 from fedomc.flower.client import collect, install, step_metrics
 from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.mapped import open_arrays
@@ -11,6 +12,7 @@ from fedomc.serialization.checkpointing import Checkpoints
 
 __all__ = [
     "Checkpoints",
+    "FedBuff",
     "OMCStrategy",
     "StreamingGrid",
     "RoundReport",

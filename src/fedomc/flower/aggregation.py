@@ -80,16 +80,20 @@ class Mean:
         self._totals: dict[str, Tensor] = {}
         self._sent: dict[str, dict[int, tuple[Packed, float]]] = {}
 
-    def add(self, replies: Sequence[tuple[Mapping[str, ReplyVariable], float]]) -> None:
+    def add(self, replies: Sequence[tuple[Mapping[str, ReplyVariable], float]], *, unchanged: float = 0.0) -> None:
         """Add replies with their weights, one variable at a time; no reference to the replies is kept.
 
         Adding several replies together is faster, because the sums, which dominate the memory traffic, are read and
         written only once.
+
+        Args:
+            replies: the variables and the weight of each reply.
+            unchanged: the weight of clients that changed nothing, which brings the mean closer to the server's weights.
         """
         replies = [(reply, weight) for reply, weight in replies if weight > 0]
         if not replies:
             return
-        together = math.fsum(weight for _, weight in replies)
+        together = math.fsum([unchanged, *(weight for _, weight in replies)])
         if self.weight + together / self._unit > 1:
             self._choose_unit(together)
         if self._count + len(replies) > BATCH:
@@ -104,6 +108,7 @@ class Mean:
             if self._of_weights:
                 self._add_sent(reply, weight)
             self.weight += weight
+        self.weight += unchanged / self._unit
         self._count += len(replies)
 
     def scale(self, factor: float) -> None:

@@ -43,6 +43,7 @@ class RunState:
         initial: the digest of the initial model.
         traffic: the bytes of each round.
         result: the metrics of each round.
+        asked: the nodes whose replies were waited for, in an asynchronous run.
     """
 
     round: int
@@ -50,6 +51,7 @@ class RunState:
     initial: str = ""
     traffic: list[Traffic] = field(default_factory=list)
     result: Result = field(default_factory=Result)
+    asked: list[int] = field(default_factory=list)
 
 
 def digest(arrays: ArrayRecord) -> str:
@@ -87,6 +89,7 @@ def progress_of(state: RunState, inner: Strategy, settings: Mapping[str, Any]) -
         "round": state.round,
         "configured": dict(settings),
         "initial": state.initial,
+        "asked": state.asked,
         "traffic": [dataclasses.asdict(row) for row in state.traffic],
         "metrics": {name: _to_rows(getattr(state.result, name)) for name in _HISTORIES},
         "random": [version, list(numbers), gauss],
@@ -136,6 +139,7 @@ def from_checkpoint(
         state = RunState(
             int(progress["round"]), ArrayRecord(), str(progress["initial"]), [Traffic(**r) for r in progress["traffic"]]
         )
+        state.asked = [int(node) for node in progress.get("asked", [])]
         for name in _HISTORIES:
             getattr(state.result, name).update(_from_rows(progress["metrics"][name]))
         optimizer = {

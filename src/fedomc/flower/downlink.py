@@ -1,6 +1,6 @@
 """The server's downlink: the model that clients are sent in a round, with each variable encoded once per format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
@@ -164,6 +164,17 @@ class Broadcast:
         self._pieces[key] = piece
         self.distances[name] = max(self.distances.get(name, piece.distance), piece.distance)
         return piece
+
+    def retain(self, nodes: Collection[int]) -> None:
+        """Release all but what the replies of these nodes are compared with; nothing more can be sent afterwards."""
+        self._sent = {node: packed for node, packed in self._sent.items() if node in nodes}
+        self._pieces, self._former_pieces = {}, {}
+        in_fp32 = {name for node in nodes for name in self.arrays if name not in self.packed(node)}
+        self._dense = {name: values for name, values in self._dense.items() if name in in_fp32}
+        arrays = ArrayRecord()
+        for name, array in self.arrays.items():
+            arrays[name] = array if name in in_fp32 else Array(array.dtype, tuple(array.shape), array.stype, b"")
+        self.arrays = arrays
 
     def release_former(self) -> None:
         """Release variables that the former broadcast encoded and that this one does not send."""

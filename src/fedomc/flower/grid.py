@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 
 from fedomc.flower._flower import inflating_by_arrays
 
-_INTERVAL = 0.1
+POLL_INTERVAL = 0.1
 """The minimum number of seconds between two polls for replies; if a poll takes longer, the interval is as long."""
 
 
@@ -52,7 +52,7 @@ class StreamingGrid(Grid):
             if deadline is not None and began >= deadline:
                 return  # the last poll was after the deadline
             if len(still) == len(waiting):
-                time.sleep(max(_INTERVAL, time.monotonic() - began))
+                time.sleep(max(POLL_INTERVAL, time.monotonic() - began))
             waiting = still
 
     def set_run(self, run: Any) -> None:

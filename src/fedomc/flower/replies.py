@@ -29,12 +29,14 @@ class Reply:
         record: the name of the array record that holds the model.
         variables: the variables of the model.
         metrics: the metrics and the weight.
+        factor: what the client's change is multiplied by, from 0 to 1.
     """
 
     message: Message
     record: str
     variables: dict[str, ReplyVariable]
     metrics: ReplyMetrics
+    factor: float = 1.0
 
     def others(self) -> list[str]:
         """Return the names of the array and metric records that are neither the model nor its metrics."""

@@ -12,25 +12,23 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedomc.errors import PolicyError
 from fedomc.flower import defences
 from fedomc.flower._flower import logger, stand_in
-from fedomc.flower.aggregation import AGGREGATES
 from fedomc.flower.base_model import name_base, read_digests
 from fedomc.flower.checkpointing import settings_of
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.mapped import nbytes_of
+from fedomc.flower.options import check_options
 from fedomc.flower.replies import checked_evaluations
 from fedomc.flower.server_optimizers import RoundFiles, release_current
 from fedomc.flower.store import Store
 from fedomc.flower.supervision import Supervision, gain_of
 from fedomc.flower.tiers import NodeCapabilities
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
+from fedomc.flower.training_round import Result as RoundResult
 from fedomc.flower.training_round import TrainingRound
 from fedomc.methods import Encoding, Method
 from fedomc.serialization.checkpointing import Checkpoints
-from fedomc.serialization.entropy import require
 from fedomc.training.policy import DEFAULT, CompressionPolicy, TieredPolicy
-
-DIRECTIONS = ("none", "down", "up", "both")
 
 
 class OMCStrategy(Strategy):
@@ -109,18 +107,9 @@ class OMCStrategy(Strategy):
         base: str | Sequence[str] = (),
         over_selection: float = 1.0,
     ) -> None:
-        if aggregate not in AGGREGATES:
-            raise PolicyError(f"aggregate={aggregate!r} is unknown: use one of {', '.join(AGGREGATES)}")
-        if entropy_coding not in DIRECTIONS:
-            raise PolicyError(f"entropy_coding={entropy_coding!r} is unknown: use one of {', '.join(DIRECTIONS)}")
-        if weight_cap is not None and not weight_cap >= 1:
-            raise PolicyError(f"weight_cap={weight_cap} would cap the median client: use 1 or more, or None for no cap")
-        if not 1 <= over_selection < math.inf:
-            raise PolicyError(
-                f"over_selection={over_selection} is out of range: use 1.3 for 30% more clients, 1 for none"
-            )
-        if entropy_coding != "none":
-            require()
+        check_options(
+            aggregate=aggregate, entropy_coding=entropy_coding, weight_cap=weight_cap, over_selection=over_selection
+        )
         defences.check_aggregate(inner, aggregate)
         self.inner = inner
         self.policy = policy = CompressionPolicy.parse(policy) if isinstance(policy, str) else policy
@@ -144,6 +133,7 @@ class OMCStrategy(Strategy):
         self._broadcast: Broadcast | None = None
         self._evaluation: Sequence[Metadata] = ()
         self._capabilities = NodeCapabilities()
+        self._asked: list[int] = []
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
@@ -193,7 +183,7 @@ class OMCStrategy(Strategy):
         store = Store(self.checkpoints, self.inner, self._settings(), self.traffic)
         state = store.begin(initial_arrays, num_rounds)
         del initial_arrays  # which stay in memory only if the caller keeps them
-        self.traffic = state.traffic
+        self.traffic, self._asked = state.traffic, state.asked
         logger.info("Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
         size = sum(nbytes_of(array) for array in state.arrays.values()) / 2**20
         logger.info("%d rounds of a model of %.2f MB", num_rounds, size)
@@ -210,12 +200,11 @@ class OMCStrategy(Strategy):
         for number in range(state.round + 1, num_rounds + 1):
             logger.info("[ROUND %d/%d]", number, num_rounds)
             with store.round(state) as self._files:
-                messages = self.configure_train(number, state.arrays, train_config, streaming)
-                new, metrics = self.aggregate_train(number, streaming.send_and_receive(messages, timeout=timeout))
+                new, metrics = self._train(number, state.arrays, train_config, streaming, timeout)
                 self._round = None  # which holds the former model
                 if new is not None:
                     state.arrays = new
-                del messages, new
+                del new
                 if metrics is not None:
                     logger.info("round %d: training metrics: %s", number, metrics)
                     state.result.train_metrics_clientapp[number] = metrics
@@ -226,12 +215,22 @@ class OMCStrategy(Strategy):
                     logger.info("round %d: evaluation metrics: %s", number, metrics)
                     state.result.evaluate_metrics_clientapp[number] = metrics
                 measure(number)
-                state.round = number
+                state.round, state.asked = number, self._waiting_for()
                 store.save(state)
         store.release()
         self._supervision.finish()
         state.result.arrays = state.arrays
         return state.result
+
+    def _train(
+        self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: StreamingGrid, timeout: float
+    ) -> RoundResult:
+        messages = self.configure_train(number, arrays, config, grid)
+        return self.aggregate_train(number, grid.send_and_receive(messages, timeout=timeout))
+
+    def _waiting_for(self) -> list[int]:
+        """Return the nodes whose replies may still come after a round."""
+        return []
 
     def initialize_parameters(self, client_manager: object) -> NoReturn:
         """Refuse Flower's legacy workflows, including SecAgg+, which begin by calling this method.
@@ -333,14 +332,19 @@ class OMCStrategy(Strategy):
         if self._round is None or self.report is None:
             raise RuntimeError("aggregate_train was called before configure_train")
         self._round.received = 0
-        arrays, metrics = self._round.aggregate(self.inner, replies)
+        return self._finished(server_round, self._round, self._round.aggregate(self.inner, replies))
+
+    def _finished(self, server_round: int, finished: TrainingRound, result: RoundResult) -> RoundResult:
+        """Account for a round of training, and return its result with the report's totals among the metrics."""
+        assert self.report is not None
+        arrays, metrics = result
         up_bytes = self.report.up_bytes.total()
-        self.traffic[-1] = replace(self.traffic[-1], received=self._round.received, up_bytes=up_bytes)
+        self.traffic[-1] = replace(self.traffic[-1], received=finished.received, up_bytes=up_bytes)
         if metrics is not None:
             metrics = MetricRecord({**metrics, **self.report.metrics(variables=False)})
         for observer in self.observers:
             observer(self.report)
-        self._supervision.add(server_round, self.traffic[-1].sent, self._round.received, metrics)
+        self._supervision.add(server_round, self.traffic[-1].sent, finished.received, metrics)
         return arrays, metrics
 
     def configure_evaluate(
@@ -363,11 +367,14 @@ class OMCStrategy(Strategy):
 
     def _send(self, broadcast: Broadcast, messages: Iterable[Message]) -> None:
         """Compress the model in each message; the broadcast replaces the former one."""
+        self._compress(broadcast, messages)
+        broadcast.release_former()
+        self._broadcast = broadcast
+
+    def _compress(self, broadcast: Broadcast, messages: Iterable[Message]) -> None:
         for message in messages:
             broadcast.compress(message)
             name_base(message, self.base)
-        broadcast.release_former()
-        self._broadcast = broadcast
 
     def _broadcast_of(self, arrays: ArrayRecord, server_round: int, grid: Grid, messages: list[Message]) -> Broadcast:
         nodes = {message.metadata.dst_node_id for message in messages}

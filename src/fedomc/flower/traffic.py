@@ -45,6 +45,8 @@ class RoundReport:
         decode_seconds: the time for checking replies and, with a streaming mean, for decoding them into it.
         aggregate_seconds: the time for the rest of the aggregation, including decoding in strategies that need all
             replies.
+        staleness: in an asynchronous run, the mean number of steps that the server made between sending a model and
+            using the reply to it.
         errors: for each compressed variable, the sums of squares of the compression error and of the server's values;
             if it was sent in several formats, those of the format with the largest error.
     """
@@ -56,6 +58,7 @@ class RoundReport:
     decode_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    staleness: float | None = None
 
     @property
     def compression_error(self) -> float:
@@ -71,6 +74,7 @@ class RoundReport:
             "decode-seconds": self.decode_seconds,
             "aggregate-seconds": self.aggregate_seconds,
             "compression-error": self.compression_error,
+            **({} if self.staleness is None else {"staleness": self.staleness}),
         }
 
     def by_variable(self) -> dict[str, dict[str, int | float]]:

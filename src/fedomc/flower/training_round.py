@@ -1,5 +1,6 @@
 """One round of training on the server: aggregates the replies to a new model and its metrics."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -169,7 +170,9 @@ class TrainingRound:
             weights = [self._cap.capped(reply.metrics, self.number) for reply in some]
             heaviest = max(heaviest, *weights)
             with self.report.timed("decode"):
-                mean.add([(reply.variables, weight) for reply, weight in zip(some, weights, strict=True)])
+                shares = [reply.factor * weight for reply, weight in zip(some, weights, strict=True)]
+                unchanged = math.fsum(weights) - math.fsum(shares)
+                mean.add([(reply.variables, s) for reply, s in zip(some, shares, strict=True)], unchanged=unchanged)
             for reply in some:
                 self._count(reply)
                 content = without_others(reply, self.number).items()
