@@ -124,6 +124,24 @@ def test_evaluation_and_the_next_round_send_what_was_encoded_once(monkeypatch: p
     assert len(encoded) == 8
 
 
+def test_a_round_walks_the_model_once_for_all_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[fedomc.CompressionPolicy] = []
+    real = fedomc.CompressionPolicy.selector
+
+    def counted(policy: fedomc.CompressionPolicy, variables: object) -> object:
+        walked.append(policy)
+        return real(policy, variables)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fedomc.CompressionPolicy, "selector", counted)
+    wrapped, arrays = OMCStrategy(FedAvg(), policy()), collect(build())
+    messages = configure(wrapped, arrays, 3)
+    assert walked == [wrapped.policy]
+    for node, message in messages.items():  # the draws are those of each client alone
+        packed = {name for name, array in message.content["arrays"].items() if array.stype == STYPE}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        assert packed == set(policy().select(shapes, round=3, client=str(node)))
+
+
 def test_each_variable_travels_both_ways_in_its_own_format() -> None:
     mixed = policy(format="S1E2M1", fraction=1.0, format_by_name={"0.*": "S1E3M7", "[0-3].*": "S1E2M3"})
     message = configure(OMCStrategy(FedAvg(), mixed), collect(build()))[NODES[0]]

@@ -26,6 +26,38 @@ class _Piece:
     distance: Distance
 
 
+class _Shared:
+    """What the clients of one policy have in common in a round: the variables in the format in which most get them.
+
+    Attributes:
+        policy: the policy, which is held because it is known by its identity.
+        selector: draws which variables a client is not sent in this format.
+        encodings: the encoding for each of the policy's formats.
+        unquantized: the encoding of the variables that have the unquantized format.
+        payload: the model, with all variables that have been encoded so far.
+        packed: the codes of these.
+        missing: the names of the variables that have not been encoded yet.
+    """
+
+    def __init__(self, policy: CompressionPolicy, arrays: ArrayRecord, round: int, unquantized: Method | None) -> None:
+        shapes = compressible_shapes(arrays)
+        self.policy = policy
+        self.selector = policy.selector(shapes)
+        self.encodings = {fmt: policy.encoding(fmt, round=round) for fmt in policy.formats}
+        transform = policy.encoding().transform
+        self.unquantized = None if unquantized is None else Encoding(unquantized, transform=transform)
+        self.payload = ArrayRecord()
+        for name, array in arrays.items():
+            self.payload[name] = array
+        self.packed: dict[str, Packed] = {}
+        self.missing = set(self.selector.formats)
+
+    def add(self, name: str, piece: _Piece) -> None:
+        """Add a variable that has been encoded."""
+        self.payload[name], self.packed[name] = piece.array, piece.packed
+        self.missing.discard(name)
+
+
 class Broadcast:
     """The model of a round: its FP32 values, its encoded variables, and a record of what each node was sent.
 
@@ -72,6 +104,7 @@ class Broadcast:
         self.distances: dict[str, Distance] = {}
         self._dense: dict[str, Values] = {}
         self._former_pieces = {} if former is None else former.pieces_of(arrays)
+        self._shared: dict[int, _Shared] = {}
         self._sent: dict[int, dict[str, Packed]] = {}
         self._uplinks: dict[int, tuple[Method, frozenset[str]]] = {}
         self._record_names: dict[int, list[str]] = {}
@@ -89,15 +122,19 @@ class Broadcast:
         self._record_names[node] = models = [k for k, record in records.items() if set(record) == set(self.arrays)]
         if policy is None:
             return
-        pieces, encoding = self._pieces_for(policy, client), policy.encoding(round=self.round, client=client)
+        shared = self._shared.get(id(policy)) or self._shared.setdefault(
+            id(policy), _Shared(policy, self.arrays, self.round, self._unquantized_format)
+        )
+        encoding, left = (
+            policy.encoding(round=self.round, client=client),
+            shared.selector.unquantized(self.round, client),
+        )
+        payload, packed = self._payload(shared, left)
         unquantized = list[str]()
         if encoding.uplink is not None:
-            unquantized = [name for name in policy.uplinked(self._shapes) if name not in pieces]
-            self._uplinks[node] = encoding.uplink, frozenset([*pieces, *unquantized])
-        self._sent[node] = {name: piece.packed for name, piece in pieces.items()}
-        payload = ArrayRecord()
-        for name, array in self.arrays.items():
-            payload[name] = pieces[name].array if name in pieces else array
+            unquantized = [name for name in shared.selector.uplinked if name not in packed]
+            self._uplinks[node] = encoding.uplink, frozenset([*packed, *unquantized])
+        self._sent[node] = packed
         if not models:
             raise PolicyError(
                 "there is nothing to compress: no array record that the inner strategy sends has exactly the variables "
@@ -133,17 +170,18 @@ class Broadcast:
         """Return the names of the array records in which a node was sent the model."""
         return self._record_names.get(node) or ["arrays"]
 
-    def _pieces_for(self, policy: CompressionPolicy, client: str | int) -> dict[str, _Piece]:
-        """Return the variables that are sent to a client in compressed form."""
-        selection = policy.select(self._shapes, round=self.round, client=client)
-        shared = {fmt: policy.encoding(fmt, round=self.round) for fmt in policy.formats}
-        pieces = {name: self._piece(name, shared[how.format], frame.VARIABLE) for name, how in selection.items()}
-        if self._unquantized_format is not None:
-            unquantized = Encoding(self._unquantized_format, transform=policy.encoding().transform)
-            for name in policy.compressible(self._shapes):
-                if name not in pieces:
-                    pieces[name] = self._piece(name, unquantized, frame.DENSE)
-        return pieces
+    def _payload(self, shared: "_Shared", left: frozenset[str]) -> tuple[ArrayRecord, dict[str, Packed]]:
+        """Return the model for a client that leaves some variables unquantized, and those that are compressed."""
+        for name in shared.missing - left:
+            shared.add(name, self._piece(name, shared.encodings[shared.selector.formats[name]], frame.VARIABLE))
+        payload, packed = shared.payload.copy(), shared.packed.copy()
+        for name in left:
+            if shared.unquantized is not None:
+                piece = self._piece(name, shared.unquantized, frame.DENSE)
+                payload[name], packed[name] = piece.array, piece.packed
+            elif packed.pop(name, None) is not None:
+                payload[name] = self.arrays[name]
+        return payload, packed
 
     def _piece(self, name: str, how: Encoding, kind: int) -> _Piece:
         """Encode a variable, only once for all clients that receive it in this format."""
@@ -168,7 +206,7 @@ class Broadcast:
     def retain(self, nodes: Collection[int]) -> None:
         """Release all but what the replies of these nodes are compared with; nothing more can be sent afterwards."""
         self._sent = {node: packed for node, packed in self._sent.items() if node in nodes}
-        self._pieces, self._former_pieces = {}, {}
+        self._pieces, self._former_pieces, self._shared = {}, {}, {}
         in_fp32 = {name for node in nodes for name in self.arrays if name not in self.packed(node)}
         self._dense = {name: values for name, values in self._dense.items() if name in in_fp32}
         arrays = ArrayRecord()

@@ -224,14 +224,22 @@ class CompressionPolicy:
         Raises:
             PolicyError: as ``compressible``.
         """
-        sizes = self.compressible(variables)
-        kept = self._left_in_full_precision(sizes, round, client)
-        chosen = [name for name in sizes if name not in kept]
-        if not chosen:
-            raise PolicyError(f"fraction={self.fraction} leaves no variable to compress: raise it")
+        selector = self.selector(variables)
+        left = selector.unquantized(round, client)
         encodings = {fmt: self.encoding(fmt, round=round, client=client) for fmt in self.formats}
-        left = [name for name in self.uplinked(variables) or sizes if name not in chosen]
-        return Selection({name: encodings[self.format_of(name)] for name in chosen}, left)
+        chosen = {name: encodings[fmt] for name, fmt in selector.formats.items() if name not in left}
+        return Selection(chosen, [name for name in selector.uplinked or selector.formats if name not in chosen])
+
+    def selector(self, variables: nn.Module | Mapping[str, Sequence[int]]) -> "Selector":
+        """Return what draws the variables of each client and round; a server needs one for all clients of a round.
+
+        Args:
+            variables: a model, or the shapes of its variables by name.
+
+        Raises:
+            PolicyError: as ``compressible``.
+        """
+        return Selector(self, self.compressible(variables), self.uplinked(variables))
 
     def _may_compress(self, name: str, shape: Sequence[int]) -> bool:
         if self.weight_matrices_only and (
@@ -248,23 +256,52 @@ class CompressionPolicy:
         bits = sum(method.code_bits for method in encoding.methods)
         return bits < 32 and encoding.nbytes(numel) >= 4 * numel
 
-    def _left_in_full_precision(self, sizes: Mapping[str, int], round: int, client: str | int) -> set[str]:
-        if self.fraction == 1:
-            return set()
-        target = (1 - self.fraction) * sum(sizes.values())
-        order = sorted(sizes, key=lambda name: _hash(self.seed, "partial", round, client, name))
+
+class Selector:
+    """Draws the variables that a client compresses in a round, from a policy and the variables of a model.
+
+    Args:
+        policy: the policy.
+        sizes: the sizes of the variables that may be compressed, by name.
+        uplinked: the names of those whose change goes up in the uplink.
+
+    Attributes:
+        formats: the format of each variable that may be compressed, in the model's order.
+        uplinked: as given.
+    """
+
+    def __init__(self, policy: CompressionPolicy, sizes: Mapping[str, int], uplinked: Sequence[str]) -> None:
+        self.formats = {name: policy.format_of(name) for name in sizes}
+        self.uplinked = tuple(uplinked)
+        self._policy = policy
+        self._sizes = dict(sizes)
+        self._target = (1 - policy.fraction) * sum(sizes.values())
+
+    def unquantized(self, round: int, client: str | int) -> frozenset[str]:
+        """Return the variables that one client leaves in FP32 in one round; ``CompressionPolicy.select`` says which.
+
+        Raises:
+            PolicyError: these are all.
+        """
+        if self._policy.fraction == 1:
+            return frozenset()
+        hasher, sizes = _hasher(self._policy.seed, "partial", round, client, ""), self._sizes
         kept: set[str] = set()
         total = 0
-        for name in order:
-            if total + sizes[name] <= target:
+        rest: list[str] = []
+        for name in sorted(sizes, key=lambda name: _number(hasher, name)):
+            if total + sizes[name] <= self._target:
                 kept.add(name)
                 total += sizes[name]
-        rest = [name for name in order if name not in kept]
+            else:
+                rest.append(name)
         if rest:
-            smallest = min(rest, key=lambda name: sizes[name])
-            if total + sizes[smallest] - target < target - total:
+            smallest = min(rest, key=sizes.__getitem__)
+            if total + sizes[smallest] - self._target < self._target - total:
                 kept.add(smallest)
-        return kept
+        if len(kept) == len(sizes):
+            raise PolicyError(f"fraction={self._policy.fraction} leaves no variable to compress: raise it")
+        return frozenset(kept)
 
 
 @dataclass(frozen=True)
@@ -345,5 +382,17 @@ def _by_pattern(formats: Any) -> tuple[tuple[str, Method], ...]:
 
 def _hash(*key: str | SupportsIndex) -> int:
     """Hash to 63 bits, the same on every machine and in every process."""
+    return _number(_hasher(*key), "")
+
+
+def _hasher(*key: str | SupportsIndex) -> "hashlib.blake2b":
+    """Begin to hash a key, of which the last part may be continued."""
     text = "\x1f".join(f"s{part}" if isinstance(part, str) else f"i{operator.index(part)}" for part in key)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return hashlib.blake2b(text.encode(), digest_size=8)
+
+
+def _number(hasher: "hashlib.blake2b", rest: str) -> int:
+    """Return the hash of a key that is continued by ``rest``."""
+    own = hasher.copy()
+    own.update(rest.encode())
+    return int.from_bytes(own.digest(), "little") >> 1
