@@ -50,12 +50,12 @@ class _Shared:
         for name, array in arrays.items():
             self.payload[name] = array
         self.packed: dict[str, Packed] = {}
-        self.missing = set(self.selector.formats)
+        self.missing = dict.fromkeys(self.selector.formats)
 
     def add(self, name: str, piece: _Piece) -> None:
         """Add a variable that has been encoded."""
         self.payload[name], self.packed[name] = piece.array, piece.packed
-        self.missing.discard(name)
+        del self.missing[name]
 
 
 class Broadcast:
@@ -122,14 +122,10 @@ class Broadcast:
         self._record_names[node] = models = [k for k, record in records.items() if set(record) == set(self.arrays)]
         if policy is None:
             return
-        shared = self._shared.get(id(policy)) or self._shared.setdefault(
-            id(policy), _Shared(policy, self.arrays, self.round, self._unquantized_format)
-        )
-        encoding, left = (
-            policy.encoding(round=self.round, client=client),
-            shared.selector.unquantized(self.round, client),
-        )
-        payload, packed = self._payload(shared, left)
+        if id(policy) not in self._shared:
+            self._shared[id(policy)] = _Shared(policy, self.arrays, self.round, self._unquantized_format)
+        shared, encoding = self._shared[id(policy)], policy.encoding(round=self.round, client=client)
+        payload, packed = self._payload(shared, shared.selector.unquantized(self.round, client))
         unquantized = list[str]()
         if encoding.uplink is not None:
             unquantized = [name for name in shared.selector.uplinked if name not in packed]
@@ -172,7 +168,7 @@ class Broadcast:
 
     def _payload(self, shared: "_Shared", left: frozenset[str]) -> tuple[ArrayRecord, dict[str, Packed]]:
         """Return the model for a client that leaves some variables unquantized, and those that are compressed."""
-        for name in shared.missing - left:
+        for name in [name for name in shared.missing if name not in left]:
             shared.add(name, self._piece(name, shared.encodings[shared.selector.formats[name]], frame.VARIABLE))
         payload, packed = shared.payload.copy(), shared.packed.copy()
         for name in left:
