@@ -55,9 +55,10 @@ class InFlight:
     def send(self, messages: Iterable[Message], broadcast: Broadcast) -> None:
         """Send messages that ``broadcast`` has compressed; one that Flower does not take is not waited for."""
         messages, deadline = list(messages), time.monotonic() + self.timeout
-        for message, key in zip(messages, self.grid.push_messages(messages), strict=True):
-            if key is not None:
-                self._flights[key] = Flight(message.metadata, broadcast, deadline)
+        pushed = set(self.grid.push_messages(messages))  # which gives each message its ID
+        for message in messages:
+            if message.metadata.message_id in pushed:
+                self._flights[message.metadata.message_id] = Flight(message.metadata, broadcast, deadline)
 
     def poll(self) -> Iterator[tuple[Flight, Message | None]]:
         """Look for the reply to each message once, and then wait a little if none has come.
