@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
-from benchmarks import asynchronous
+from benchmarks import asynchronous, simulation_client
 from benchmarks.virtual_grid import VirtualGrid
+from fedomc.flower import collect
 from tests.flower.conftest import identity  # noqa: F401  (a fixture)
 
 
@@ -73,3 +75,13 @@ def test_the_virtual_clock_jumps_from_reply_to_reply() -> None:
         assert grid.now == 5.0 and len(list(connected.pull_messages(keys))) == 1
         grid.sleep(0.1)
         assert grid.now == 6.0 and list(connected.pull_messages(keys)) == []
+
+
+@pytest.mark.parametrize("app", [simulation_client.packed, simulation_client.plain])
+def test_the_clients_of_the_simulation_train(app: ClientApp) -> None:
+    model = simulation_client.build(2, 64)
+    content = {"arrays": collect(model), "config": ConfigRecord({"layers": 2, "width": 64})}
+    reply = app(Message(RecordDict({**content}), 7, "train"), Context(1, 1, {}, RecordDict(), {}))
+    found = reply.content["arrays"]
+    assert list(found) == list(collect(model))
+    assert (found["0.weight"].numpy() != collect(model)["0.weight"].numpy()).any()
