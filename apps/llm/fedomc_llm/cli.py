@@ -69,6 +69,9 @@ def finetune(
     activations: Annotated[
         str, typer.Option(help="Format in which activations are held, such as S1E4M3; empty: as they are.")
     ] = DEFAULTS.activations,
+    head_slice: Annotated[
+        int, typer.Option(help="Tokens whose logits are in memory at a time, for large vocabularies; 0: all.")
+    ] = DEFAULTS.head_slice,
     prompt: Annotated[str, typer.Option(help="Beginning of the samples.")] = DEFAULTS.prompt,
     sample_tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = DEFAULTS.sample_tokens,
     pretraining_steps: Annotated[
@@ -98,6 +101,7 @@ def finetune(
             held_out=held_out,
             checkpointing=checkpointing,
             activations=activations,
+            head_slice=head_slice,
             prompt=prompt,
             sample_tokens=sample_tokens,
             pretraining_steps=pretraining_steps,

@@ -33,6 +33,7 @@ def train(message: Message, context: Context) -> Message:
         seed=settings.seed * 1_000_003 + _round(message) * 1009 + part,
         checkpointing=settings.checkpointing,
         activations=settings.activations,
+        head_slice=settings.head_slice,
     )
     figures = {"num-examples": result.tokens, "loss": result.loss, "held-bytes": result.held_bytes}
     metrics = MetricRecord({**figures, **step_metrics(model)})
@@ -44,7 +45,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Measure the loss of this node's held-out text."""
     settings, variant, part = _request(message, context)
     model = _received(settings, variant, message)
-    loss, tokens = training.held_out_loss(model, _sequences(settings, part)[1], settings.batch)
+    loss, tokens = training.held_out_loss(model, _sequences(settings, part)[1], settings.batch, settings.head_slice)
     metrics = MetricRecord({"num-examples": tokens, "loss": loss, "part": part})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 

@@ -114,7 +114,15 @@ def adapted(path: str, format: str, rank: int, targets: str, seed: int) -> nn.Mo
     Raises:
         ModelError: the model cannot be read, or has no layers of these names.
     """
-    base = load(path, format)
+    return with_adapters(load(path, format), rank, targets, seed)
+
+
+def with_adapters(base: nn.Module, rank: int, targets: str, seed: int) -> nn.Module:
+    """Freeze a model and add adapters.
+
+    Raises:
+        ModelError: the model has no layers of these names.
+    """
     torch.manual_seed(seed)
     layers = targets if targets == "all-linear" else targets.split()
     try:

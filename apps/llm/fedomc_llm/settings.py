@@ -83,6 +83,7 @@ class Settings:
         held_out: sequences of each client's held-out text that are measured after a round; 0 is all.
         checkpointing: whether layers are computed again in the backward pass, for less memory and more time.
         activations: format in which activations are held; empty leaves them as they are.
+        head_slice: tokens whose logits are in memory at a time, for large vocabularies; 0 is all.
         prompt: the beginning of the samples.
         sample_tokens: tokens of a sample.
         pretraining_steps: steps in which the embedded model is pretrained.
@@ -105,6 +106,7 @@ class Settings:
     held_out: int = 16
     checkpointing: bool = False
     activations: str = ""
+    head_slice: int = 0
     prompt: str = "What is "
     sample_tokens: int = 160
     pretraining_steps: int = 400
@@ -117,7 +119,7 @@ class Settings:
                 raise SettingsError(f"{name}={getattr(self, name)}: it must be 1 or more")
         if self.length < 2:
             raise SettingsError(f"length={self.length}: a sequence has 2 tokens or more, as each predicts the next")
-        for name in ("cohort", "held_out"):
+        for name in ("cohort", "held_out", "head_slice"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name}={getattr(self, name)}: it must not be negative")
         if not 0 <= self.seed < 2**32:

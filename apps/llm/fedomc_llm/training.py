@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fedomc
+from fedomc_llm.errors import ModelError
 from fedomc_llm.models import ADAPTERS
 
 STATE_FORMAT = "S1E4M3/64"
@@ -41,6 +45,7 @@ def train_locally(
     seed: int,
     checkpointing: bool = False,
     activations: str = "",
+    head_slice: int = 0,
 ) -> LocalResult:
     """Train in place what is not frozen, with AdamW that steps in the backward pass.
 
@@ -53,6 +58,7 @@ def train_locally(
         seed: of the batches and of dropout.
         checkpointing: whether layers are computed again in the backward pass.
         activations: the format in which activations are held; empty leaves them as they are.
+        head_slice: see ``loss_of``.
     """
     if any(not parameter.requires_grad for parameter in model.parameters()):
         fedomc.decompress_(model, [ADAPTERS])
@@ -72,7 +78,7 @@ def train_locally(
         with fedomc.compress_activations(model, activations) if activations else nullcontext():
             for step in range(steps):
                 chosen = [order[(step * batch + i) % len(order)] for i in range(min(batch, len(order)))]
-                loss = loss_of(model, sequences[chosen])
+                loss = loss_of(model, sequences[chosen], head_slice)
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(float(loss.detach()))
         held = fedomc.parameter_bytes(model).total + _state_bytes(stepping.optimizer)
@@ -82,19 +88,42 @@ def train_locally(
     return LocalResult(math.fsum(losses) / len(losses), seen, held)
 
 
-def loss_of(model: nn.Module, sequences: Tensor) -> Tensor:
-    """Return the mean cross-entropy of each token ``[B, T]`` given those before it, in nats."""
-    loss: Tensor = model(input_ids=sequences, labels=sequences, use_cache=False).loss
-    return loss
+def loss_of(model: nn.Module, sequences: Tensor, head_slice: int = 0) -> Tensor:
+    """Return the mean cross-entropy of each token ``[B, T]`` given those before it, in nats.
+
+    Args:
+        model: of ``transformers``, with adapters or without.
+        sequences: token numbers ``[B, T]``.
+        head_slice: tokens whose logits are in memory at a time, and are computed again in the backward pass: with a
+            vocabulary of 262 144, the logits of a token take a megabyte. 0 is all.
+
+    Raises:
+        ModelError: logits are to be sliced, but those of this model are not the product of its head alone.
+    """
+    if not head_slice:
+        loss: Tensor = model(input_ids=sequences, labels=sequences, use_cache=False).loss
+        return loss
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if any(getattr(whole.config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
+        raise ModelError(f"head_slice={head_slice}: {type(whole).__name__} changes its logits, so set it to 0")
+    head = whole.get_output_embeddings()
+
+    def sum_of(rows: Tensor, next_tokens: Tensor) -> Tensor:
+        return F.cross_entropy(head(rows).float(), next_tokens, reduction="sum")
+
+    hidden = whole.base_model(input_ids=sequences, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [N, D]
+    slices = zip(torch.split(hidden, head_slice), torch.split(sequences[:, 1:].flatten(), head_slice), strict=True)
+    sums = [checkpoint(sum_of, *pair, use_reentrant=False) for pair in slices]
+    return torch.stack(sums).sum() / len(hidden)  # type: ignore[arg-type]
 
 
-def held_out_loss(model: nn.Module, sequences: Tensor, batch: int) -> tuple[float, int]:
+def held_out_loss(model: nn.Module, sequences: Tensor, batch: int, head_slice: int = 0) -> tuple[float, int]:
     """Measure the mean loss of a token, and count the tokens that were predicted."""
     model.eval()
     total = 0.0
     with torch.no_grad():
         for part in torch.split(sequences, batch):
-            total += float(loss_of(model, part)) * len(part)
+            total += float(loss_of(model, part, head_slice)) * len(part)
     return total / len(sequences), len(sequences) * (sequences.shape[1] - 1)
 
 

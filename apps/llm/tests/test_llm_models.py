@@ -59,6 +59,22 @@ def test_the_embedded_model_is_pretrained_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+@pytest.mark.parametrize("format", ["FP32", "S1E4M3/64"])
+def test_sliced_logits_give_the_same_loss_and_gradient(tiny: Path, format: str) -> None:
+    model = models.adapted(str(tiny), format, 4, "all-linear", 0)
+    sequences = torch.arange(60).view(2, 30)
+    found = []
+    for head_slice in (0, 7):
+        model.zero_grad()
+        loss = training.loss_of(model, sequences, head_slice)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(found[0], found[1])
+    model.get_base_model().config.final_logit_softcapping = 30.0
+    with pytest.raises(ModelError, match="head_slice=7"):
+        training.loss_of(model, sequences, 7)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_training_learns_packed_and_activations_may_be_packed_too(tiny: Path, lora: bool) -> None:
     sequences = torch.randint(97, 101, (8, 32), generator=torch.Generator().manual_seed(0))
