@@ -114,7 +114,7 @@ def loss_of(model: nn.Module, sequences: Tensor, head_slice: int = 0) -> Tensor:
     hidden = whole.base_model(input_ids=sequences, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [N, D]
     slices = zip(torch.split(hidden, head_slice), torch.split(sequences[:, 1:].flatten(), head_slice), strict=True)
     sums = [checkpoint(sum_of, *pair, use_reentrant=False) for pair in slices]
-    return torch.stack(sums).sum() / len(hidden)  # type: ignore[arg-type]
+    return torch.stack(sums).sum() / len(hidden)
 
 
 def held_out_loss(model: nn.Module, sequences: Tensor, batch: int, head_slice: int = 0) -> tuple[float, int]:

@@ -129,8 +129,8 @@ def reply_frame(
     if not isinstance(sent, frame.Frame) or config is None:
         return None
     if sent.kind == frame.VARIABLE and config.encoding.update_format is None:
-        format = sent.packed.method if config.encoding.downlink is None else config.encoding.format
-        return value_frame(value, format, config, name, sent.packed)
+        held = sent.packed.method if config.encoding.downlink is None else config.encoding.format
+        return value_frame(value, held, config, name, sent.packed)
     format = config.encoding.update_format if sent.kind == frame.VARIABLE else config.unquantized_format
     if format is None:
         raise PayloadError(
