@@ -6,7 +6,7 @@ from torch import nn
 
 from fedomc import compress_activations
 from fedomc._torch import StorageWeakRef
-from fedomc.activations.slabs import SLAB_BYTES, Gaps, Slabs
+from fedomc.activations.slabs import SLAB_BYTES, Slabs
 
 CPU = torch.device("cpu")
 
@@ -31,17 +31,6 @@ def test_a_slab_is_gone_with_the_last_tensor_in_it() -> None:
     assert not slab.expired()
     del second
     assert slab.expired()
-
-
-def test_gaps_are_given_back_every_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    gaps = Gaps(every=100)
-    monkeypatch.setattr(gaps, "_trim", calls.append)
-    for _ in range(10):
-        gaps.count(30)
-    assert len(calls) == 2
-    monkeypatch.setattr(gaps, "_trim", None)  # another C library
-    gaps.count(1000)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory a process has")

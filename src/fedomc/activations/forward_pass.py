@@ -30,8 +30,9 @@ from fedomc._torch import (
 from fedomc.activations.attention import attention
 from fedomc.activations.kept import Coded, Flags, Kept, Span
 from fedomc.activations.operations import CHECKPOINT, SMALLEST, Keeping, Operation, operation_of
-from fedomc.activations.slabs import Slabs, gaps
+from fedomc.activations.slabs import Slabs
 from fedomc.codec import INFINITY_BITS, absmax_bits
+from fedomc.codec.heap import heap
 from fedomc.errors import NonFiniteError
 from fedomc.methods import Method, Packed, encode
 
@@ -170,7 +171,7 @@ class ForwardPass(TorchFunctionMode):
         """Count what is held, and the bytes of each tensor that was saved once."""
         self.saved_bytes += 0 if place in self._places else saved_bytes
         self.held_bytes += held_bytes
-        gaps.count(saved_bytes)
+        heap.count(saved_bytes)
         self._places.add(place)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedomc.activations.bits import pack_bits, unpack_bits
-from fedomc.activations.slabs import gaps
 from fedomc.codec import absmax_bits
+from fedomc.codec.heap import heap
 from fedomc.codec.workspace import workspace
 from fedomc.methods import Packed
 
@@ -106,7 +106,7 @@ class _Flat(Kept, ABC):
         self._let_go(saved)
 
     def _values(self) -> Tensor:
-        gaps.count(4 * self._numel)
+        heap.count(4 * self._numel)
         with torch.no_grad():
             return self.flat().as_strided(self._size, self._stride).to(self._dtype)
 

@@ -5,13 +5,11 @@ A forward pass allocates an activation, packs it into a quarter of its size and 
 codes or a node of the graph, may be put where the activation was, so that the next activation does not fit there: the
 process grows as if nothing was packed. Codes are therefore put one after the other into slabs that are mapped from the
 system. The tensors in a slab share its storage, so that it is unmapped when the last of them is gone. The gaps that
-smaller objects leave in the heap are given back to the system, page by page, whenever a certain amount was packed or
-decoded. (Mapping each activation on its own would take less memory still, but a page of a new mapping costs time.)
+smaller objects leave in the heap are given back to the system (``codec.heap``). Mapping each activation on its own
+would take less memory still, but a page of a new mapping costs time.
 """
 
-import ctypes
 import mmap
-import sys
 
 import torch
 from torch import Tensor
@@ -44,23 +42,3 @@ def _mapped(nbytes: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapped.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapped, dtype=torch.uint8)
-
-
-class Gaps:
-    """Gives the free pages of the heap back to the system whenever so many bytes were packed or decoded."""
-
-    def __init__(self, every: int) -> None:
-        self._every, self._bytes = every, 0
-        library = None if sys.platform == "win32" else ctypes.CDLL(None)
-        self._trim = getattr(library, "malloc_trim", None)  # of glibc alone
-
-    def count(self, nbytes: int) -> None:
-        """Count bytes that were packed or decoded."""
-        self._bytes += nbytes
-        if self._bytes >= self._every and self._trim is not None:
-            self._bytes = 0
-            self._trim(0)
-
-
-gaps = Gaps(every=256 * 2**20)
-"""The gaps in the heap of this process."""

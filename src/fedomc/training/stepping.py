@@ -29,6 +29,7 @@ from fedomc._torch import (
     without_grad,
     without_overrides,
 )
+from fedomc.codec.heap import heap
 from fedomc.errors import PolicyError
 from fedomc.methods import Method
 from fedomc.tensor.compressed import is_compressed
@@ -132,6 +133,7 @@ class StepInBackward:
 
     def _step(self, index: int) -> None:
         parameter = self._variables[index][1]
+        gradient_bytes = 4 * parameter.numel()
         with self._lock:
             try:
                 if self._clip_norm is not None:
@@ -140,6 +142,7 @@ class StepInBackward:
                     self._step_in_full(index)
             finally:
                 self._release(index)
+                heap.count(gradient_bytes)
 
     def _update(self, index: int) -> bool:
         """Update one variable without ``Optimizer.step``; return False if only that can."""
