@@ -47,6 +47,7 @@ __all__ = [
     "is_called_by",
     "is_called_compiled",
     "is_compiled",
+    "is_plain",
     "keep_hooks_in_swap",
     "linear_of_onednn",
     "no_overrides",
@@ -155,6 +156,14 @@ def dispatch_is_watched() -> bool:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Tell whether ``torch.compile`` made a module, or ``Module.compile`` compiled it in place."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def is_plain(x: Any) -> bool:
+    """Tell whether a tensor has memory of its own and is of no subclass; a fake one counts as what it stands for."""
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return True
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and isinstance(x, fake.FakeTensor)
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from fedomc._torch import is_plain
 
 
 class _Attention(torch.autograd.Function):
@@ -54,7 +56,7 @@ def attention(
     """Do what ``F.scaled_dot_product_attention`` does; its backward pass computes it again if there is no dropout."""
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     inputs: list[Any] = [query, key, value, attn_mask]
-    plain = all(x is None or type(x) in (Tensor, nn.Parameter) for x in inputs)
+    plain = all(x is None or is_plain(x) for x in inputs)
     if dropout_p or not plain or not any(x is not None and x.requires_grad for x in inputs):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
     device = query.device.type

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedomc._torch import (
     StorageWeakRef,
+    is_plain,
     running_modules,
     saved_by_checkpoint,
     saved_tensors_hooks,
@@ -62,14 +63,14 @@ class ForwardPass(TorchFunctionMode):
         self._model, self._method, self._rounding, self._seed = model, method, rounding, seed
         self._operation: Operation | None = None
         # Plain tensors alone: others may have no storage.
-        lasting = [x for x in (*model.parameters(), *model.buffers()) if type(x.data) is Tensor and not x.is_sparse]
+        lasting = [x for x in (*model.parameters(), *model.buffers()) if is_plain(x.data) and not x.is_sparse]
         self._lasting = {storage_key(x.untyped_storage()) for x in lasting}
         self._packed: dict[tuple[Any, ...], ref[Packed]] = {}
         self._places: set[tuple[Any, ...]] = set()
         self._exact: set[tuple[int, int]] = set()
         self._storages: dict[int, StorageWeakRef] = {}
         self._slabs = Slabs()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, Kept.load)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _load)
 
     def __enter__(self) -> "ForwardPass":
         self._hooks.__enter__()  # first, as it fails inside the transforms of torch.func
@@ -106,7 +107,7 @@ class ForwardPass(TorchFunctionMode):
         if operation is None and saved_by_checkpoint():
             operation = CHECKPOINT
         by = "an operation" if operation is None else operation.name
-        if type(saved) is not Tensor or saved.layout is not torch.strided or saved.dtype not in _DTYPES:
+        if not is_plain(saved) or saved.layout is not torch.strided or saved.dtype not in _DTYPES:
             return Kept(saved, by)
         storage = saved.untyped_storage()
         key, version = storage_key(storage), saved._version
@@ -114,18 +115,19 @@ class ForwardPass(TorchFunctionMode):
             return Kept(saved, by)
         self._storages.setdefault(key, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
         keeping = Keeping.EXACT if operation is None else operation.keeping(saved)
-        if keeping is not Keeping.EXACT and (key, version) not in self._exact:
-            kept = self._shrunk(saved, by, keeping, (key, version), storage.nbytes())
+        saved_bytes = min(saved.nbytes, storage.nbytes())
+        is_smaller = self._method.nbytes(saved.numel()) <= _GAIN * saved_bytes
+        if is_smaller and keeping is not Keeping.EXACT and (key, version) not in self._exact:
+            kept = self._shrunk(saved, by, keeping, (key, version), saved_bytes)
             if kept is not None:
                 return kept
         self._exact.add((key, version))
         return Kept(saved, by)
 
-    def _shrunk(self, saved: Tensor, by: str, keeping: Keeping, identity: tuple[int, int], held: int) -> Kept | None:
-        """Pack a tensor; None if that would hold as much as the tensor does."""
-        saved_bytes = min(saved.nbytes, held)
-        if self._method.nbytes(saved.numel()) > _GAIN * saved_bytes:
-            return None
+    def _shrunk(
+        self, saved: Tensor, by: str, keeping: Keeping, identity: tuple[int, int], saved_bytes: int
+    ) -> Kept | None:
+        """Pack a tensor; None for a mask that is none."""
         with torch.no_grad():
             span = Span.of(saved.detach())
             place = (*identity, *span.place)
@@ -173,6 +175,10 @@ class ForwardPass(TorchFunctionMode):
         self.held_bytes += held_bytes
         heap.count(saved_bytes)
         self._places.add(place)
+
+
+def _load(kept: Kept) -> Tensor:
+    return kept.load()
 
 
 def _running_module(model: torch.nn.Module) -> str:

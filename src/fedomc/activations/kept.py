@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fedomc.activations.bits import pack_bits, unpack_bits
 from fedomc.codec import absmax_bits
-from fedomc.codec.heap import heap
 from fedomc.codec.workspace import workspace
 from fedomc.methods import Packed
 
@@ -106,7 +105,6 @@ class _Flat(Kept, ABC):
         self._let_go(saved)
 
     def _values(self) -> Tensor:
-        heap.count(4 * self._numel)
         with torch.no_grad():
             return self.flat().as_strided(self._size, self._stride).to(self._dtype)
 

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedomc._torch import storage_key
+from fedomc._torch import is_plain, storage_key
 from fedomc.tensor.compressed import is_compressed
 
 SMALLEST = 4096
@@ -153,7 +153,7 @@ def _is_of(saved: Tensor, tensors: list[Tensor]) -> bool:
 
 
 def _has_memory(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided
+    return is_plain(x) and x.layout is torch.strided
 
 
 def _is_parameter(x: Tensor) -> bool:

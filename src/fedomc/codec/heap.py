@@ -24,21 +24,25 @@ class Heap:
     Args:
         growth: bytes by which the process may grow without being trimmed.
         every: the size is looked up whenever so many bytes were counted.
+
+    Attributes:
+        growth: as given.
+        every: as given.
     """
 
     def __init__(self, growth: int, every: int) -> None:
-        self._growth, self._every = growth, every
+        self.growth, self.every = growth, every
         self._counted = self._smallest = 0
         self._trim = _trim_of_c() if os.path.exists(_PATH) else None
 
     def count(self, nbytes: int) -> None:
         """Count bytes that were, or are about to be, freed."""
         self._counted += nbytes
-        if self._counted < self._every or self._trim is None:
+        if self._counted < self.every or self._trim is None:
             return
         self._counted = 0
         resident = resident_bytes()
-        if resident > self._smallest + self._growth:
+        if resident > self._smallest + self.growth:
             self._trim(0)
             self._smallest = resident_bytes()
         else:

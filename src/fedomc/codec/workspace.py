@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedomc.codec.heap import heap
+
 PANEL_BYTES = 8 * 2**20
 """The maximum size of the part of a weight that is decoded at a time."""
 
@@ -74,6 +76,7 @@ class Workspace:
         """
         if numel < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
             return torch.empty(numel, dtype=dtype, device=device)
+        heap.count(dtype.itemsize * numel)
         with self._lock:
             if self._busy:  # see _alone; a context manager of its own would double the time of this method
                 return torch.empty(numel, dtype=dtype, device=device)

@@ -25,16 +25,23 @@ from torch.overrides import TorchFunctionMode
 from fedomc._torch import TorchDispatchMode, current_node, schema_of, sparse_parts, storage_key, tree_leaves
 from fedomc.codec import CHUNK
 from fedomc.codec.workspace import PANEL_BYTES
-from fedomc.methods import Encoding
+from fedomc.memory.resident import Block, peak_resident
+from fedomc.methods import Encoding, Method
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
 from fedomc.tensor.handlers import FUNCTIONS
 from fedomc.tensor.ops.convolution import CONVOLUTIONS
+from fedomc.training.optimizer_state import SMALLEST
 
 _USED = ("decoded", "panel", "chunk", "added", "written")
+_PACKED = ("codes", "flags")
+"""Activations that are held as codes, counted as four bytes a value, or as a bit a value."""
 
 _aten = torch.ops.aten
 _IN_ONE_PASS = {_aten.add_.Tensor, _aten.sub_.Tensor}
 """In-place operators that a compressed variable executes without dense values."""
+
+_CONVOLUTIONS = {_aten.convolution.default, _aten.convolution_backward.default}
+"""Operators that copy their largest tensor into a layout of their own."""
 
 _BY_PANELS = {F.linear, F.embedding, *CONVOLUTIONS}
 """Functions that decode no more than a panel of a variable at a time."""
@@ -78,7 +85,8 @@ class Lifetime:
         nbytes: size of the storage.
         start: number of the operator that makes it.
         end: number of the last operator at which it is alive; None if it still is.
-        kind: a field of ``MemoryBytes``, or one of ``_USED``: how a variable is used.
+        kind: a field of ``MemoryBytes``; one of ``_USED``, how a variable is used, or of ``_PACKED``; or ``scratch``,
+            what an operator allocates inside itself.
         variable: name of the variable, if it is one.
     """
 
@@ -102,6 +110,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.moment = 0
         self.lifetimes: list[Lifetime] = []
         self.variables: dict[int, str] = {}
+        self.counted: dict[int, int] = {}
         self._alive: dict[int, tuple[Any, Lifetime]] = {}
         for name, parameter in model.named_parameters():
             self._register(parameter, "parameters", name)
@@ -118,7 +127,14 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._observe(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         self._register(result)
+        if func in _CONVOLUTIONS:
+            largest = max(storage.nbytes() for storage in _storages((args, result)))
+            self.lifetimes.append(Lifetime(largest, self.moment, self.moment, "scratch"))
         return result
+
+    def count(self, nbytes: int) -> None:
+        """Note that bytes are counted now for the trims of ``codec.heap``."""
+        self.counted[self.moment] = self.counted.get(self.moment, 0) + nbytes
 
     def tag(self, kind: str, tensors: Any) -> None:
         """Set the kind of tensors, in any structure; tensors that were made outside of the run are ignored."""
@@ -155,7 +171,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         changes = np.zeros((len(KINDS), self.moment + 2), dtype=np.int64)
         for lifetime in self.lifetimes:
-            kind = "transients" if lifetime.kind in _USED else lifetime.kind
+            kind = lifetime.kind
+            kind = "transients" if kind in _USED else "activations" if kind in _PACKED else kind
             if kind in KINDS:
                 row, nbytes = KINDS.index(kind), bytes_of(lifetime)
                 changes[row, lifetime.start] += nbytes
@@ -233,18 +250,56 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
                     self._decoded[name] = Lifetime(0, self._since, None, self._decoding(name), name)
                     self.lifetimes.append(self._decoded[name])
 
-    def peaks_with(self, encodings: Mapping[str, Encoding], arrived: int = 0) -> MemoryBytes:
+    def peaks_with(
+        self,
+        encodings: Mapping[str, Encoding],
+        arrived: int = 0,
+        activations: Method | None = None,
+        state: Method | None = None,
+    ) -> MemoryBytes:
         """Return what the model would hold with some variables compressed.
 
         Args:
             encodings: their encodings, by name.
             arrived: bytes that are held all the time, as for ``peaks``.
+            activations: the format of the activations that were packed into tensors of the kind ``codes``.
+            state: the format of the optimizer's state; None holds it as it is.
         """
+        return self.peaks(self._bytes_with(encodings, activations, state), arrived)
+
+    def resident_with(
+        self,
+        encodings: Mapping[str, Encoding],
+        arrived: int = 0,
+        activations: Method | None = None,
+        state: Method | None = None,
+    ) -> int:
+        """Return by how many bytes the process would grow; see ``resident`` for the arguments and ``peaks_with``."""
+        bytes_of = self._bytes_with(encodings, activations, state)
+        kinds = (*KINDS, *_USED, *_PACKED, "released", "scratch")
+        counted = dict(self.counted)
+        for lifetime in self.lifetimes:
+            if lifetime.kind in ("decoded", "panel") and lifetime.variable in encodings:
+                counted[lifetime.start] = counted.get(lifetime.start, 0) + 4 * self._sizes[lifetime.variable]
+        blocks = (
+            Block(bytes_of(each), each.start, self.moment if each.end is None else each.end, each.kind in _PACKED)
+            for each in self.lifetimes
+            if each.kind in kinds
+        )
+        return arrived + peak_resident(blocks, counted, self.moment)
+
+    def _bytes_with(
+        self, encodings: Mapping[str, Encoding], activations: Method | None, state: Method | None
+    ) -> Callable[[Lifetime], int]:
 
         def bytes_of(lifetime: Lifetime) -> int:
+            if lifetime.kind == "codes" and activations is not None:
+                return activations.nbytes(lifetime.nbytes // 4)
+            if lifetime.kind == "optimizer" and state is not None and lifetime.nbytes >= 4 * SMALLEST:
+                return state.nbytes(lifetime.nbytes // 4)
             encoding = encodings.get(lifetime.variable)
             if encoding is None:
-                return lifetime.nbytes if lifetime.kind in KINDS else 0
+                return 0 if lifetime.kind in _USED else lifetime.nbytes
             size = self._sizes[lifetime.variable]
             packed = [method.nbytes(size) for method in encoding.methods]
             if lifetime.kind == "parameters":
@@ -261,7 +316,7 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
             chunk, following = min(size, CHUNK), min(max(size - CHUNK, 0), CHUNK)
             return 2 * packed[1] + 4 * max(3 * chunk, chunk + 3 * following)
 
-        return self.peaks(bytes_of, arrived)
+        return bytes_of
 
     def _decoding(self, name: str) -> str:
         return "panel" if self._functions.get(name) in _BY_PANELS else "decoded"

@@ -4,31 +4,28 @@ The dry run trains a copy of the model, compressed, and tracks what is alive. Th
 without values for all formats, also on a machine that could hold none of them; see ``liveness`` for both.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedomc._torch import in_reentrant_checkpoint, tree_map
 from fedomc.errors import OMCError, PolicyError
-from fedomc.memory.liveness import KINDS, FunctionTracker, MemoryBytes, StorageTracker, VariableTracker
-from fedomc.methods import Encoding
+from fedomc.memory.dry_run import Encodings, Training, measured, resized, tracked
+from fedomc.memory.liveness import KINDS, MemoryBytes
+from fedomc.methods import Method, parse_method
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
-from fedomc.training.model import compress_, decompress_
+from fedomc.training.optimizer_state import checked_state_format
 from fedomc.training.policy import CompressionPolicy
 from fedomc.training.selection import arrived_bytes
-from fedomc.training.stepping import step_in_backward
-from fedomc.training.trial import Arguments, arguments_of, copied, copy_of, forward, own_loss
+from fedomc.training.trial import arguments_of, own_loss
 
 FORMATS = ("FP32", "S1E4M14", "S1E3M7", "S1E2M3+S1E2M1")
 FP32, AS_IS = "FP32", "as is"
-
-_STEPS = 2  # the second one has the optimizer's state from its beginning
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,12 @@ class MemoryReport:
     def __str__(self) -> str:
         found = [*self.predicted.values(), *self.measured.values()]
         kinds = [kind for kind in KINDS if kind != "arrived" or any(memory.arrived for memory in found)]
-        head = f"{'MB':16}{'':10}" + "".join(f"{kind:>13}" for kind in (*kinds, "peak"))
+        names = list(self.predicted or self.measured)
+        width = max(16, *(len(name) + 1 for name in names)) if names else 16
+        head = f"{'MB':{width}}{'':10}" + "".join(f"{kind:>13}" for kind in (*kinds, "peak"))
         rows = [
-            f"{name:16}{source:10}" + "".join(f"{getattr(memory, kind) / 1e6:13.3f}" for kind in (*kinds, "peak"))
-            for name in self.predicted or self.measured
+            f"{name:{width}}{source:10}" + "".join(f"{getattr(memory, kind) / 1e6:13.3f}" for kind in (*kinds, "peak"))
+            for name in names
             for source in ("predicted", "measured")
             if (memory := getattr(self, source).get(name)) is not None
         ]
@@ -75,6 +74,9 @@ def memory_report(
     optimizer_class: Callable[..., Optimizer] = torch.optim.SGD,
     in_backward: bool = True,
     clip_norm: float | None = None,
+    activations: Sequence[str | Method] = (FP32,),
+    state_formats: Sequence[str | Method] = (FP32,),
+    batch_size: int | None = None,
     predict: bool = True,
     measure: bool = True,
     **kwargs: Any,
@@ -93,6 +95,10 @@ def memory_report(
         optimizer_class: from ``torch.optim``.
         in_backward: steps as ``step_in_backward`` does; False steps after the backward pass with one optimizer.
         clip_norm: as for ``step_in_backward``.
+        activations: formats as for ``compress_activations``, each of which makes a row with each of ``formats``; with
+            ``FP32`` they stay as they are.
+        state_formats: formats as for ``step_in_backward``, likewise.
+        batch_size: reports on a batch of this size, made by leaving rows of ``batch`` out or repeating them.
         predict: predicts from shapes alone; nothing of the model's size is allocated.
         measure: trains a copy of the model for two steps, in each format.
         **kwargs: for the optimizer.
@@ -101,37 +107,55 @@ def memory_report(
         FormatError: no such format.
         PolicyError: a policy that fits no variable of the model, a lazy module that has not run yet, or two formats of
             one name.
-        OMCError: the loss is no scalar; the shapes in the model depend on values; a model on meta cannot be measured.
+        OMCError: the loss is no scalar; the shapes in the model depend on values; a model on meta cannot be measured;
+            the tensors of the batch differ in their first dimension, and there is a ``batch_size``.
         RuntimeError: stepping in backward inside a reentrant checkpoint.
     """
     check_initialized(model)
-    training = _Training(loss or own_loss, optimizer_class, in_backward, clip_norm, kwargs)
-    encodings = {_label(each): _encodings(model, each) for each in formats}
-    if len(encodings) < len(formats):
+    training = Training(loss or own_loss, optimizer_class, in_backward, clip_norm, kwargs)
+    combinations = {
+        _name(format, activation, state): (encodings_of(model, format), _method(activation), _state(state))
+        for format, activation, state in product(formats, activations, state_formats)
+    }
+    if len(combinations) < len(formats) * len(activations) * len(state_formats):
         raise PolicyError(
-            f"two of the formats {', '.join(map(_label, formats))} have the same name: report on one at a time"
+            f"two of the formats {', '.join(map(label, formats))} have the same name: report on one at a time"
         )
     inputs = arguments_of(batch)
     if measure and any(parameter.is_meta for parameter in model.parameters()):
         raise OMCError("the model is on the meta device and cannot be measured: pass measure=False, or fill it first")
     cuda = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    predictions: dict[str, MemoryBytes] = {}
+    measurements: dict[str, MemoryBytes] = {}
     with torch.random.fork_rng(devices=list(cuda)), torch.inference_mode(False), torch.enable_grad():
-        return MemoryReport(
-            _predicted(model, inputs, training, encodings) if predict else {},
-            {name: _measured(model, inputs, training, each) for name, each in encodings.items()} if measure else {},
-        )
+        if predict:
+            runs = {
+                (bool(packed), bool(state)): tracked(
+                    model,
+                    inputs,
+                    training,
+                    packs_activations=bool(packed),
+                    packs_state=bool(state),
+                    batch_size=batch_size,
+                )
+                for _, packed, state in combinations.values()
+            }
+        for name, (encodings, packed, state) in combinations.items():
+            if predict:
+                run, arrived = runs[bool(packed), bool(state)], arrived_bytes(model, encodings)
+                predictions[name] = run.peaks_with(encodings, arrived, packed, state)
+            if measure:
+                sized = inputs if batch_size is None else resized(inputs, batch_size)
+                measurements[name] = measured(model, sized, training, encodings, packed, state)
+    return MemoryReport(predictions, measurements)
 
 
-_Encodings = Mapping[str, Encoding]
-
-
-def _label(format: str | CompressionPolicy) -> str:
-    if isinstance(format, str):
-        return format
+def label(format: str | CompressionPolicy) -> str:
+    """Return the name of a format or policy."""
     return str(format)
 
 
-def _encodings(model: nn.Module, format: str | CompressionPolicy) -> _Encodings:
+def encodings_of(model: nn.Module, format: str | CompressionPolicy) -> Encodings:
     """Return the encodings of the compressed variables, by qualified name."""
     if format == FP32:
         return {}
@@ -140,97 +164,15 @@ def _encodings(model: nn.Module, format: str | CompressionPolicy) -> _Encodings:
     return CompressionPolicy.parse(format).select(model)
 
 
-@dataclass(frozen=True)
-class _Training:
-    """How a model is trained; see ``memory_report``."""
-
-    loss: Callable[[Any], Tensor]
-    optimizer_class: Callable[..., Optimizer]
-    in_backward: bool
-    clip_norm: float | None
-    kwargs: dict[str, Any]
-
-    def run(self, model: nn.Module, batch: Arguments, tracker: StorageTracker, stepping: Callable[..., object]) -> None:
-        """Train under a tracker."""
-        optimizers: list[Optimizer] = []
-
-        def tag(optimizer: Optimizer, *_: Any) -> None:
-            tracker.tag("gradients", [p.grad for group in optimizer.param_groups for p in group["params"]])
-
-        def watched(parameters: Any, **kwargs: Any) -> Optimizer:
-            optimizer = self.optimizer_class(parameters, **kwargs)
-            optimizer.register_step_pre_hook(tag)
-            optimizers.append(optimizer)
-            return optimizer
-
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if trained and self.in_backward:
-            stepping(model, watched, clip_norm=self.clip_norm, **self.kwargs)
-        elif trained:
-            watched(trained, **self.kwargs)
-        for _ in range(_STEPS):
-            loss = self.loss(forward(model, batch))
-            tracker.tag_alive("activations")
-            if trained:
-                loss.backward()  # type: ignore[no-untyped-call]
-            del loss
-            if trained and not self.in_backward:
-                for parameter in trained:
-                    if self.clip_norm is not None and parameter.grad is not None:
-                        nn.utils.clip_grad_norm_([parameter], self.clip_norm)
-                optimizers[0].step()
-                optimizers[0].zero_grad()
-            tracker.tag("released", [parameter.grad for parameter in trained])  # four bytes each, of no kind
-            tracker.follow(model)
-            tracker.tag("optimizer", [list(state.values()) for each in optimizers for state in each.state.values()])
+def _name(format: str | CompressionPolicy, activations: str | Method, state: str | Method) -> str:
+    """Name a row, by the format of the parameters alone if everything else is in FP32."""
+    others = [(activations, "activations"), (state, "state")]
+    return ", ".join([label(format), *(f"{what} {each}" for each, what in others if each != FP32)])
 
 
-def _measured(model: nn.Module, batch: Arguments, training: _Training, encodings: _Encodings) -> MemoryBytes:
-    """Train a compressed copy of the model and return what it held."""
-    trial = decompress_(copied(model, copy_of))
-    compress_(trial, encodings)
-    inputs = tree_map(copy_of, batch)
-    tracker = StorageTracker(trial, inputs)
-    with tracker:
-        training.run(trial, inputs, tracker, step_in_backward)
-    return tracker.peaks(lambda lifetime: lifetime.nbytes, arrived_bytes(model, encodings))
+def _method(format: str | Method) -> Method | None:
+    return None if format == FP32 else parse_method(format)
 
 
-def _predicted(
-    model: nn.Module, batch: Arguments, training: _Training, formats: Mapping[str, _Encodings]
-) -> dict[str, MemoryBytes]:
-    """Train a plain copy of the model without values, and return what compressed ones would hold."""
-    from fedomc._torch import DataDependentOutputException, DynamicOutputShapeException
-    from fedomc.memory.shapes import ShapeMode
-
-    shapes = ShapeMode()
-    trial = copied(model, shapes.copy)
-    inputs = tree_map(shapes.copy, batch)
-    tracker = VariableTracker(trial, inputs)
-    try:
-        with shapes, tracker, FunctionTracker(tracker):
-            training.run(trial, inputs, tracker, _step_shapes)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise OMCError(
-            f"the model's shapes depend on values ({error.func}) and cannot be predicted: pass predict=False"
-        ) from error
-    return {name: tracker.peaks_with(each, arrived_bytes(model, each)) for name, each in formats.items()}
-
-
-def _step_shapes(
-    model: nn.Module, optimizer_class: Callable[..., Optimizer], *, clip_norm: float | None, **kwargs: Any
-) -> None:
-    """Step a model without values in its backward pass; of a gradient nothing is left."""
-
-    def complete(optimizer: Optimizer, parameter: Tensor) -> None:
-        if in_reentrant_checkpoint():
-            raise RuntimeError("a reentrant checkpoint cannot be stepped in backward: pass use_reentrant=False to it")
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_([parameter], clip_norm)
-        optimizer.step()
-        parameter.grad = None
-
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            step = partial(complete, optimizer_class([parameter], **kwargs))
-            parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
+def _state(format: str | Method) -> Method | None:
+    return None if format == FP32 else checked_state_format(format)
