@@ -173,7 +173,7 @@ def test_no_other_module_uses_a_private_name_of_flower() -> None:
                     found.append(f"{path.name}:{node.lineno} from {module}")
                 case ast.Import() if any(alias.name.split(".")[0] == "flwr" for alias in node.names):
                     found.append(f"{path.name}:{node.lineno} import flwr")
-                case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                case ast.Attribute(value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super"))):
                     pass
                 case ast.Attribute(attr=attr) if attr.startswith("_") and attr not in (
                     "__init__",
