@@ -3,6 +3,7 @@
 from fedomc.activations.packing import ActivationBytes, PackedActivations, compress_activations
 from fedomc.errors import (
     BaseModelError,
+    BudgetError,
     FolderLockedError,
     FormatError,
     NonFiniteError,
@@ -12,6 +13,7 @@ from fedomc.errors import (
     RoundsFailedError,
 )
 from fedomc.memory.liveness import MemoryBytes
+from fedomc.memory.plan import MemoryPlan, plan
 from fedomc.memory.report import MemoryReport, memory_report
 from fedomc.methods import Encoding, FloatFormat, Method
 from fedomc.serialization.model_file import load_model, materialize_, save_model
@@ -32,6 +34,7 @@ __all__ = [
     "ActivationBytes",
     "Advice",
     "BaseModelError",
+    "BudgetError",
     "CompressedTensor",
     "CompressionPolicy",
     "Encoding",
@@ -40,6 +43,7 @@ __all__ = [
     "FormatAdvice",
     "FormatError",
     "MemoryBytes",
+    "MemoryPlan",
     "MemoryReport",
     "Method",
     "NonFiniteError",
@@ -64,6 +68,7 @@ __all__ = [
     "materialize_",
     "memory_report",
     "parameter_bytes",
+    "plan",
     "save_model",
     "step_in_backward",
     "step_report",

@@ -31,3 +31,11 @@ class RoundsFailedError(OMCError):
 
 class FolderLockedError(OMCError):
     """Another process is already writing to a folder that only one process may write to."""
+
+
+class BudgetError(OMCError):
+    """No way of training fits into a budget of memory; ``smallest`` is the one with the smallest peak."""
+
+    def __init__(self, message: str, smallest: object) -> None:
+        super().__init__(message)
+        self.smallest = smallest
