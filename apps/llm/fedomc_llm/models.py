@@ -80,6 +80,7 @@ def skeleton(path: str) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             _config(path), dtype=torch.float32
         )
+    model.tie_weights()  # type: ignore[operator]  # each parameter was moved by itself
     return model
 
 
@@ -103,8 +104,12 @@ def load(path: str, format: str = FP32) -> nn.Module:
     if format != FP32 and packed is None and not Path(path).is_file():
         options["quantization_config"] = OMCConfig(format)
     model: nn.Module = _read(AutoModelForCausalLM.from_pretrained, path, **options)
-    if format != FP32 and Path(path).is_file():
-        fedomc.compress_(model, format)
+    if Path(path).is_file():
+        # transformers has decoded it, but still takes it for quantized, and would refuse to save it
+        model.hf_quantizer = None  # type: ignore[assignment]
+        del model.config.quantization_config  # type: ignore[operator, union-attr]
+        if format != FP32:
+            fedomc.compress_(model, format)
     return model
 
 

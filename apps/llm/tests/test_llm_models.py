@@ -59,6 +59,18 @@ def test_the_embedded_model_is_pretrained_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+def test_the_embeddings_of_a_skeleton_are_tied_to_its_head_where_the_models_are(tiny: Path, tmp_path: Path) -> None:
+    model = models.load(str(tiny))
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    skeleton = models.skeleton(str(tmp_path))
+    assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
+    install(skeleton, RecordDict({"arrays": collect(models.load(str(tmp_path)))}))
+    assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
+    assert models.fp32_bytes(str(tmp_path)) < models.fp32_bytes(str(tiny))
+
+
 @pytest.mark.parametrize("format", ["FP32", "S1E4M3/64"])
 def test_sliced_logits_give_the_same_loss_and_gradient(tiny: Path, format: str) -> None:
     model = models.adapted(str(tiny), format, 4, "all-linear", 0)
