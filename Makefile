@@ -45,9 +45,9 @@ tests: $(INSTALLED)
 test-docs: $(INSTALLED)
 	$(BIN)/pytest tests/docs
 
-# A real deployment of apps/speech on this machine, and everything that can happen to it; about a quarter of an hour.
+# Flower's engines: apps/llm with flwr run; a real deployment of apps/speech on this machine, and everything that can happen to it; about a quarter of an hour.
 test-deployment: $(INSTALLED)
-	$(BIN)/pytest -m deployment -v apps/speech/tests/deployment
+	$(BIN)/pytest -m deployment -v apps/speech/tests/deployment apps/llm/tests/deployment
 
 # What needs a CUDA device; without one, it fails and says so.
 test-gpu: $(INSTALLED)

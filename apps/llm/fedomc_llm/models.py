@@ -107,7 +107,7 @@ def load(path: str, format: str = FP32) -> nn.Module:
     if Path(path).is_file():
         # transformers has decoded it, but still takes it for quantized, and would refuse to save it
         model.hf_quantizer = None  # type: ignore[assignment]
-        del model.config.quantization_config  # type: ignore[operator, union-attr]
+        del model.config.quantization_config  # type: ignore[union-attr]
         if format != FP32:
             fedomc.compress_(model, format)
     return model
