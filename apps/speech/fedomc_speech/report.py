@@ -25,7 +25,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, caption { text-align: left; }
 figure { margin: 1.5rem 0; background: #fff; border-radius: .5rem; }
 svg { width: 100%; min-width: 40rem; height: auto; }
 .note { opacity: .75; overflow-wrap: anywhere; }
@@ -52,19 +52,20 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 
 def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]]) -> Path:
     """Write ``report.html`` with the table and the curves of word error rate, and return its path."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(run)) + "</tr>" for run in runs)
+    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in _COLUMNS)
+    rows = "".join(_row(_cells(run)) for run in runs)
     left_out = {"formats"} | ({"clients"} if settings.clients == 0 else set())  # 0 stands for one client a speaker
     given = {key: value for key, value in settings.to_dict().items() if key not in left_out and value != ""}
     chosen = ", ".join(f"{key}={value}" for key, value in given.items())
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>fedomc: federated speech recognition</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
-<body><h1>Federated speech recognition with compressed parameters</h1>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
-<p class="note">{html.escape(_CAPTION)}</p>
-<figure class="wide">{_figure(runs)}</figure>
-<p class="note">Settings: {html.escape(chosen)}</p></body></html>
+<body><main><h1>Federated speech recognition with compressed parameters</h1>
+<div class="wide" tabindex="0" role="region" aria-label="Results"><table aria-describedby="columns">
+<caption>Results by format</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+<p class="note" id="columns">{html.escape(_CAPTION)}</p>
+<figure class="wide" tabindex="0" role="region" aria-label="Curves">{_figure(runs)}</figure>
+<p class="note">Settings: {html.escape(chosen)}</p></main></body></html>
 """
     path = folder / REPORT
     write_atomically(path, text)
@@ -74,6 +75,11 @@ def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]
 def megabytes(size: float) -> str:
     """Format a number of bytes as MB or GB."""
     return f"{size / 1e6:.2f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+
+
+def _row(cells: Sequence[str]) -> str:
+    first, *others = (html.escape(cell) for cell in cells)
+    return f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>"
 
 
 def _cells(run: dict[str, Any]) -> list[str]:
@@ -110,4 +116,5 @@ def _figure(runs: Sequence[dict[str, Any]]) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    named = '<svg role="img" aria-label="Word error rate by round, and by gigabytes sent"'
+    return named + svg[svg.index("<svg") + len("<svg") :]
