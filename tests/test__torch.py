@@ -421,6 +421,13 @@ def test_fake_tensors() -> None:
         _torch.no_such_name  # noqa: B018
 
 
+def test_is_plain() -> None:
+    fake = _torch.FakeTensorMode().from_tensor(torch.ones(2))
+    for x, plain in ((torch.ones(2), True), (nn.Parameter(torch.ones(2)), True), (fake, True), (wrapper(), False)):
+        assert _torch.is_plain(x) == plain
+    assert _torch.is_plain(nn.Parameter(fake)) and not _torch.is_plain(2.0)
+
+
 def private_names() -> set[str]:
     """Return the private attributes of what torch gives us."""
     node = (torch.ones(1, requires_grad=True) * 2).grad_fn

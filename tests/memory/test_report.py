@@ -24,6 +24,7 @@ from fedomc import (
     parameter_bytes,
     step_in_backward,
 )
+from fedomc.activations import slabs
 from fedomc.codec.workspace import Workspace
 from fedomc.flower import OMCStrategy, collect, install
 from fedomc.flower.config import CONFIG, from_config
@@ -35,6 +36,9 @@ from tests.flower.test_aggregation import Nodes
 
 BOUND = 0.03
 """How far prediction and measurement may be apart: kernels keep what no shape tells, such as an LSTM's workspace."""
+
+PACKED_BOUND = 0.15
+"""The same, with slabs: what is packed lies in slabs that are gone with the last of what is in them."""
 
 SGD: dict[str, Any] = {"lr": 0.01}
 MOMENTUM: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
@@ -94,6 +98,7 @@ MODELS = {
     "lstm": architecture("torch.nn.LSTM"),
     "transformer": architecture("torch.nn.Transformer"),
     "gpt2": architecture("GPT2LMHeadModel"),
+    "vit": architecture("ViTForImageClassification"),
     "resnet": architecture("ResNetForImageClassification"),
     "parakeet": architecture("ParakeetForCTC"),
 }
@@ -131,6 +136,45 @@ def test_prediction_and_measurement_agree(name: str, in_backward: bool, training
         assert predicted.activations == pytest.approx(measured.activations, rel=BOUND)
         assert predicted.peak == pytest.approx(measured.peak, rel=BOUND), format
         assert predicted.gradients == measured.gradients
+
+
+@pytest.mark.parametrize("name", ["linear", "checkpointed", "gpt2", "vit"])
+def test_packed_activations_and_state_are_predicted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 2**12)  # which are small next to these models
+    model, batch = made(name)
+    report = memory_report(
+        model, batch, loss=loss_of, formats=["FP32", "S1E3M7"], activations=["FP32", "S1E4M3", "INT4"],
+        state_formats=["FP32", "S1E4M3/64"], batch_size=64, optimizer_class=torch.optim.AdamW,
+    )  # fmt: skip
+    assert len(report.predicted) == len(report.measured) == 12
+    plain = report.measured["FP32"]
+    for row, predicted in report.predicted.items():
+        measured = report.measured[row]
+        assert predicted.parameters == measured.parameters
+        assert predicted.activations == pytest.approx(measured.activations, rel=PACKED_BOUND, abs=2**15), row
+        scratch = 2**20 if "state" in row else 2**15  # of the workspace, which the measurement does not see
+        assert predicted.peak == pytest.approx(measured.peak, rel=PACKED_BOUND, abs=scratch), row
+        # Adam counts the steps of each variable, and a variable in codes has a scalar less on shapes.
+        assert predicted.optimizer == pytest.approx(measured.optimizer, rel=0.01)
+        if "state" in row:
+            assert predicted.optimizer < 0.4 * plain.optimizer
+        if "INT4" in row:
+            assert predicted.activations < 0.6 * report.predicted[row.replace("INT4", "S1E4M3")].activations + 2**16
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_batch_of_another_size(measure: bool) -> None:
+    model, batch = made("linear")
+    small, same, large = (
+        memory_report(model, batch, loss=loss_of, formats=["FP32"], batch_size=size, measure=measure, lr=0.1)
+        for size in (16, 32, 64)
+    )
+    assert same == memory_report(model, batch, loss=loss_of, formats=["FP32"], measure=measure, lr=0.1)
+    activations = [report.predicted["FP32"].activations for report in (small, same, large)]
+    assert activations[1] - activations[0] == (activations[2] - activations[1]) / 2 > 0
+    for wrong in ((batch, batch[:2]), torch.tensor(1.0), {}):
+        with pytest.raises(OMCError, match="batch_size=8 needs a batch"):
+            memory_report(model, wrong, loss=loss_of, batch_size=8, lr=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["Adafactor", "AdamW", "ASGD", "RMSprop"])

@@ -118,6 +118,26 @@ def test_the_loss_falls_as_with_the_optimizers_of_torchao() -> None:
     )
 
 
+@pytest.mark.parametrize("format", [None, "S1E3M7"])
+@pytest.mark.parametrize("optimizer", [optim.SGD, optim.AdamW])
+def test_training_in_bfloat16_is_that_of_exact_state(optimizer: type[optim.Optimizer], format: str | None) -> None:
+    kwargs: dict[str, Any] = {"lr": 0.1, "momentum": 0.9} if optimizer is optim.SGD else {"lr": 0.01}
+    exact, packed = (model(dtype=torch.bfloat16) for _ in range(2))
+    if format is not None:
+        compress_(exact, format)
+        compress_(packed, format)
+    first = float(loss(packed, 0))
+    kept = stepped_exactly(exact, optimizer, **kwargs)
+    stepping = step_in_backward(packed, optimizer, state_format="S1E4M3/64", **kwargs)
+    losses = train(exact, 30), train(packed, 30)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[1] < 0.8 * first
+    assert packed[0].weight.dtype is packed[0].bias.dtype is torch.bfloat16
+    assert kept.optimizer is not stepping.optimizer
+    for state in (stepping.optimizer.state[packed[0].weight], stepping.optimizer.state[packed[0].bias]):
+        for value in state.values():
+            assert isinstance(value, CompressedTensor) or value.dtype is torch.float32
+
+
 def test_moments_are_right_on_average() -> None:
     """Rounding to nearest would freeze the second moment: it changes by a thousandth in a step."""
     module = nn.Linear(256, 256, bias=False)

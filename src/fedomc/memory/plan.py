@@ -243,7 +243,7 @@ def plan(
     Example:
         >>> layers = [torch.nn.Linear(512, 512) for _ in range(16)]
         >>> model = torch.nn.Sequential(*layers)
-        >>> found = fedomc.plan(model, torch.randn(64, 512), "48 MB", loss=lambda y: y.square().mean(), lr=0.1)
+        >>> found = fedomc.plan(model, torch.randn(64, 512), "45 MB", loss=lambda y: y.square().mean(), lr=0.1)
         >>> str(found.policy)
         'S1E4M14'
     """

@@ -1,0 +1,109 @@
+import ctypes
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedomc.codec.heap import heap
+from fedomc.codec.workspace import workspace
+from fedomc.memory.resident import PROGRAM, Block, ResidentHeap, peak_resident
+
+MB = 2**20
+SIZES = st.integers(1, 64 * MB)
+
+
+@given(st.lists(st.tuples(SIZES, st.integers(0, 100)), max_size=60))
+def test_what_is_allocated_is_in_memory(steps: list[tuple[int, int]]) -> None:
+    process, blocks, live = ResidentHeap(), [], 0
+    for nbytes, choice in steps:
+        blocks.append((process.allocate(nbytes), nbytes))
+        live += nbytes
+        assert process.resident >= live and process.peak >= process.resident
+        if choice % 3 == 0:
+            block, freed = blocks.pop(choice % len(blocks))
+            process.free(block)
+            live -= freed
+    for block, _ in blocks:
+        process.free(block)
+    assert process.resident >= 0
+    assert len(process._holes) <= 1  # neighbours are merged
+    assert process.resident == sum(resident for _, resident in process._by_start.values())
+
+
+def test_holes_are_used_by_what_fits_and_stay_in_memory() -> None:
+    process = ResidentHeap()
+    process.free(process.allocate(20 * MB))  # from now on, 20 MB are not mapped
+    blocks = [process.allocate(MB) for _ in range(10)]
+    before = process.resident
+    for block in blocks[::2]:
+        process.free(block)
+    assert process.resident == before
+    process.allocate(MB)
+    assert process.resident == before
+    process.allocate(2 * MB)  # fits into no hole
+    assert process.resident == pytest.approx(before + 2 * MB, abs=1000)
+
+
+def test_large_blocks_are_unmapped_and_trims_empty_the_holes() -> None:
+    process = ResidentHeap()
+    large = process.allocate(100 * MB)
+    process.free(large)
+    assert process.resident == 0 and process.peak >= 100 * MB
+    process.free(process.allocate(2 * MB))
+    blocks = [process.allocate(MB) for _ in range(200)]
+    for block in blocks[::2]:
+        process.free(block)
+    process.count(heap.every)
+    assert process.resident == pytest.approx(100 * MB, rel=0.02)
+
+
+def test_peaks_follow_lifetimes() -> None:
+    blocks = [Block(50 * MB, 0, 9), Block(10 * MB, 2, 3), Block(10 * MB, 4, 5, True), Block(0, 1, 9), Block(MB, 3, 2)]
+    assert peak_resident(blocks, {}, 9) == pytest.approx(PROGRAM + 61 * MB * 4 / 3, rel=0.01)
+    assert peak_resident([], {}, 9) == PROGRAM
+    large = peak_resident([Block(1000 * MB, 0, 9)], {}, 9)
+    assert large == pytest.approx(PROGRAM + 1000 * MB + heap.growth + workspace.keep, rel=0.01)
+
+
+PLAYED = """
+import ctypes, json, sys
+from fedomc.codec.heap import resident_bytes
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+steps = json.load(sys.stdin)
+before, peak, held = resident_bytes(), 0, {}
+for number, nbytes in steps:
+    if nbytes:
+        held[number] = library.malloc(nbytes)
+        ctypes.memset(held[number], 1, nbytes)
+    else:
+        library.free(held.pop(number))
+    peak = max(peak, resident_bytes() - before)
+print(peak)
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's allocator"
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_allocator_is_that_of_the_c_library(seed: int) -> None:
+    draw = random.Random(seed)  # noqa: S311
+    process, held, steps = ResidentHeap(), {}, []
+    for number in range(600):
+        nbytes = int(2 ** draw.uniform(12, 24))
+        steps.append((number, nbytes))
+        held[number] = process.allocate(nbytes)
+        while len(held) > 60 or (held and draw.random() < 0.3):
+            gone = draw.choice(list(held))
+            steps.append((gone, 0))
+            process.free(held.pop(gone))
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", PLAYED], input=json.dumps(steps), capture_output=True, text=True, check=True
+    )
+    assert process.peak == pytest.approx(int(done.stdout), rel=0.1)
