@@ -115,7 +115,9 @@ class MappedArray(ViewArray):
     def values(self) -> _Values:
         """The values as they are in the file, which cannot be modified; those of bfloat16 are a float32 copy."""
         values = self._file.values(self._key)
-        return values if self.stype != BFLOAT16 else torch.tensor(values).view(torch.bfloat16).float().numpy()
+        if self.stype != BFLOAT16:
+            return values
+        return torch.from_numpy(values.copy()).view(torch.bfloat16).float().numpy()
 
     def numpy(self) -> _Values:
         """Return the values; those of bfloat16 as float32."""

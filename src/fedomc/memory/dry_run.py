@@ -184,7 +184,7 @@ def resized(batch: Any, size: int) -> Any:
             f"batch_size={size!r} needs a batch whose tensors all have one first dimension of at least 1, but here it "
             f"is {', '.join(map(str, sorted(found))) or 'none'}: pass a batch of the size that you want"
         )
-    rows = torch.arange(size) % found.pop()
+    rows = torch.arange(size, dtype=torch.int64) % found.pop()
     return tree_map(lambda x: x[rows] if isinstance(x, Tensor) else x, batch)
 
 
