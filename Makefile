@@ -53,9 +53,9 @@ test-deployment: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu -v tests
 
-# The report of apps/speech in a browser: apt-get install chromium.
+# The report of apps/speech and the search of the documentation in a browser: apt-get install chromium.
 test-report: $(INSTALLED)
-	$(BIN)/pytest -m browser -v apps/speech/tests/test_report_in_browser.py
+	$(BIN)/pytest -m browser -v apps/speech/tests/test_report_in_browser.py tests/docs/test_site.py
 
 # The kernels on another processor: apt-get install g++-aarch64-linux-gnu qemu-user; about two minutes.
 test-aarch64: $(INSTALLED)

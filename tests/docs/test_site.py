@@ -43,9 +43,10 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
         assert re.findall(loaded, page.read_text(encoding="utf-8")) == [], page.name
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="it needs Debian's package chromium")
+@pytest.mark.browser
 def test_a_page_from_disk_can_be_searched(site: Path, tmp_path: Path) -> None:
-    assert CHROMIUM is not None
+    if CHROMIUM is None:
+        pytest.fail("no browser to search the site in: apt-get install chromium", pytrace=False)
     address = f"{(site / 'index.html').as_uri()}?q=stochastic"
     options = [
         "--headless",
