@@ -35,12 +35,12 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 import fedomc
 from benchmarks.virtual_grid import VirtualGrid
 from fedomc.flower import FedBuff, OMCStrategy, collect, install
+from fedomc.flower._flower import identify_process
 
 WAYS = ("synchronous", "small-rounds", "over-selection", "buffered")
 CLIENTS, COHORT, OVER_SELECTION, BUFFER = 100, 20, 1.3, 5
@@ -232,8 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    for name in ("_run_id", "_node_id", "_task_id"):
-        setattr(TaskIdentity, name, 1)
+    identify_process()
     jobs = [(w, f, s) for s in range(options.seeds) for f in options.formats for w in options.ways]
     cost = math.ceil(options.minutes * len(jobs) / 60)
     print(f"{len(jobs)} runs, about {cost} minutes on one core, 0.5 GB of memory; Ctrl-C keeps the rows", flush=True)

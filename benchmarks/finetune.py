@@ -135,7 +135,7 @@ def run(
     method, base_format, *rest = variant.split(":")
     adapter_format = rest[0] if rest else FP32
     role = next(i for i, text in enumerate(texts.read()) if text.name == ROLE)
-    trained, measured = client._tokenized("", path, length, held_out, role)
+    trained, measured = client.tokenized("", path, length, held_out, role)
     start = memory("VmRSS")
     model = loaded(path, base_format)
     if method == LORA:

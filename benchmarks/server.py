@@ -179,10 +179,10 @@ def run(format: str, clients: int, strategy: str, size: str) -> dict[str, float]
     import torch
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
     from flwr.serverapp import strategy as strategies
-    from flwr.supercore.task_identity import TaskIdentity
 
     import fedomc
     from fedomc.flower import OMCStrategy
+    from fedomc.flower._flower import identify_process
     from fedomc.flower.arrays import STYPE, packed_array
     from fedomc.methods import encode
     from fedomc.serialization import frame
@@ -190,8 +190,7 @@ def run(format: str, clients: int, strategy: str, size: str) -> dict[str, float]
 
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    for name in ("_run_id", "_node_id", "_task_id"):
-        setattr(TaskIdentity, name, 1)
+    identify_process()
     policy = None if format == "FP32" else fedomc.CompressionPolicy.parse(format)
     one, other = torch.zeros(BUFFER // 4), torch.ones(BUFFER // 4)
     model = build(size, VOCABULARY)

@@ -21,12 +21,12 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as strategies
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import push_objects
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import http_grid
 
 from benchmarks.training import memory
 from fedomc import CompressionPolicy
 from fedomc.flower import Checkpoints, OMCStrategy, RoundReport, open_arrays
+from fedomc.flower._flower import identify_process, name_message
 from fedomc.flower.arrays import STYPE, packed_array
 from fedomc.methods import encode
 from fedomc.serialization import frame
@@ -161,7 +161,7 @@ class Grid:
         objects: dict[str, Any] = {}
         with no_object_id_recompute():
             for message in messages:
-                message.metadata.__dict__["_message_id"] = message.object_id
+                name_message(message, message.object_id)
                 objects.update(get_all_nested_objects(message))
                 get_object_tree(message)
         new = set(objects) - self._stored
@@ -171,7 +171,7 @@ class Grid:
             arrays = next(one for one in message.content.values() if isinstance(one, ArrayRecord))
             names = {name: array.stype == STYPE for name, array in arrays.items()}
             empty = Message(RecordDict(), message.metadata.dst_node_id, "train")
-            empty.metadata.__dict__["_message_id"] = message.metadata.message_id
+            name_message(empty, message.metadata.message_id)
             self._sent[message.metadata.message_id] = empty, names
         self.replies.seconds += time.perf_counter() - began
         return [message.metadata.message_id for message in messages]
@@ -230,8 +230,7 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
     """
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    for name in ("_run_id", "_node_id", "_task_id"):
-        setattr(TaskIdentity, name, 1)
+    identify_process()
     policy = None if format == "FP32" else CompressionPolicy.parse(format)
     inner = getattr(strategies, strategy)(fraction_evaluate=0.0)
     size = sum(torch.Size(shape).numel() * getattr(torch, dtype).itemsize for dtype, shape in shapes.values())

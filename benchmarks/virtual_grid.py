@@ -9,6 +9,8 @@ from unittest.mock import patch
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedomc.flower._flower import name_message
+
 
 class VirtualGrid:
     """A grid whose nodes reply after a time on a virtual clock, which is that of ``fedomc`` within ``as_grid``.
@@ -65,7 +67,8 @@ class VirtualGrid:
         for message in messages:
             node = message.metadata.dst_node_id
             self.asked.append(node)
-            message.metadata.__dict__["_message_id"] = key = f"message {len(self.asked)}"
+            key = f"message {len(self.asked)}"
+            name_message(message, key)
             self._busy[node] = max(self.now, self._busy.get(node, 0.0)) + self._seconds(message)
             self._sent[key] = message, self._busy[node]
             pushed.append(key)

@@ -22,7 +22,7 @@ import fedomc
 from benchmarks.recipes.design import Cell
 from benchmarks.recipes.federation import FP32, Rates, run
 from benchmarks.recipes.tasks import CLIENTS, task
-from fedomc_speech.run_folder import write_atomically
+from fedomc.serialization.atomic_file import replace_text
 
 VERSION = 3
 """Part of every key. Raise it with each change to the tasks or to training after which runs give other results."""
@@ -103,7 +103,7 @@ class Results:
         """Write a result; whoever reads at the same time sees the whole file or none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = {"run": made.described, "code": code_digest(), **result}
-        write_atomically(self.path(made), json.dumps(whole, indent=1) + "\n")
+        replace_text(self.path(made), json.dumps(whole, indent=1) + "\n")
 
     def path(self, wanted: Run) -> Path:
         """Return the file of a run's result."""

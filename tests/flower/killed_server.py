@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import xxhash
 from flwr.serverapp import strategy as strategies
-from flwr.supercore.task_identity import TaskIdentity
 
 import fedomc
 from fedomc.flower import Checkpoints, OMCStrategy
+from fedomc.flower._flower import identify_process
 from fedomc.flower.checkpointing import digest
 from tests.flower.test_aggregation import Network, answer, model
 
@@ -96,8 +96,7 @@ def forked(folder: Path, name: str, moment: int, seed: int) -> tuple[int, int, s
 def main() -> None:
     """Run as the arguments say."""
     folder, seed = Path(sys.argv[1]), int(sys.argv[2])
-    for attribute in ("_run_id", "_node_id", "_task_id"):
-        setattr(TaskIdentity, attribute, 1)
+    identify_process()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     draw = random.Random(seed)  # noqa: S311

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedMedian
-from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor, nn
 
 import fedomc
 from fedomc import codec
 from fedomc.errors import PayloadError
 from fedomc.flower import OMCStrategy, collect, install
+from fedomc.flower._flower import identify_process
 from fedomc.methods import Packed, encode, method_from_header, parse_method
 from fedomc.serialization import entropy, frame
 from fedomc.training.module_state import ModuleState, is_finite
@@ -77,8 +77,7 @@ POLICIES = tuple(
 
 def make() -> dict[str, Target]:
     """Make all targets, with the good bytes that they damage."""
-    for name in ("_run_id", "_node_id", "_task_id"):  # of the process, without which there is no message
-        setattr(TaskIdentity, name, 1)
+    identify_process()
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     frames = Frames()
     return {

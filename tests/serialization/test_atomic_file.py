@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedomc.serialization.atomic_file import replacing
+from fedomc.serialization.atomic_file import replace_text, replacing
 
 
 def write(path: str | Path, data: bytes = b"new") -> None:
@@ -127,3 +127,10 @@ def test_a_name_that_is_too_long_is_refused_before_anything_is_written(tmp_path:
     with pytest.raises(OSError, match=r"name too long.*nnnn"), replacing(tmp_path / ("n" * 256)):
         raise AssertionError("the file was opened")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_text_replaces_the_former_one(tmp_path: Path) -> None:
+    replace_text(tmp_path / "text", "a longer text")
+    replace_text(tmp_path / "text", "größer")
+    assert (tmp_path / "text").read_bytes() == "größer".encode()
+    assert [each.name for each in tmp_path.iterdir()] == ["text"]

@@ -1,24 +1,22 @@
 """The command line: ``python -m fedomc_llm``."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final
 
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 import fedomc
+from fedomc.cli.application import clear_errors, megabytes, minutes
 from fedomc.flower.simulation import log_to, simulate, stop_on_signal
 from fedomc.huggingface import attach_quantizer
 from fedomc_llm import federation, models, pretraining, report, texts
 from fedomc_llm.client import app as client_app
 from fedomc_llm.cost import cost_of
 from fedomc_llm.errors import RunStopped
-from fedomc_llm.progress import RunProgress, minutes
+from fedomc_llm.progress import RunProgress
 from fedomc_llm.run_folder import RunFolder
 from fedomc_llm.settings import Settings
 
@@ -84,7 +82,7 @@ def finetune(
 ) -> None:
     """Fine-tune the same model in several ways in Flower's simulation, and compare them."""
     console = Console()
-    with _clear_errors():
+    with clear_errors():
         settings = Settings(
             variants=tuple(variants) if variants else DEFAULTS.variants,
             model=str(Path(model).expanduser().absolute()) if model else "",
@@ -118,7 +116,7 @@ def pack(
     format: Annotated[str, typer.Option(help="Format of the weight matrices.")] = "S1E2M3/64",
 ) -> None:
     """Write a model packed, for clients to read as a base: --model FOLDER --variant lora:FORMAT."""
-    with _clear_errors():
+    with clear_errors():
         packed = models.load(model, format)
         attach_quantizer(packed).save_pretrained(folder)  # type: ignore[arg-type]
         models.tokenizer(model).save_pretrained(folder)
@@ -171,21 +169,11 @@ def _cost(settings: Settings, place: str, clients: int, folder: RunFolder) -> st
         seconds += (cost.step_seconds * settings.local_steps * visits + measuring) / cores
         sent += (cost.down_bytes + cost.up_bytes) * visits
         lines.append(
-            f"{variant}: a client holds {report.megabytes(cost.held_bytes)} of parameters and optimizer state, "
-            f"receives {report.megabytes(cost.down_bytes)} and sends {report.megabytes(cost.up_bytes)} in a round"
+            f"{variant}: a client holds {megabytes(cost.held_bytes)} of parameters and optimizer state, "
+            f"receives {megabytes(cost.down_bytes)} and sends {megabytes(cost.up_bytes)} in a round"
         )
     lines.append(
         f"{settings.rounds} rounds with {settings.cohort or clients} of {clients} clients. The run will send about "
-        f"{report.megabytes(sent)} in all and take about {minutes(seconds)} on {cores} cores."
+        f"{megabytes(sent)} in all and take about {minutes(seconds)} on {cores} cores."
     )
     return "\n".join(lines)
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Print an error that the user can mend as one line, and exit with code 2."""
-    try:
-        yield
-    except fedomc.OMCError as error:
-        Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None

@@ -73,11 +73,11 @@ def _received(settings: Settings, variant: Variant, message: Message) -> nn.Modu
 
 
 def _sequences(settings: Settings, part: int) -> tuple[Tensor, Tensor]:
-    return _tokenized(settings.texts, settings.model, settings.length, settings.held_out, part)
+    return tokenized(settings.texts, settings.model, settings.length, settings.held_out, part)
 
 
 @functools.lru_cache(maxsize=64)
-def _tokenized(folder: str, model: str, length: int, held_out: int, part: int) -> tuple[Tensor, Tensor]:
+def tokenized(folder: str, model: str, length: int, held_out: int, part: int) -> tuple[Tensor, Tensor]:
     """Return a client's sequences, to train with and held out, ``[N, length]`` each."""
     client = texts.read(folder)[part]
     tokenizer = models.tokenizer(model)

@@ -8,7 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedomc_llm.run_folder import REPORT, write_text
+from fedomc.cli.application import megabytes, print_whole
+from fedomc.serialization.atomic_file import replace_text
+from fedomc_llm.run_folder import REPORT
 from fedomc_llm.settings import Settings
 from fedomc_llm.training import perplexity
 
@@ -37,9 +39,7 @@ def print_table(console: Console, runs: Sequence[dict[str, Any]]) -> None:
         made.add_column(column, justify="right" if i else "left", overflow="fold")
     for run in runs:
         made.add_row(*_cells(run))
-    if not console.is_terminal:
-        made.width = max(console.width, console.measure(made, options=console.options.update(max_width=1000)).maximum)
-    console.print(made, crop=False)
+    print_whole(console, made)
 
 
 def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]]) -> Path:
@@ -59,13 +59,8 @@ def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]
 <body>{"".join(sections)}</body></html>
 """
     path = folder / REPORT
-    write_text(path, text)
+    replace_text(path, text)
     return path
-
-
-def megabytes(size: float) -> str:
-    """Format a number of bytes as MB or GB."""
-    return f"{size / 1e6:.2f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
 def _cells(run: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fedomc.serialization.atomic_file import replacing
+from fedomc.serialization.atomic_file import replace_text
 from fedomc_llm.errors import SettingsError
 from fedomc_llm.settings import Settings
 
@@ -67,10 +67,5 @@ class RunFolder:
         return runs
 
     def _write(self) -> None:
-        write_text(self.path / RESULTS, json.dumps({"settings": self.settings.to_dict(), "runs": self.runs}, indent=2))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically."""
-    with replacing(path) as file:
-        file.write(text.encode())
+        text = json.dumps({"settings": self.settings.to_dict(), "runs": self.runs}, indent=2)
+        replace_text(self.path / RESULTS, text)

@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from fedomc.cli.application import megabytes
 from fedomc_llm import federation, pretraining, report
 from fedomc_llm.run_folder import RunFolder
 from fedomc_llm.settings import Settings, Variant
@@ -21,7 +22,7 @@ class _LogObserver:
         log(INFO, "%s", variant)
 
     def round_done(self, variant: Variant, row: dict[str, Any]) -> None:
-        sent = report.megabytes(row["down_bytes"] + row["up_bytes"])
+        sent = megabytes(row["down_bytes"] + row["up_bytes"])
         log(INFO, "%s: round %d, perplexity %.2f, %s", variant, row["round"], perplexity(row["loss"]), sent)
 
     def stop_requested(self) -> bool:

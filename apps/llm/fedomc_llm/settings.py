@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fedomc
+from fedomc.flower.run_config import read_settings
 from fedomc_llm.errors import SettingsError
 
 FP32 = "FP32"
@@ -155,20 +156,4 @@ class Settings:
         Raises:
             SettingsError: an unknown name or a value of the wrong kind.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        read: dict[str, Any] = {}
-        for key, value in values.items():
-            name = key.replace("-", "_")
-            if name not in fields:
-                raise SettingsError(f"setting {key!r} is unknown: there are {', '.join(fields)}")
-            if name == "variants":
-                read[name] = tuple(value.split()) if isinstance(value, str) else tuple(value)
-                continue
-            kind: type[Any] = type(fields[name].default)
-            try:
-                read[name] = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
-                if kind is int and read[name] != float(value):
-                    raise ValueError
-            except (KeyError, TypeError, ValueError, OverflowError):
-                raise SettingsError(f"{key}={value!r}: a value of type {kind.__name__} is expected") from None
-        return cls(**read)
+        return read_settings(cls, values, SettingsError)

@@ -47,4 +47,4 @@ def settings_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
     logging.getLogger("flwr").setLevel(level)
     client.adapted.cache_clear()
-    client._tokenized.cache_clear()
+    client.tokenized.cache_clear()

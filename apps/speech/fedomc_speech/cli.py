@@ -2,17 +2,14 @@
 
 import os
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-import fedomc
+from fedomc.cli.application import clear_errors, megabytes, minutes
 from fedomc.flower.simulation import simulate, stop_on_signal
 from fedomc_speech import corpus, federation, model, pretraining, report
 from fedomc_speech.client import app as client_app
@@ -21,7 +18,7 @@ from fedomc_speech.errors import SettingsError
 from fedomc_speech.experiments import command
 from fedomc_speech.experiments.plan import Experiment
 from fedomc_speech.experiments.runner import Runs
-from fedomc_speech.progress import PretrainingProgress, RunProgress, minutes
+from fedomc_speech.progress import PretrainingProgress, RunProgress
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings
 
@@ -117,7 +114,7 @@ def compare(
     a random 90 percent of the parameters are compressed, others for each client and round.
     """
     console = Console()
-    with _clear_errors():
+    with clear_errors():
         settings = Settings(
             formats=tuple(formats) if formats else DEFAULTS.formats,
             corpus=corpus_name,
@@ -177,7 +174,7 @@ def pretrain(
     The file is written at the end; Ctrl-C leaves an earlier file as it was.
     """
     console = Console()
-    with _clear_errors():
+    with clear_errors():
         settings = pretraining.Pretraining(steps, batch, learning_rate, warmup, weight_decay, clip_norm, seed)
         start = Settings(
             corpus=corpus_name,
@@ -217,7 +214,7 @@ def experiments(
 ) -> None:
     """Run the paper's experiments, each run in its own process; finished runs are not repeated."""
     console = Console()
-    with _clear_errors():
+    with clear_errors():
         if setting and results == RESULTS:
             raise SettingsError("--set makes another experiment: choose a folder for its tables with --results")
         paths = {"an4": an4, "librispeech": librispeech}
@@ -288,15 +285,5 @@ def _cost(settings: Settings, loaded: corpus.Corpus, parts: list[tuple[corpus.Ut
     return (
         f"{len(settings.formats)} formats, {settings.rounds} rounds of {settings.cohort} out of {len(parts)} clients, "
         f"{len(loaded.train)} utterances to train on and {len(loaded.test)} to test on. The run will send about "
-        f"{report.megabytes(sent)} in all and take about {minutes(seconds / cores + overhead)} on {cores} cores."
+        f"{megabytes(sent)} in all and take about {minutes(seconds / cores + overhead)} on {cores} cores."
     )
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Print an error that the user can mend as one line, and exit with code 2."""
-    try:
-        yield
-    except fedomc.OMCError as error:
-        Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None

@@ -1,22 +1,18 @@
 """Progress of runs and pre-training: bars on a terminal, plain lines elsewhere."""
 
-import math
 import threading
 import time
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from fedomc_speech.report import megabytes
+from fedomc.cli.application import ProgressBars, megabytes, minutes
 from fedomc_speech.settings import Settings, Variant
 
-LINE_EVERY = 20.0  # seconds between plain lines
 FIRST_STEPS = 10  # steps of a pre-training from which its duration is estimated
 
 
-class RunProgress:
+class RunProgress(ProgressBars):
     """Shows the progress of a run, with a bar for each format; use it as a context manager.
 
     Args:
@@ -26,39 +22,18 @@ class RunProgress:
     """
 
     def __init__(self, settings: Settings, console: Console, stop: threading.Event) -> None:
+        super().__init__(console, width=16)
         self.settings = settings
-        self.console = console
         self.stop = stop
-        self._bars = Progress(
-            TextColumn("[bold]{task.description:<16}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
         self._word_error_rate: dict[str, float] = {}
-        self._last_line = 0.0
-
-    def __enter__(self) -> "RunProgress":
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
 
     def started(self, variant: Variant, first_round: int) -> None:
         """Add a bar for a format."""
-        name = str(variant)
-        self._tasks[name] = self._bars.add_task(name, total=self.settings.rounds, completed=first_round - 1, state="")
+        self.show(str(variant), first_round - 1, self.settings.rounds, "")
 
     def round_done(self, variant: Variant, row: dict[str, Any]) -> None:
         """Advance the bar of a format."""
-        name = str(variant)
+        name, done, total = str(variant), row["round"], self.settings.rounds
         if row["wer"] is not None:
             self._word_error_rate[name] = row["wer"]
         measured = self._word_error_rate.get(name)
@@ -67,23 +42,15 @@ class RunProgress:
             f"WER {'  -  ' if measured is None else f'{measured:4.1f}%'}  "
             f"{megabytes(row['down_bytes'] + row['up_bytes'])}"
         )
-        self._bars.update(self._tasks[name], completed=row["round"], state=state)
-        now = time.monotonic()
-        if not self.console.is_terminal and (
-            now - self._last_line > LINE_EVERY or row["round"] == self.settings.rounds
-        ):
-            self._last_line = now
-            left = (self.settings.rounds - row["round"]) * row["seconds"] / row["round"]
-            self.console.print(
-                f"{name}: round {row['round']}/{self.settings.rounds}  {state}  {left:.0f} s left", soft_wrap=True
-            )
+        left = (total - done) * row["seconds"] / done
+        self.show(name, done, total, state, f"{name}: round {done}/{total}  {state}  {left:.0f} s left")
 
     def stop_requested(self) -> bool:
         """Return whether the run should stop before the next round."""
         return self.stop.is_set()
 
 
-class PretrainingProgress:
+class PretrainingProgress(ProgressBars):
     """Shows the progress of a pre-training, and after a few steps its expected duration; use it as a context manager.
 
     Args:
@@ -92,41 +59,19 @@ class PretrainingProgress:
     """
 
     def __init__(self, steps: int, console: Console) -> None:
+        super().__init__(console, width=11)
         self.steps = steps
-        self.console = console
-        self._bar = Progress(
-            TextColumn("[bold]pretraining"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:5.2f}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=steps, loss=math.nan)
 
-    def __enter__(self) -> "PretrainingProgress":
-        self._bar.start()
+    def __enter__(self) -> Self:
         self._began = self._last_line = time.monotonic()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        self.show("pretraining", 0, self.steps, "")
+        return super().__enter__()
 
     def step_done(self, step: int, loss: float) -> None:
         """Advance the bar."""
-        self._bar.update(self._task, completed=step, loss=loss)
-        now = time.monotonic()
-        left = (self.steps - step) * (now - self._began) / step
+        passed = time.monotonic() - self._began
+        left = (self.steps - step) * passed / step
         if step == min(FIRST_STEPS, self.steps):
-            self.console.print(f"{self.steps} steps will take about {minutes(left + now - self._began)}.")
-        if not self.console.is_terminal and (now - self._last_line > LINE_EVERY or step == self.steps):
-            self._last_line = now
-            self.console.print(f"step {step}/{self.steps}  loss {loss:5.2f}  {left:.0f} s left", soft_wrap=True)
-
-
-def minutes(seconds: float) -> str:
-    """Format a duration in seconds or minutes."""
-    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+            self.console.print(f"{self.steps} steps will take about {minutes(left + passed)}.")
+        state = f"loss {loss:5.2f}"
+        self.show("pretraining", step, self.steps, state, f"step {step}/{self.steps}  {state}  {left:.0f} s left")

@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedomc_speech.run_folder import REPORT, write_atomically
+from fedomc.cli.application import megabytes, print_whole
+from fedomc.serialization.atomic_file import replace_text
+from fedomc_speech.run_folder import REPORT
 from fedomc_speech.settings import Settings
 
 _COLUMNS = ("format", "WER", "packed", "memory", "down", "up", "rounds / min")
@@ -34,10 +36,7 @@ svg { width: 100%; min-width: 40rem; height: auto; }
 
 def print_table(console: Console, runs: Sequence[dict[str, Any]]) -> None:
     """Print the results of a run; in a pipe or a file, as wide as they are."""
-    made = table(runs)
-    if not console.is_terminal:
-        made.width = max(console.width, console.measure(made, options=console.options.update(max_width=1000)).maximum)
-    console.print(made, crop=False)
+    print_whole(console, table(runs))
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
@@ -68,13 +67,8 @@ def write_report(folder: Path, settings: Settings, runs: Sequence[dict[str, Any]
 <p class="note">Settings: {html.escape(chosen)}</p></main></body></html>
 """
     path = folder / REPORT
-    write_atomically(path, text)
+    replace_text(path, text)
     return path
-
-
-def megabytes(size: float) -> str:
-    """Format a number of bytes as MB or GB."""
-    return f"{size / 1e6:.2f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
 def _row(cells: Sequence[str]) -> str:

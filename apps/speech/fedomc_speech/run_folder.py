@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedomc.errors import PayloadError
-from fedomc.serialization.atomic_file import replacing
+from fedomc.serialization.atomic_file import replace_text
 from fedomc.serialization.checkpointing import Checkpoint
 from fedomc_speech.errors import SettingsError
 from fedomc_speech.settings import Settings
@@ -105,10 +105,4 @@ class RunFolder:
 
     def _write_results(self) -> None:
         text = json.dumps({"settings": self.settings.to_dict(), "runs": self.runs}, indent=2)
-        write_atomically(self.path / RESULTS, text)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file atomically."""
-    with replacing(path) as file:
-        file.write(text.encode())
+        replace_text(self.path / RESULTS, text)

@@ -9,6 +9,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from fedomc.cli.application import megabytes
 from fedomc_speech import corpus, federation, report
 from fedomc_speech.run_folder import RunFolder
 from fedomc_speech.settings import Settings, Variant
@@ -29,8 +30,8 @@ class _LogObserver:
             row["round"],
             row["clients"],
             row["loss"],
-            report.megabytes(row["down_bytes"]),
-            report.megabytes(row["up_bytes"]),
+            megabytes(row["down_bytes"]),
+            megabytes(row["up_bytes"]),
             measured,
         )
 

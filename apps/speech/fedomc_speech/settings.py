@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fedomc
+from fedomc.flower.run_config import read_settings
 from fedomc_speech.errors import SettingsError
 
 FP32 = "FP32"
@@ -195,23 +196,7 @@ class Settings:
         Raises:
             SettingsError: an unknown name or a value of the wrong kind.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        read: dict[str, Any] = {}
-        for key, value in values.items():
-            name = key.replace("-", "_")
-            if name not in fields:
-                raise SettingsError(f"setting {key!r} is unknown: there are {', '.join(fields)}")
-            if name == "formats":
-                read[name] = tuple(value.split()) if isinstance(value, str) else tuple(value)
-                continue
-            kind: type[Any] = type(fields[name].default)
-            try:
-                read[name] = _to_bool(value) if kind is bool else kind(value)
-                if kind is int and read[name] != float(value):
-                    raise ValueError
-            except (KeyError, TypeError, ValueError, OverflowError):
-                raise SettingsError(f"{key}={value!r}: a value of type {kind.__name__} is expected") from None
-        return cls(**read)
+        return read_settings(cls, values, SettingsError)
 
 
 def _by_name(text: str) -> dict[str, fedomc.FloatFormat]:
@@ -221,10 +206,3 @@ def _by_name(text: str) -> dict[str, fedomc.FloatFormat]:
         if not (pattern and fmt):
             raise SettingsError(f"format_by_name={text!r}: write PATTERN=FORMAT, as in *.conv.*=S1E2M3")
     return {pattern: fedomc.FloatFormat.parse(fmt) for pattern, _, fmt in pairs}
-
-
-def _to_bool(value: Any) -> bool:
-    """Read a truth value as TOML and run configs write it."""
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "false": False}[value]

@@ -43,10 +43,15 @@ class Heap:
         self._counted = 0
         resident = resident_bytes()
         if resident > self._smallest + self.growth:
-            self._trim(0)
-            self._smallest = resident_bytes()
+            self.trim()
         else:
             self._smallest = min(self._smallest, resident)
+
+    def trim(self) -> None:
+        """Give the free pages back now."""
+        if self._trim is not None:
+            self._trim(0)
+            self._smallest = resident_bytes()
 
 
 def resident_bytes() -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from fedomc.flower.mapped import parts_of
 from fedomc.flower.server_optimizers import MODEL, RoundFiles
 from fedomc.flower.traffic import Traffic
 from fedomc.serialization.checkpointing import Checkpoint
+from fedomc.serialization.mapped_file import REPLACEABLE
 from fedomc.training.policy import CompressionPolicy, TieredPolicy
 
 _STORED_AS = {"bfloat16": "float32"}  # a file of arrays has the dtypes of numpy
@@ -159,7 +159,7 @@ def from_checkpoint(
     random.setstate(random_state)
     for attribute, value in optimizer.items():
         setattr(innermost(inner), attribute, value)
-    if checkpoint.file is None or os.name != "posix":  # elsewhere a file that is mapped could not be removed
+    if checkpoint.file is None or not REPLACEABLE:
         for name, array in arrays.items():
             state.arrays[name] = array_of(stored[name], array.dtype)
     else:

@@ -1,7 +1,5 @@
 """The client's side: fills a model from a message, and collects the arrays of the reply."""
 
-import ctypes
-import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -9,6 +7,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor, nn
 
+from fedomc.codec.heap import heap
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower.arrays import STYPE, framed_array, plain_array, read_dense, read_packed, records_of
 from fedomc.flower.base_model import part_to_fill
@@ -198,8 +197,7 @@ def _read(array: Array, name: str, old: Tensor, config: UplinkConfig | None) -> 
     if config is None:
         raise PayloadError(f"{name} is compressed, but the message has no {CONFIG!r} config record")
     # A base is never rewritten, so it may be a view of the message; a variable in one part needs its own memory.
-    rewritten = config.encoding.update_format is None and config.encoding.downlink is None
-    parsed = read_packed(array, name, copy=rewritten)
+    parsed = read_packed(array, name, copy=config.encoding.rewrites_what_arrives)
     if parsed.kind == frame.UPDATE:
         raise PayloadError(f"{name} contains only an update, from which a model cannot be filled: send the variable")
     if parsed.kind != frame.DENSE:
@@ -291,5 +289,5 @@ def _trim_memory(freed: int) -> None:
     stays larger by more than the size of the message: by 240 of 1000 MB for a message of 190 MB. A few megabytes are
     not returned, because training needs them again; returning them would cost a small model an eighth of its round.
     """
-    if freed >= _LEAST_TRIM and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    if freed >= _LEAST_TRIM:
+        heap.trim()

@@ -190,7 +190,7 @@ def has_optimizer(inner: Strategy) -> bool:
     """Return whether a strategy's ``aggregate_train`` is Flower's own, and one that this module computes."""
     changed = "_compute_deltat_and_mt"  # a part of Flower's method, which a subclass may have replaced
     own = changed in vars(inner) or any(changed in vars(cls) for cls in type(inner).__mro__ if cls not in _FLOWERS)
-    return averages(inner) and _owner(inner) in _STEPS and not own
+    return averages(inner) and owner_of(inner) in _STEPS and not own
 
 
 def release_current(inner: Strategy) -> None:
@@ -260,7 +260,7 @@ _LISTS = ("momentum_vector",)
 
 def _rule(inner: Strategy) -> tuple[Step, tuple[str, ...]]:
     """Return the step of a strategy and the names of its moments."""
-    owner = _owner(inner)
+    owner = owner_of(inner)
     if owner is FedAvgM:
         assert isinstance(inner, FedAvgM)
         if not inner.server_opt:
@@ -269,6 +269,6 @@ def _rule(inner: Strategy) -> tuple[Step, tuple[str, ...]]:
     return _STEPS[owner], () if owner is FedAvg else ("m_t", "v_t")
 
 
-def _owner(inner: Strategy) -> type:
+def owner_of(inner: Strategy) -> type:
     """Return the class that defines a strategy's ``aggregate_train``."""
     return next(cls for cls in type(inner).__mro__ if "aggregate_train" in vars(cls))

@@ -1,6 +1,5 @@
 """Where the state of a run is between and during its rounds: in memory, or in the files that are its checkpoints."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,16 +20,14 @@ from fedomc.flower.checkpointing import (
 from fedomc.flower.server_optimizers import MODEL, RoundFiles
 from fedomc.flower.traffic import Traffic
 from fedomc.serialization.checkpointing import Checkpoint, Checkpoints
-from fedomc.serialization.mapped_file import MappedFile
-
-_MAPS = os.name == "posix"
-"""Whether a file that is mapped can be renamed and removed; elsewhere, the state is in memory, and saved as a whole."""
+from fedomc.serialization.mapped_file import REPLACEABLE, MappedFile
 
 
 class Store:
     """The state of a run: kept in memory, or, with checkpoints, in the file of the last one.
 
-    With checkpoints, the model is never in memory as a whole: it is mapped from the checkpoint of the last round. A
+    With checkpoints, the model is never in memory as a whole: it is mapped from the checkpoint of the last round (but
+    where mapped files are not ``REPLACEABLE``, the state is in memory, and saved as a whole). A
     server optimizer of Flower reads that file and writes the next one, which takes its name when the round is
     complete. A process that is killed at any moment leaves the former checkpoint or the new one.
 
@@ -81,7 +78,7 @@ class Store:
     @contextmanager
     def round(self, state: RunState) -> Iterator[RoundFiles | None]:
         """Give the files of a round; what was written to them is removed if the round is not completed."""
-        if self._checkpoints is None or not _MAPS:
+        if self._checkpoints is None or not REPLACEABLE:
             yield None
             return
         self._files = RoundFiles(self._checkpoints.folder, progress_of(state, self._inner, self._settings))
@@ -101,7 +98,7 @@ class Store:
             self._checkpoints.save(state.round, Checkpoint(progress), files.draft)
             return
         path = self._checkpoints.save(state.round, to_checkpoint(state, self._inner, self._settings))
-        if _MAPS:
+        if REPLACEABLE:
             state.arrays = stored_model(MappedFile.open(path), MODEL, state.arrays)
 
     def release(self) -> None:

@@ -1,5 +1,6 @@
 """One round of training on the server: aggregates the replies to a new model and its metrics."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from fedomc.flower.downlink import Broadcast
 from fedomc.flower.mapped import nbytes_of
 from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, with_weight
 from fedomc.flower.replies import Reply, checked_replies, like_most, log_left_out, without_others
-from fedomc.flower.server_optimizers import RoundFiles, ServerOptimizer, has_optimizer
+from fedomc.flower.server_optimizers import RoundFiles, ServerOptimizer, has_optimizer, owner_of
 from fedomc.flower.traffic import RoundReport
 
 Result = tuple[ArrayRecord | None, MetricRecord | None]
@@ -181,9 +182,13 @@ class TrainingRound:
             del some, reply, content  # release them before the next ones are fetched
         return mean, kept
 
+    @functools.cached_property
+    def _room(self) -> int:
+        """The number of bytes of replies that may be in memory together."""
+        return max(_SMALL, sum(nbytes_of(array) for array in self.broadcast.arrays.values()) // 2)
+
     def _together(self, replies: Iterator[Reply]) -> list[Reply]:
         """Draw the next replies that are added together: a few, and of a large model not more than half its size."""
-        limit = max(_SMALL, sum(nbytes_of(array) for array in self.broadcast.arrays.values()) // 2)
         some, size = list[Reply](), 0
         while reply := next(replies, None):
             some.append(reply)
@@ -191,7 +196,7 @@ class TrainingRound:
             assert isinstance(record, ArrayRecord)
             own = sum(nbytes_of(array) for array in record.values())
             size += own
-            if len(some) == _FEW or size + own > limit:
+            if len(some) == _FEW or size + own > self._room:
                 break
         return some
 
@@ -277,7 +282,7 @@ def _owner(strategy: Strategy) -> type:
     """Return the class that defines a strategy's ``aggregate_train``; a replaced method does not count as Flower's."""
     if "aggregate_train" in vars(strategy):
         return TrainingRound  # any class that is not Flower's
-    return next(cls for cls in type(strategy).__mro__ if "aggregate_train" in vars(cls))
+    return owner_of(strategy)
 
 
 def _released(replies: list[Reply]) -> Iterator[Reply]:

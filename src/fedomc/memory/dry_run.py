@@ -1,7 +1,7 @@
 """Dry runs: training for two steps under a tracker, with values on a copy of the model, or on shapes alone."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,6 +101,14 @@ class Training:
         with_packed_state(self.optimizer_class)  # or an error
         tensors = int(bool(self.kwargs.get("momentum"))) if self.optimizer_class is SGD else 2
         return Training(self.loss, _StateShapes, self.in_backward, self.clip_norm, {"tensors": tensors})
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Make dry runs possible in any mode of autograd, and leave the random state as it is."""
+    cuda = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(cuda)), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def measured(

@@ -27,12 +27,12 @@ from torch.optim import Optimizer
 from fedomc.activations.packing import PackedActivations, compress_activations
 from fedomc.errors import BudgetError, PolicyError
 from fedomc.memory.budget import parse_budget
-from fedomc.memory.dry_run import Encodings, Training, tracked
-from fedomc.memory.report import FP32
-from fedomc.methods import Method, encode, parse_method
+from fedomc.memory.dry_run import Encodings, Training, tracked, undisturbed
+from fedomc.memory.report import FP32, method_of, state_of
+from fedomc.methods import Method, encode
 from fedomc.training.lazy import check_initialized
 from fedomc.training.model import compress_, resolve_selection
-from fedomc.training.optimizer_state import checked_state_format, with_packed_state
+from fedomc.training.optimizer_state import with_packed_state
 from fedomc.training.policy import DEFAULT, CompressionPolicy
 from fedomc.training.selection import arrived_bytes
 from fedomc.training.stepping import StepInBackward, step_in_backward
@@ -250,12 +250,12 @@ def plan(
     nbytes = parse_budget(budget)
     check_initialized(model)
     training = Training(loss or own_loss, optimizer_class, True, clip_norm, kwargs)
-    states = list(map(_state, state_formats)) if _has_state(optimizer_class, kwargs) else [None]
+    states = list(map(state_of, state_formats)) if _has_state(optimizer_class, kwargs) else [None]
     enable = checkpointing if callable(checkpointing) else enable_checkpointing
     can_checkpoint = callable(checkpointing) or (checkpointing and checkpoints_of(model) is not None)
     found = _combinations(
         model, arguments_of(example), training, batch_size, [_policy(each) for each in parameters],
-        [None if each == FP32 else parse_method(each) for each in activations], states, enable, bool(can_checkpoint),
+        list(map(method_of, activations)), states, enable, bool(can_checkpoint),
     )  # fmt: skip
     allowed = [each for each in found if each.step_time <= max_step_time]
     if not allowed:
@@ -280,11 +280,13 @@ def _combinations(
     can_checkpoint: bool,
 ) -> list[Combination]:
     """Predict all combinations, the most precise first."""
-    encodings: list[tuple[CompressionPolicy | None, Encodings]] = [
-        (policy, {} if policy is None else resolve_selection(model, policy)) for policy in policies
-    ]
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    cuda = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    held: list[tuple[CompressionPolicy | None, Encodings, int, float]] = []  # with bytes that arrive, and the error
+    for policy in policies:
+        selection = {} if policy is None else resolve_selection(model, policy)
+        share = sum(sizes[name] for name in selection) / max(1, sum(sizes.values()))
+        errors = [] if policy is None else [relative_error(method) * share**0.5 for method in policy.formats]
+        held.append((policy, selection, arrived_bytes(model, selection), math.hypot(*errors)))
     found = []
     for checkpointing, packs, packs_state in product(
         (False, True) if can_checkpoint else (False,),
@@ -297,23 +299,22 @@ def _combinations(
             if enabled:
                 enable(trial)
 
-        with torch.random.fork_rng(devices=list(cuda)), torch.inference_mode(False), torch.enable_grad():
+        with undisturbed(model):
             run = tracked(
                 model, inputs, training, packs_activations=packs, packs_state=packs_state, batch_size=batch_size,
                 change=prepare,
             )  # fmt: skip
-        chosen = [each for each in activations if (each is not None) == packs]
-        held = [each for each in states if (each is not None) == packs_state]
-        for (policy, selection), activation, state in product(encodings, chosen, held):
-            share = sum(sizes[name] for name in selection) / max(1, sum(sizes.values()))
-            errors = [0.0 if each is None else relative_error(each) for each in (activation, state)]
-            errors += [] if policy is None else [relative_error(method) * share**0.5 for method in policy.formats]
+        packed = [each for each in activations if (each is not None) == packs]
+        kept = [each for each in states if (each is not None) == packs_state]
+        for (policy, selection, arrived, error), activation, state in product(held, packed, kept):
+            others = [0.0 if each is None else relative_error(each) for each in (activation, state)]
             time = (
                 (1 if policy is None else _PARAMETER_TIME) * (1 if activation is None else _ACTIVATION_TIME)
                 * (1 if state is None else _STATE_TIME) * (_CHECKPOINT_TIME if checkpointing else 1)
             )  # fmt: skip
-            peak = run.resident_with(selection, arrived_bytes(model, selection), activation, state)
-            found.append(Combination(policy, activation, state, checkpointing, peak, time, math.hypot(*errors)))
+            peak = run.resident_with(selection, arrived, activation, state)
+            whole = math.hypot(error, *others)
+            found.append(Combination(policy, activation, state, checkpointing, peak, time, whole))
     return sorted(found, key=lambda each: (round(each.error, 6), each.step_time, -each.peak_bytes, str(each)))
 
 
@@ -361,7 +362,3 @@ def _has_state(optimizer_class: Callable[..., Optimizer], kwargs: dict[str, Any]
 
 def _policy(each: str | CompressionPolicy) -> CompressionPolicy | None:
     return None if each == FP32 else CompressionPolicy.parse(each)
-
-
-def _state(each: str) -> Method | None:
-    return None if each == FP32 else checked_state_format(each)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedomc.errors import OMCError, PolicyError
-from fedomc.memory.dry_run import Encodings, Training, measured, resized, tracked
+from fedomc.memory.dry_run import Encodings, Training, measured, resized, tracked, undisturbed
 from fedomc.memory.liveness import KINDS, MemoryBytes
 from fedomc.methods import Method, parse_method
 from fedomc.tensor.compressed import is_compressed
@@ -114,45 +114,35 @@ def memory_report(
     check_initialized(model)
     training = Training(loss or own_loss, optimizer_class, in_backward, clip_norm, kwargs)
     combinations = {
-        _name(format, activation, state): (encodings_of(model, format), _method(activation), _state(state))
+        _name(format, activation, state): (encodings_of(model, format), method_of(activation), state_of(state))
         for format, activation, state in product(formats, activations, state_formats)
     }
     if len(combinations) < len(formats) * len(activations) * len(state_formats):
         raise PolicyError(
-            f"two of the formats {', '.join(map(label, formats))} have the same name: report on one at a time"
+            f"two of the formats {', '.join(map(str, formats))} have the same name: report on one at a time"
         )
     inputs = arguments_of(batch)
     if measure and any(parameter.is_meta for parameter in model.parameters()):
         raise OMCError("the model is on the meta device and cannot be measured: pass measure=False, or fill it first")
-    cuda = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     predictions: dict[str, MemoryBytes] = {}
     measurements: dict[str, MemoryBytes] = {}
-    with torch.random.fork_rng(devices=list(cuda)), torch.inference_mode(False), torch.enable_grad():
+    with undisturbed(model):
         if predict:
+            kinds = {(bool(packed), bool(state)) for _, packed, state in combinations.values()}
             runs = {
-                (bool(packed), bool(state)): tracked(
-                    model,
-                    inputs,
-                    training,
-                    packs_activations=bool(packed),
-                    packs_state=bool(state),
-                    batch_size=batch_size,
+                (packs, packs_state): tracked(
+                    model, inputs, training, packs_activations=packs, packs_state=packs_state, batch_size=batch_size
                 )
-                for _, packed, state in combinations.values()
+                for packs, packs_state in kinds
             }
+        sized = resized(inputs, batch_size) if measure and batch_size is not None else inputs
         for name, (encodings, packed, state) in combinations.items():
             if predict:
                 run, arrived = runs[bool(packed), bool(state)], arrived_bytes(model, encodings)
                 predictions[name] = run.peaks_with(encodings, arrived, packed, state)
             if measure:
-                sized = inputs if batch_size is None else resized(inputs, batch_size)
                 measurements[name] = measured(model, sized, training, encodings, packed, state)
     return MemoryReport(predictions, measurements)
-
-
-def label(format: str | CompressionPolicy) -> str:
-    """Return the name of a format or policy."""
-    return str(format)
 
 
 def encodings_of(model: nn.Module, format: str | CompressionPolicy) -> Encodings:
@@ -167,12 +157,14 @@ def encodings_of(model: nn.Module, format: str | CompressionPolicy) -> Encodings
 def _name(format: str | CompressionPolicy, activations: str | Method, state: str | Method) -> str:
     """Name a row, by the format of the parameters alone if everything else is in FP32."""
     others = [(activations, "activations"), (state, "state")]
-    return ", ".join([label(format), *(f"{what} {each}" for each, what in others if each != FP32)])
+    return ", ".join([str(format), *(f"{what} {each}" for each, what in others if each != FP32)])
 
 
-def _method(format: str | Method) -> Method | None:
+def method_of(format: str | Method) -> Method | None:
+    """Return the method of activations; None if they stay in FP32."""
     return None if format == FP32 else parse_method(format)
 
 
-def _state(format: str | Method) -> Method | None:
+def state_of(format: str | Method) -> Method | None:
+    """Return the method of an optimizer's state; None if it stays in FP32."""
     return None if format == FP32 else checked_state_format(format)

@@ -74,19 +74,21 @@ class Blockwise(Method):
         self, source: Source, fields: Fields, writing: Writing, present: Fields | None = None
     ) -> Outcome | Deferred:
         """Encode a whole variable in a single pass over its values."""
-        absmax, status = 0, torch.zeros(2, dtype=torch.int64, device=fields[0].device)
+        absmax, device = 0, fields[0].device
+        status = torch.zeros(2, dtype=torch.int64, device=device) if codec.defers(device) else None
         for start, values in source.stretches():
             part = self.stretch(fields, source.numel, start, len(values))
             outcome = codec.block_encode(
                 values, self.element, self.block, part[0], part[1], start=start, seed=writing.seed
             )
             if isinstance(outcome, Deferred):
+                assert status is not None
                 torch.maximum(status, outcome.status, out=status)
                 continue
             absmax = max(absmax, outcome.absmax_bits)
             if absmax >= INFINITY_BITS:
                 break
-        return Deferred(status) if codec.defers(status.device) else Outcome(absmax, True)
+        return Outcome(absmax, True) if status is None else Deferred(status)
 
     def update(
         self, present: Fields, gradient: Tensor, alpha: float, out: Fields, writing: Writing

@@ -115,6 +115,11 @@ class Encoding:
         """The transformation with which a server encodes the variable."""
         return self.transform if self.transform in self.sent.transforms else self.sent.default_transform()
 
+    @property
+    def rewrites_what_arrives(self) -> bool:
+        """Whether training rewrites the codes that a server sent, which then need memory of their own."""
+        return self.update_format is None and self.downlink is None
+
     def nbytes(self, numel: int) -> int:
         """Return the number of bytes for a variable of ``numel`` values."""
         return sum(method.nbytes(numel) for method in self.methods)

@@ -93,8 +93,7 @@ class DecompressFilter(ModelFilter):
             if encoding is None:
                 raise PayloadError(f"{name} as bytes, but nothing in the meta says how to decode them")
             # A base is never rewritten, so it may stay in the message's memory; a variable in one part may not.
-            rewritten = keep and encoding.update_format is None and encoding.downlink is None
-            parsed = frame.from_bytes(value, name, copy=rewritten, shape=shape)
+            parsed = frame.from_bytes(value, name, copy=keep and encoding.rewrites_what_arrives, shape=shape)
             if dtype not in (None, *NAMES):
                 raise PayloadError(f"{name} compressed, but {dtype} was sent")
             own = getattr(torch, dtype or dtypes.get(name, "float32"))

@@ -60,6 +60,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     sync_folder(os.path.dirname(path))
 
 
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace a text file, in UTF-8; errors as in ``replacing``."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def open_temporary(folder: str, mode: int) -> tuple[str, int]:
     """Open a new temporary file for reading and writing, which ``remove_abandoned`` removes if this process is killed.
 

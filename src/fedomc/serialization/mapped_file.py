@@ -32,6 +32,9 @@ Place = tuple[torch.dtype, tuple[int, ...], int]
 
 Values = np.ndarray[Any, Any]
 
+REPLACEABLE = os.name == "posix"
+"""Whether a file that is mapped can be renamed, replaced and removed."""
+
 _SMALL = 2**16
 """Up to this number of bytes, values are copied rather than mapped again."""
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
+from fedomc.cli.application import minutes
 from fedomc_speech.cost import Cost, cost_of
 from fedomc_speech.experiments import figures, results
 from fedomc_speech.experiments.plan import SUMMARY, Experiment, Initial, key_of
 from fedomc_speech.experiments.runner import Runs, run_all
-from fedomc_speech.progress import minutes
 from fedomc_speech.settings import FP32, Settings
 
 VISIT_SECONDS, ROUND_SECONDS = 0.017, 0.12

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedomc.serialization.atomic_file import replace_text
 from fedomc_speech.errors import SettingsError
 from fedomc_speech.experiments.plan import SUMMARY, VERSION, Experiment, Row, chosen
 from fedomc_speech.experiments.runner import Runs
 from fedomc_speech.experiments.statistics import bootstrap, interval
-from fedomc_speech.run_folder import write_atomically
 from fedomc_speech.settings import FP32
 
 TEXT = "README.md"
@@ -187,7 +187,7 @@ def write(folder: Path, experiments: Sequence[Experiment], runs: Runs) -> list[d
     for experiment in experiments:
         found = gather(experiment, runs, there.get(experiment.name))
         if found is not None:
-            write_atomically(folder / f"{experiment.name}.json", json.dumps(found, indent=None) + "\n")
+            replace_text(folder / f"{experiment.name}.json", json.dumps(found, indent=None) + "\n")
     return rewrite(folder)
 
 
@@ -195,12 +195,12 @@ def rewrite(folder: Path) -> list[dict[str, Any]]:
     """Write summary and tables from the experiments' JSON files in a folder, and return the rows of the summary."""
     everything = read_all(folder)
     rows = [row for gathered in everything for row in summarize(gathered)]
-    write_atomically(folder / f"{SUMMARY}.json", json.dumps(rows, indent=2) + "\n")
+    replace_text(folder / f"{SUMMARY}.json", json.dumps(rows, indent=2) + "\n")
     text = folder / TEXT
     if text.exists():
         tables = {gathered["experiment"]: table(summarize(gathered)) for gathered in everything}
         tables["pooled"] = pooled_table(pool(everything))
-        write_atomically(text, with_tables(text.read_text(encoding="utf-8"), tables))
+        replace_text(text, with_tables(text.read_text(encoding="utf-8"), tables))
     return rows
 
 
