@@ -16,9 +16,9 @@ IMAGES = randn(8, 3, 32, 32)
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool) -> None:
+    def __init__(self, reentrant: bool, inner: nn.Module | None = None) -> None:
         super().__init__()
-        self.before, self.inner, self.after = nn.Linear(64, 64), network(), nn.Linear(64, 64)
+        self.before, self.inner, self.after = nn.Linear(64, 64), inner or network(), nn.Linear(64, 64)
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,6 +78,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "lstm": (lambda: nn.Sequential(network(), First(nn.LSTM(64, 32, batch_first=True))), SEQUENCE),
     "checkpoint": (lambda: Checkpointed(False), X),
     "reentrant checkpoint": (lambda: Checkpointed(True), X),
+    "attention in a checkpoint": (lambda: Checkpointed(False, SelfAttention()), SEQUENCE),
+    "attention in a reentrant checkpoint": (lambda: Checkpointed(True, SelfAttention()), SEQUENCE),
 }
 
 

@@ -33,6 +33,27 @@ def values(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_activations_are_packed_with_gradient_checkpointing(packed: bool, reentrant: bool) -> None:
+    model = fedomc.compress_(plain(), FORMAT) if packed else plain()
+    tokens = torch.arange(128).view(1, 128)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    expected = gradients()
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with fedomc.compress_activations(model, "INT8") as packing:
+        found = gradients()
+    layer_input = 4 * tokens.numel() * model.config.hidden_size
+    assert packing.last.saved >= layer_input > packing.last.held / 2
+    for name, gradient in expected.items():
+        assert torch.linalg.norm(found[name] - gradient) < 0.02 * torch.linalg.norm(gradient), name
+
+
 @pytest.mark.parametrize("format", [FORMAT, "S1E2M3/64+S1E2M1/64"])
 def test_accelerate_trains_saves_its_state_and_goes_on_from_it(tmp_path: Path, format: str) -> None:
     accelerator = accelerate.Accelerator(cpu=True)

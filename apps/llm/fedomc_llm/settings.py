@@ -133,8 +133,6 @@ class Settings:
             raise SettingsError("variants is empty: name at least one, such as full:FP32")
         if self.activations:
             fedomc.Encoding.parse(self.activations)
-            if self.checkpointing:  # the checkpoints of transformers see other tensors in the second forward pass
-                raise SettingsError(f"checkpointing=True and activations={self.activations!r}: choose one of them")
         for each in self.parsed:
             if self.parsed.count(each) > 1:
                 raise SettingsError(f"variant {each} is given twice")

@@ -92,7 +92,7 @@ def test_training_learns_packed_and_activations_may_be_packed_too(tiny: Path, lo
     sequences = torch.randint(97, 101, (8, 32), generator=torch.Generator().manual_seed(0))
     options = {"steps": 6, "batch": 4, "learning_rate": 1e-2, "seed": 0}
     found = []
-    for checkpointing, activations in ((False, ""), (True, ""), (False, "S1E4M3")):
+    for checkpointing, activations in ((False, ""), (True, ""), (False, "S1E4M3"), (True, "S1E4M3")):
         if lora:
             model = models.adapted(str(tiny), "S1E4M3/64", 4, "all-linear", 0)
         else:
@@ -104,4 +104,4 @@ def test_training_learns_packed_and_activations_may_be_packed_too(tiny: Path, lo
         assert tokens == 8 * 31 and result.tokens == 6 * 4 * 31 and result.held_bytes > 0
         found.append(training.held_out_loss(model, sequences, 3)[0])
         assert found[-1] < before - 0.3
-    assert found == pytest.approx([found[0]] * 3, rel=0.2)
+    assert found == pytest.approx([found[0]] * 4, rel=0.2)

@@ -62,7 +62,6 @@ def test_other_texts_are_no_variants(text: str, says: str) -> None:
         ({"variants": ()}, "variants is empty"),
         ({"variants": ("full:FP32", "full:FP32")}, "given twice"),
         ({"activations": "S9"}, "S9"),
-        ({"activations": "S1E4M3", "checkpointing": True}, "choose one"),
     ],
 )
 def test_impossible_settings_are_named(wrong: dict[str, Any], says: str) -> None:

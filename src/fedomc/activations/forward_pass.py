@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedomc._torch import (
     StorageWeakRef,
+    in_checkpoint,
     is_plain,
     running_modules,
     saved_by_checkpoint,
@@ -98,7 +99,9 @@ class ForwardPass(TorchFunctionMode):
         kwargs = kwargs or {}
         before, self._operation = self._operation, operation_of(func, args, kwargs)
         try:
-            return (attention if func is F.scaled_dot_product_attention else func)(*args, **kwargs)
+            # A checkpoint computes its region again outside of this pass, and must find the same tensors saved.
+            replaced = func is F.scaled_dot_product_attention and not in_checkpoint()
+            return (attention if replaced else func)(*args, **kwargs)
         finally:
             self._operation = before
 
