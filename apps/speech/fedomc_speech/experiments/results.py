@@ -16,8 +16,6 @@ from fedomc_speech.experiments.statistics import bootstrap, interval
 from fedomc_speech.settings import FP32
 
 TEXT = "README.md"
-RECIPES = "recipes"
-"""The name of the file of ``benchmarks.recipes`` in the same folder, which is no experiment."""
 
 _MARKED = "<!-- table: {} -->\n{}<!-- end -->"
 _KEPT = ("wer", "wer_compressed", "parameter_ratio", "down_ratio", "up_ratio", "down_bytes", "up_bytes")
@@ -205,17 +203,17 @@ def rewrite(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
-    """Read the experiments' JSON files in a folder.
+    """Read the experiments' JSON files in a folder; other tables there, such as the summary, name no experiment.
 
     Raises:
         SettingsError: a file is damaged.
     """
     everything = []
     for path in sorted(folder.glob("*.json")):
-        if path.stem in (SUMMARY, RECIPES):
-            continue
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
+            if "experiment" not in stored:
+                continue
             summarize(stored)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise SettingsError(f"{path} is damaged ({error!r}): delete it, and run the experiment again") from None
