@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import http_grid
+from flwr.superlink.grid import http_grid, inmemory_grid
 
 import fedomc.flower
 from fedomc.flower import _flower
@@ -79,6 +79,12 @@ def test_the_grid_of_a_deployment_makes_messages_by_arrays() -> None:
     with _flower.inflating_by_arrays():
         assert http_grid.inflate_object_from_contents is _flower.inflate_by_arrays
     assert http_grid.inflate_object_from_contents is inflate_object_from_contents
+
+
+def test_the_grid_of_a_simulation_holds_replies_and_that_of_a_deployment_does_not() -> None:
+    assert inmemory_grid.__name__ == _flower._IN_MEMORY_GRID, CHANGED + "the grid of a simulation has another name"
+    for cls, held in ((inmemory_grid.InMemoryGrid, True), (http_grid.HttpGrid, False)):
+        assert _flower.holds_replies(object.__new__(cls)) is held
 
 
 def context() -> Context:

@@ -15,6 +15,7 @@ from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_SIZE
 from flwr.common.constant import ErrorCode
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_object_head_values_from_object_content
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -30,6 +31,7 @@ __all__ = [
     "is_mod_failure",
     "logger",
     "held_chunks",
+    "holds_replies",
     "identify_process",
     "inflate_by_arrays",
     "inflating_by_arrays",
@@ -70,6 +72,12 @@ def client_failure(message: Message, error: Exception) -> Message:
     return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
 
 
+def holds_replies(grid: Grid) -> bool:
+    """Return whether replies are in this process before they are pulled from a grid, as in a simulation."""
+    module: Any = sys.modules.get(_IN_MEMORY_GRID)
+    return module is not None and isinstance(grid, module.InMemoryGrid)
+
+
 def identify_process() -> None:
     """Give this process an identity if it has none: Flower makes messages only in a process that has one."""
     if TaskIdentity._run_id is None:
@@ -80,6 +88,9 @@ def name_message(message: Message, message_id: str) -> None:
     """Give a message the ID that an engine gives it when it is pushed."""
     message.metadata.__dict__["_message_id"] = message_id
 
+
+_IN_MEMORY_GRID = "flwr.superlink.grid.inmemory_grid"
+"""The module of the grid of a simulation; to import it takes a second."""
 
 _HTTP_GRID = "flwr.superlink.grid.http_grid"
 """The module of the grid of a deployment, which calls ``inflate_object_from_contents`` for each message."""

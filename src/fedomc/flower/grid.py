@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedomc.flower._flower import inflating_by_arrays
+from fedomc.flower._flower import holds_replies, inflating_by_arrays
 
 POLL_INTERVAL = 0.1
 """The minimum number of seconds between two polls for replies; if a poll takes longer, the interval is as long."""
@@ -36,24 +36,37 @@ class StreamingGrid(Grid):
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._fetched([sent for sent in self.grid.push_messages(messages) if sent is not None], deadline)
 
+    def arrived(self, message_ids: Iterable[str]) -> Iterator[tuple[str, list[Message]]]:
+        """Look for the reply to each message once, and yield the ID of the message and the reply if there is one.
+
+        The reply is alone in a list, from which it should be popped: then nothing else holds it.
+
+        From another process, replies are fetched one at a time, so that only one is in memory. Those that are in this
+        process already, as in a simulation, are taken together: each look waits for the locks of Flower's engine.
+        """
+        ids = list(message_ids)
+        together = len(ids) if holds_replies(self.grid) and not self.in_order else 1
+        for begin in range(0, len(ids), together or 1):
+            some = ids[begin : begin + together]
+            replies = list(self.pull_messages(some))
+            while replies:
+                key = some[0] if together == 1 else replies[-1].metadata.reply_to_message_id
+                yield key, [replies.pop()]
+
     def _fetched(self, waiting: list[str], deadline: float | None) -> Iterator[Message]:
         while waiting:
             began = time.monotonic()
-            still = []
-            for sent in waiting:
-                replies = list(self.pull_messages([sent]))  # one at a time, so that only one is in memory
-                if not replies:
-                    still.append(sent)
-                while replies:
-                    yield replies.pop()
-                if still and self.in_order and not (deadline is not None and began >= deadline):
-                    still += waiting[waiting.index(sent) + 1 :]
-                    break
-            if deadline is not None and began >= deadline:
+            late = deadline is not None and began >= deadline
+            asked = waiting[:1] if self.in_order and not late else waiting
+            missing = dict.fromkeys(waiting)
+            for sent, replies in self.arrived(asked):
+                missing.pop(sent, None)
+                yield replies.pop()
+            if late:
                 return  # the last poll was after the deadline
-            if len(still) == len(waiting):
+            if len(missing) == len(waiting):
                 time.sleep(max(POLL_INTERVAL, time.monotonic() - began))
-            waiting = still
+            waiting = list(missing)
 
     def set_run(self, run: Any) -> None:
         """Set the run of the wrapped grid."""

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from flwr.app import Message, Metadata
-from flwr.serverapp import Grid
 
 from fedomc.flower.downlink import Broadcast
-from fedomc.flower.grid import POLL_INTERVAL
+from fedomc.flower.grid import POLL_INTERVAL, StreamingGrid
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,11 @@ class InFlight:
         timeout: the number of seconds after which a node that has not replied counts as dead.
     """
 
-    def __init__(self, grid: Grid, timeout: float) -> None:
+    def __init__(self, grid: StreamingGrid, timeout: float) -> None:
         self.grid = grid
         self.timeout = timeout
         self._flights: dict[str, Flight] = {}
+        self._arriving: Iterator[tuple[str, list[Message]]] | None = None
 
     def __len__(self) -> int:
         """Count the messages."""
@@ -63,18 +63,25 @@ class InFlight:
     def poll(self) -> Iterator[tuple[Flight, Message | None]]:
         """Look for the reply to each message once, and then wait a little if none has come.
 
-        Replies are fetched one by one, each only after the one before it is processed.
+        Each reply is processed before the next one is fetched. If a step ends in between, the next call goes on there.
 
         Yields:
             The message that was sent, which is no longer in flight, and the reply to it, or None if its time is up.
         """
         began, found = time.monotonic(), False
+        if self._arriving is None:
+            self._arriving = self.grid.arrived(self._flights)
+        for key, replies in self._arriving:
+            flight = self._flights.pop(key, None)
+            if flight is not None:  # else it has been given up
+                found = True
+                yield flight, replies.pop()
+        self._arriving = None
         for key, flight in list(self._flights.items()):
-            replies = list(self.grid.pull_messages([key]))
-            if replies or began >= flight.deadline:
+            if began >= flight.deadline:
                 found = True
                 del self._flights[key]
-                yield flight, replies.pop() if replies else None
+                yield flight, None
         if not found:
             time.sleep(max(POLL_INTERVAL, time.monotonic() - began))
 
