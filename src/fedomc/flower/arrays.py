@@ -142,7 +142,7 @@ def plain_array(tensor: Tensor, name: str) -> Array:
     if values.dtype is torch.bfloat16:
         return Bfloat16Array(values)
     try:
-        return Array(values.numpy())
+        return dense_array(values.numpy())
     except TypeError as error:
         raise PayloadError(f"{name} is {tensor.dtype}, which cannot be sent: call model.float() first") from error
 

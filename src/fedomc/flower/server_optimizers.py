@@ -12,6 +12,7 @@ this module from the model that was sent, as Flower does after a restart.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,34 @@ class RoundFiles:
             self.draft = None
 
 
+class _MemoryDraft:
+    """New arrays in memory, which are written a stretch at a time like those of a ``CheckpointDraft``."""
+
+    def __init__(self, kinds: Mapping[str, Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]]) -> None:
+        self._arrays = {
+            kind: {name: np.empty(shape, dtype) for name, (dtype, shape) in each.items()}
+            for kind, each in kinds.items()
+        }
+        self._written = Counter[tuple[str, str]]()
+
+    def write(self, kind: str, name: str, values: Values) -> None:
+        """Write the next values of an array."""
+        begin = self._written[kind, name]
+        self._arrays[kind][name].reshape(-1)[begin : begin + values.size] = values
+        self._written[kind, name] += values.size
+
+    def array(self, kind: str, name: str) -> Values:
+        """Return an array that has been written."""
+        return self._arrays[kind][name]
+
+    def model(self, like: ArrayRecord) -> ArrayRecord:
+        """Return the model, with the dtypes of one like it, and release it here."""
+        record = ArrayRecord()
+        for name, array in like.items():
+            record[name] = array_of(self._arrays[MODEL].pop(name), array.dtype)
+        return record
+
+
 class ServerOptimizer:
     """The optimizer of one of Flower's strategies, in a round.
 
@@ -95,37 +124,15 @@ class ServerOptimizer:
             NonFiniteError: a new value is NaN or infinite; the moments are as they were.
             OSError: a file cannot be written.
         """
-        if files is not None:
-            return self._in_files(broadcast, mean, files)
-        if self._slots:  # which are modified in place, so that nothing may fail then
-            for name in broadcast.arrays:
-                for _ in self._stretches(broadcast, mean, name):
-                    pass
-        arrays = ArrayRecord()
-        slots = {slot: self._writable(slot, broadcast) for slot in self._slots}
-        for name, array in broadcast.arrays.items():
-            own = broadcast.dense(name)
-            values = np.empty(own.size, own.dtype)
-            for slot, dtype in self._dtypes(broadcast, mean, name).items():
-                if name not in slots[slot]:
-                    slots[slot][name] = np.empty(own.shape, dtype)
-            for start, new, moments in self._stretches(broadcast, mean, name):
-                values[start : start + new.size] = new
-                for slot, moment in zip(self._slots, moments, strict=True):
-                    slots[slot][name].reshape(-1)[start : start + new.size] = moment
-            mean.release(name)
-            arrays[name] = array_of(values.reshape(own.shape), array.dtype)
-        self._assign(slots)
-        return arrays
-
-    def _in_files(self, broadcast: Broadcast, mean: Mean, files: RoundFiles) -> ArrayRecord:
         shapes = {name: broadcast.dense(name).shape for name in broadcast.arrays}
         kinds = {MODEL: {name: (broadcast.dense(name).dtype, shape) for name, shape in shapes.items()}}
         keys = {slot: self._keys(slot, broadcast) for slot in self._slots}
         for slot in self._slots:
             dtypes = {name: self._dtypes(broadcast, mean, name)[slot] for name in shapes}
             kinds[slot] = {keys[slot][name]: (dtypes[name], shape) for name, shape in shapes.items()}
-        files.draft = draft = CheckpointDraft(files.folder, kinds, files.progress)
+        draft: CheckpointDraft | _MemoryDraft = _MemoryDraft(kinds)
+        if files is not None:
+            files.draft = draft = CheckpointDraft(files.folder, kinds, files.progress)
         for name in shapes:
             for _, new, moments in self._stretches(broadcast, mean, name):
                 draft.write(MODEL, name, new)
@@ -134,6 +141,9 @@ class ServerOptimizer:
             mean.release(name)
         written = {slot: {name: draft.array(slot, keys[slot][name]) for name in shapes} for slot in self._slots}
         self._assign(written)
+        if isinstance(draft, _MemoryDraft):
+            return draft.model(broadcast.arrays)
+        assert files is not None
         files.moments = {slot: {keys[slot][n]: v for n, v in each.items()} for slot, each in written.items()}
         arrays = stored_model(draft.file, MODEL, broadcast.arrays)
         files.arrays = dict(arrays.items())  # the record may be changed by a subclass of the strategy
@@ -172,10 +182,6 @@ class ServerOptimizer:
     def _moments(self, slot: str, broadcast: Broadcast) -> Mapping[str, Values]:
         stored = getattr(self._inner, slot) or {}
         return stored if isinstance(stored, dict) else dict(zip(broadcast.arrays, stored, strict=True))
-
-    def _writable(self, slot: str, broadcast: Broadcast) -> dict[str, Values]:
-        stored = self._moments(slot, broadcast)
-        return {name: values if values.flags.writeable else values.copy() for name, values in stored.items()}
 
     def _keys(self, slot: str, broadcast: Broadcast) -> dict[str, str]:
         """Return the names of a slot's arrays in a checkpoint."""
