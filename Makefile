@@ -91,7 +91,7 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake --build $(SANITIZED)
 	FEDOMC_BUILD=$(SANITIZED) FEDOMC_NATIVE=1 PYTEST_PLUGINS=tests.codec.other_build ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest -n 2 tests/codec/test_native.py tests/codec/test_native_blocks.py tests/codec/test_native_rotation.py
+		$(BIN)/python -m pytest -n 2 tests/codec/test_native.py tests/codec/test_native_blocks.py tests/codec/test_native_rotation.py tests/codec/test_native_dtypes.py
 
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) apps/speech/pyproject.toml apps/llm/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

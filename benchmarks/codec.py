@@ -2,7 +2,8 @@
 
     python -m benchmarks.codec [--json out.json] [--seconds 0.3] [--values 16777216] [--backends native]
 
-Each row is one operation of one backend: ``{format, op, backend, threads, values, mvalues_per_s, memcpy_ratio}``. The
+Each row is one operation of one backend: ``{format, op, backend, threads, values, mvalues_per_s, memcpy_ratio}``;
+``decode_bfloat16`` and ``decode_float16`` decode to these dtypes. The
 ratio is the median over rounds of the time of memcpy of the FP32 tensor (one thread, between allocated buffers) by the
 time of the operation, measured in turn; more than 1 is faster than memcpy. Peers that are not installed are named and
 left out: torch half and float8 are always there, ml_dtypes comes with the development tools, torchao, qtorch and
@@ -108,7 +109,7 @@ def operations(x: torch.Tensor, backends: Sequence[str], threads: int) -> Iterat
 def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
     """Give the operations of both backends in all formats."""
     backends = [("reference", reference)] + ([("native", native)] if native.extension is not None else [])
-    gradient, out = torch.randn_like(x), torch.empty_like(x)
+    gradient, out, narrow = torch.randn_like(x), torch.empty_like(x), narrow_rooms(x)
     status = torch.zeros(2, dtype=torch.int64)
     sums = torch.empty(-(-x.numel() // codec.CHUNK), codec.SUMS, dtype=torch.float64)
     for name in FORMATS:
@@ -121,6 +122,8 @@ def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
         for backend, at in backends:
             yield name, backend, "encode", partial(at.encode, x, e, m, k, None, 0, words, sums, status)
             yield name, backend, "decode", partial(at.decode, *present, out)
+            for op, room in narrow.items():
+                yield name, backend, op, partial(at.decode, *present, room)
             yield name, backend, "decode_add", partial(at.decode_add, *present, 0.5, out)
             yield (
                 name,
@@ -136,10 +139,16 @@ def ours(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
             )
 
 
+def narrow_rooms(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return room for the values of a tensor in narrower dtypes, by the name of the operation that decodes to it."""
+    return {f"decode_{name}": torch.empty_like(x, dtype=getattr(torch, name)) for name in ("bfloat16", "float16")}
+
+
 def blockwise(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
     """Give the operations of both backends in the methods with a scale by block."""
     backends = [("reference", reference_blocks)] + ([("native", native)] if native.extension is not None else [])
     gradient, out, status = torch.randn_like(x), torch.empty_like(x), torch.zeros(2, dtype=torch.int64)
+    narrow = narrow_rooms(x)
     for name in BLOCKWISE:
         method = parse_method(name)
         assert isinstance(method, Blockwise)
@@ -148,6 +157,8 @@ def blockwise(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
         for backend, at in backends:
             yield name, backend, "encode", partial(at.block_encode, x, *how, None, 0, *packed, status)
             yield name, backend, "decode", partial(at.block_decode, *packed, *how, out)
+            for op, room in narrow.items():
+                yield name, backend, op, partial(at.block_decode, *packed, *how, room)
             yield (
                 name,
                 backend,
@@ -159,13 +170,15 @@ def blockwise(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
 def rotated(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:
     """Give the operations of both backends in the methods with random rotations."""
     backends = [("reference", reference_rotation)] + ([("native", native)] if native.extension is not None else [])
-    out = torch.empty_like(x)
+    out, narrow = torch.empty_like(x), narrow_rooms(x)
     for name in ROTATED:
         method = parse_method(name)
         words, scales, _ = method.zeros(x.numel(), "cpu")
         for backend, at in backends:
             yield name, backend, "encode", partial(at.rotated_encode, x, method.code_bits, 1, 0, True, words, scales)
             yield name, backend, "decode", partial(at.rotated_decode, words, scales, method.code_bits, 1, 0, out)
+            for op, room in narrow.items():
+                yield name, backend, op, partial(at.rotated_decode, words, scales, method.code_bits, 1, 0, room)
 
 
 def peers(x: torch.Tensor) -> Iterator[tuple[str, str, str, Operation]]:

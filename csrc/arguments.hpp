@@ -17,6 +17,8 @@ using InWords = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::d
 using OutWords = nb::ndarray<std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using InValues = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutValues = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using InDense = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutDense = nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutSums = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutStatus = nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using InScales = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -25,6 +27,19 @@ using OutScales = nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
+
+template <class Values>
+Dtype checked_dtype(const Values& values) {
+  if (values.dtype() == nb::dtype<float>()) return Dtype::kFloat32;
+  if (values.dtype() == nb::dlpack::dtype{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1})
+    return Dtype::kFloat16;
+  require(values.dtype() == nb::dlpack::dtype{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1},
+          "values must be float32, bfloat16 or float16");
+  return Dtype::kBfloat16;
+}
+
+Dense dense(const InDense& values) { return {values.data(), checked_dtype(values)}; }
+DenseRoom dense_room(const OutDense& values) { return {values.data(), checked_dtype(values)}; }
 
 Format checked_format(unsigned exponent_bits, unsigned mantissa_bits) {
   require(exponent_bits >= 1 && exponent_bits <= 8 && mantissa_bits <= 23, "format out of range");

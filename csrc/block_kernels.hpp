@@ -123,12 +123,13 @@ void with_decoder(const BlockPacked& packed, const Element& element, Use use) {
   use([&](std::size_t block, std::size_t count, float* to) { decode_floats(packed, values_of, block, count, to); });
 }
 
-void block_decode(const BlockPacked& packed, const Element& element, float* out, std::size_t n, bool streaming) {
+void block_decode(const BlockPacked& packed, const Element& element, const DenseRoom& out, std::size_t n,
+                  bool streaming) {
   with_decoder(packed, element, [&](auto decode) { decode_chunk(out, n, streaming, decode); });
 }
 
 void block_decode_sum(const BlockPacked& base, const Element& element, const BlockPacked& update,
-                      const Element& update_element, float* out, std::size_t n, bool streaming) {
+                      const Element& update_element, const DenseRoom& out, std::size_t n, bool streaming) {
   with_decoder(base, element, [&](auto decode) {
     with_decoder(update, update_element, [&](auto decode_update) {
       decode_chunk(out, n, streaming, [&](std::size_t block, std::size_t count, float* to) {
@@ -298,14 +299,14 @@ void block_encode(const float* values, std::size_t n, const Element& element, co
                     });
 }
 
-void block_update(const BlockPacked& packed, const float* gradient, float alpha, std::size_t n, const Element& element,
+void block_update(const BlockPacked& packed, const Dense& gradient, float alpha, std::size_t n, const Element& element,
                   const Rounding& rounding, const BlockRoom& room, Found& found) {
   found.changed = false;
   with_decoder(packed, element, [&](auto decode) {
     block_encode_with(n, element, rounding, room, found,
                       [&](std::size_t block, std::size_t at, std::size_t count, Values& values) -> const float* {
                         decode(block, count, values.data());
-                        found.changed |= add_gradient(values, gradient + at, alpha, count);
+                        found.changed |= add_gradient(values, gradient, at, alpha, count);
                         return values.data();
                       });
   });

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "layout.hpp"
+#include "narrow.hpp"
 #include "packing.hpp"
 #include "vectors.hpp"
 
@@ -22,16 +23,23 @@ inline void for_each_block(std::size_t n, Body body) {
   for (std::size_t block = 0, at = 0; at < n; ++block, at += kBlock) body(block, at, n - at < kBlock ? n - at : kBlock);
 }
 
-// Copies a block with non-temporal stores, which do not read the overwritten memory into the caches first.
-void stream(float* to, const Values& values) {
+// Copies a block of `size` bytes, a multiple of 64, with non-temporal stores, which do not read the overwritten memory
+// into the caches first.
+void stream(void* to, const void* from, std::size_t size) {
+#if defined(FEDOMC_X86)
+  auto* target = static_cast<float*>(to);
+  const auto* source = static_cast<const float*>(from);
+  for (std::size_t i = 0; i < size / sizeof(float); i += kWidth) {
 #if defined(__AVX512F__)
-  for (std::size_t i = 0; i < kBlock; i += 16) _mm512_stream_ps(to + i, _mm512_loadu_ps(values.data() + i));
+    _mm512_stream_ps(target + i, _mm512_loadu_ps(source + i));
 #elif defined(__AVX__)
-  for (std::size_t i = 0; i < kBlock; i += 8) _mm256_stream_ps(to + i, _mm256_loadu_ps(values.data() + i));
-#elif defined(FEDOMC_X86)
-  for (std::size_t i = 0; i < kBlock; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(values.data() + i));
+    _mm256_stream_ps(target + i, _mm256_loadu_ps(source + i));
 #else
-  std::memcpy(to, values.data(), sizeof values);
+    _mm_stream_ps(target + i, _mm_loadu_ps(source + i));
+#endif
+  }
+#else
+  std::memcpy(to, from, size);
 #endif
 }
 
@@ -41,21 +49,25 @@ void fence() {
 #endif
 }
 
-// Decodes n values block by block; decode(block, count, to) must write a whole block's values to `to`.
+// Decodes n values block by block; decode(block, count, to) must write a whole block's float32 values to `to`.
 template <class Decode>
-void decode_chunk(float* out, std::size_t n, bool streaming, Decode decode) {
-  streaming = streaming && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
+void decode_chunk(const DenseRoom& out, std::size_t n, bool streaming, Decode decode) {
+  const std::size_t size = size_of(out.dtype);
+  streaming = streaming && reinterpret_cast<std::uintptr_t>(out.data) % 64 == 0;
   for_each_block(n, [&](std::size_t block, std::size_t at, std::size_t count) {
-    if (count == kBlock && !streaming) {
-      decode(block, count, out + at);
-      return;
-    }
+    void* to = out.from(at).data;
+    const bool direct = count == kBlock && !streaming, wide = out.dtype == Dtype::kFloat32;
+    if (wide && direct) return decode(block, count, static_cast<float*>(to));
     alignas(64) Values values;
+    alignas(64) Narrow narrowed;
     decode(block, count, values.data());
+    if (!wide) narrow(values, count, out.dtype, direct ? static_cast<std::uint16_t*>(to) : narrowed.data());
+    if (direct) return;
+    const void* from = wide ? static_cast<const void*>(values.data()) : narrowed.data();
     if (count == kBlock) {
-      stream(out + at, values);
+      stream(to, from, kBlock * size);
     } else {
-      std::memcpy(out + at, values.data(), count * sizeof(float));
+      std::memcpy(to, from, count * size);
     }
   });
   if (streaming) fence();
@@ -69,8 +81,11 @@ inline const float* padded(const float* values, std::size_t count, Values& room)
   return room.data();
 }
 
-// Adds alpha * gradient to a block of decoded values, pads it with zeros, and returns whether any value changed.
-inline bool add_gradient(Values& values, const float* gradient, float alpha, std::size_t count) {
+// Adds alpha times the gradient from value `at` on to a block of decoded values, pads it with zeros, and returns
+// whether any value changed.
+inline bool add_gradient(Values& values, const Dense& gradients, std::size_t at, float alpha, std::size_t count) {
+  alignas(64) Values room;
+  const float* gradient = widened(gradients, at, count, room);
   I changed{};
   std::size_t i = 0;
   for (; i + kWidth <= count; i += kWidth) {

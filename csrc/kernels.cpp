@@ -66,7 +66,7 @@ std::uint32_t largest_of(const float* values, std::size_t n) {
   return result;
 }
 
-void decode(const Packed& base, const Packed* update, float* out, std::size_t n, bool streaming) {
+void decode(const Packed& base, const Packed* update, const DenseRoom& out, std::size_t n, bool streaming) {
   const Represent represent(base);
   if (!update) {
     decode_chunk(out, n, streaming, [&](std::size_t block, std::size_t count, float* to) {
@@ -162,14 +162,14 @@ void encode(const float* values, std::size_t n, Format format, const Rounding& r
 }
 
 // In units of the current scale, so that values with a zero gradient are preserved exactly.
-void update(const Packed& packed, const float* gradient, float ratio, std::size_t n, const Rounding& rounding,
+void update(const Packed& packed, const Dense& gradient, float ratio, std::size_t n, const Rounding& rounding,
             std::uint32_t* words, Found& found) {
   const Represent represent(packed.format, packed.format.working_bias(), 1.0f, 0.0f);
   found.changed = false;
   encode_with(n, packed.format, rounding, words, found,
               [&](std::size_t block, std::size_t at, std::size_t count, Values& room) -> const float* {
                 decode_block(packed, represent, block, count, room.data());
-                found.changed |= add_gradient(room, gradient + at, ratio, count);
+                found.changed |= add_gradient(room, gradient, at, ratio, count);
                 return room.data();
               });
 }

@@ -19,6 +19,28 @@ constexpr std::size_t words_of(std::size_t n, unsigned bits) {
   return kLanes * (n / kBlock * bits + (rows * bits + 31) / 32);
 }
 
+// The dtypes of dense values. The kernels calculate in float32, round what they decode to nearest, ties to even, and
+// take gradients in any of them.
+enum class Dtype { kFloat32, kBfloat16, kFloat16 };
+
+constexpr std::size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Dense values to read.
+struct Dense {
+  const void* data;
+  Dtype dtype;
+
+  Dense from(std::size_t value) const { return {static_cast<const char*>(data) + value * size_of(dtype), dtype}; }
+};
+
+// Memory for dense values.
+struct DenseRoom {
+  void* data;
+  Dtype dtype;
+
+  DenseRoom from(std::size_t value) const { return {static_cast<char*>(data) + value * size_of(dtype), dtype}; }
+};
+
 // A number format SxEyMz, as defined in codec/elements.py.
 struct Format {
   unsigned exponent_bits;

@@ -21,7 +21,7 @@ namespace nb = nanobind;
 namespace fedomc {
 namespace {
 
-constexpr std::size_t kStreamingValues = std::size_t{1} << 22;  // 16 MB: more than the caches hold
+constexpr std::size_t kStreamingBytes = std::size_t{16} << 20;  // more than the caches hold
 
 const Kernels* initial() {
   const char* forced = std::getenv("FEDOMC_LEVEL");
@@ -44,25 +44,27 @@ void in_chunks(std::size_t n, unsigned threads, const Run& run, Subnormals subno
   });
 }
 
-void decode(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, const OutValues& out,
+void decode(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, const OutDense& out,
             unsigned threads) {
   const Part part(words, scale_offset, e, m, out.size());
   check_apart(words, out);
+  const DenseRoom to = dense_room(out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
-    current()->decode(part.from(at), nullptr, out.data() + at, count, out.size() >= kStreamingValues);
+    current()->decode(part.from(at), nullptr, to.from(at), count, out.nbytes() >= kStreamingBytes);
   });
 }
 
 void decode_sum(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, const InWords& update_words,
-                const InValues& update_scale_offset, unsigned update_e, unsigned update_m, const OutValues& out,
+                const InValues& update_scale_offset, unsigned update_e, unsigned update_m, const OutDense& out,
                 unsigned threads) {
   const Part base(words, scale_offset, e, m, out.size());
   const Part update(update_words, update_scale_offset, update_e, update_m, out.size());
   check_apart(words, out);
   check_apart(update_words, out);
+  const DenseRoom to = dense_room(out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
     const Packed change = update.from(at);
-    current()->decode(base.from(at), &change, out.data() + at, count, out.size() >= kStreamingValues);
+    current()->decode(base.from(at), &change, to.from(at), count, out.nbytes() >= kStreamingBytes);
   });
 }
 
@@ -151,7 +153,7 @@ void report_infinite(const OutStatus& status) {
   status.data()[1] = 1;
 }
 
-void update(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, const InValues& gradient,
+void update(const InWords& words, const InValues& scale_offset, unsigned e, unsigned m, const InDense& gradient,
             float alpha, bool rescale, bool stochastic, std::uint64_t seed, const OutWords& out,
             const OutValues& out_scale_offset, const OutStatus& status, unsigned threads) {
   const std::size_t n = gradient.size();
@@ -162,6 +164,7 @@ void update(const InWords& words, const InValues& scale_offset, unsigned e, unsi
   check_apart(words, out);
   check_apart(gradient, out);
   check_apart(scale_offset, out_scale_offset);
+  const Dense values = dense(gradient);
   const int working = format.bias() - format.working_bias();
   const float ratio = static_cast<float>(std::ldexp(static_cast<double>(alpha) / part.scale, working));
   if (!std::isnormal(part.scale) || !std::isfinite(ratio)) return report_infinite(status);
@@ -170,7 +173,7 @@ void update(const InWords& words, const InValues& scale_offset, unsigned e, unsi
   for (bool again = true; again;) {
     find_in_chunks(n, threads, subnormals_of(format), nullptr, {shift, stochastic, seed, 0}, status,
                    [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
-                     current()->update(part.from(at), gradient.data() + at, ratio, count, rounding,
+                     current()->update(part.from(at), values.from(at), ratio, count, rounding,
                                        unsigned_words(out.data()) + at_word(at, format), found);
                    });
     const auto largest = static_cast<std::uint32_t>(status.data()[0]);
@@ -191,20 +194,21 @@ void update(const InWords& words, const InValues& scale_offset, unsigned e, unsi
 // ---- blockwise methods --------------------------------------------------------------------------------------------
 
 void block_decode(const InWords& words, const InScales& scales, int kind, unsigned e, unsigned m, std::size_t block,
-                  const OutValues& out, unsigned threads) {
+                  const OutDense& out, unsigned threads) {
   const Element element = checked_element(kind, e, m);
   check_blockwise(words, scales, element, block, out.size());
   check_apart(words, out);
   check_apart(scales, out);
+  const DenseRoom to = dense_room(out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
-    current()->block_decode(packed_from(words, scales, element, block, at), element, out.data() + at, count,
-                            out.size() >= kStreamingValues);
+    current()->block_decode(packed_from(words, scales, element, block, at), element, to.from(at), count,
+                            out.nbytes() >= kStreamingBytes);
   });
 }
 
 void block_decode_sum(const InWords& words, const InScales& scales, int kind, unsigned e, unsigned m, std::size_t block,
                       const InWords& update_words, const InScales& update_scales, int update_kind, unsigned update_e,
-                      unsigned update_m, std::size_t update_block, const OutValues& out, unsigned threads) {
+                      unsigned update_m, std::size_t update_block, const OutDense& out, unsigned threads) {
   const Element element = checked_element(kind, e, m);
   const Element update_element = checked_element(update_kind, update_e, update_m);
   check_blockwise(words, scales, element, block, out.size());
@@ -213,10 +217,11 @@ void block_decode_sum(const InWords& words, const InScales& scales, int kind, un
   check_apart(scales, out);
   check_apart(update_words, out);
   check_apart(update_scales, out);
+  const DenseRoom to = dense_room(out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
     current()->block_decode_sum(packed_from(words, scales, element, block, at), element,
                                 packed_from(update_words, update_scales, update_element, update_block, at),
-                                update_element, out.data() + at, count, out.size() >= kStreamingValues);
+                                update_element, to.from(at), count, out.nbytes() >= kStreamingBytes);
   });
 }
 
@@ -235,7 +240,7 @@ void block_encode(const InValues& values, int kind, unsigned e, unsigned m, std:
 }
 
 void block_update(const InWords& words, const InScales& scales, int kind, unsigned e, unsigned m, std::size_t block,
-                  const InValues& gradient, float alpha, bool stochastic, std::uint64_t seed, const OutWords& out,
+                  const InDense& gradient, float alpha, bool stochastic, std::uint64_t seed, const OutWords& out,
                   const OutScales& out_scales, const OutStatus& status, unsigned threads) {
   const Element element = checked_element(kind, e, m);
   check_blockwise(words, scales, element, block, gradient.size());
@@ -244,9 +249,10 @@ void block_update(const InWords& words, const InScales& scales, int kind, unsign
   check_apart(scales, out_scales);
   check_apart(gradient, out);
   check_apart(gradient, out_scales);
+  const Dense values = dense(gradient);
   find_in_chunks(gradient.size(), threads, Subnormals::kZero, nullptr, {0, stochastic, seed, 0}, status,
                  [&](std::size_t at, std::size_t count, const Rounding& rounding, Found& found) {
-                   current()->block_update(packed_from(words, scales, element, block, at), gradient.data() + at, alpha,
+                   current()->block_update(packed_from(words, scales, element, block, at), values.from(at), alpha,
                                            count, element, rounding, room_from(out, out_scales, element, block, at),
                                            found);
                  });
@@ -255,13 +261,14 @@ void block_update(const InWords& words, const InScales& scales, int kind, unsign
 // ---- random rotations ----------------------------------------------------------------------------------------------
 
 void rotated_decode(const InWords& words, const InValues& scales, unsigned bits, std::uint64_t seed,
-                    std::uint64_t start, const OutValues& out, unsigned threads) {
+                    std::uint64_t start, const OutDense& out, unsigned threads) {
   check_rotated(words, scales, bits, start, out.size());
   check_apart(words, out);
   check_apart(scales, out);
+  const DenseRoom to = dense_room(out);
   in_chunks(out.size(), threads, [&](std::size_t at, std::size_t count) {
     current()->rotated_decode(unsigned_words(words.data()) + words_of(at, bits), scales.data() + at / kBlock,
-                              {bits, seed, start + at, true}, out.data() + at, count, out.size() >= kStreamingValues);
+                              {bits, seed, start + at, true}, to.from(at), count, out.nbytes() >= kStreamingBytes);
   });
 }
 

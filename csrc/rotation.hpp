@@ -93,7 +93,7 @@ inline F levels_of(U code) {
 }
 
 template <unsigned W>
-void rotated_decode(const std::uint32_t* words, const float* scales, const Rotation& rotation, float* out,
+void rotated_decode(const std::uint32_t* words, const float* scales, const Rotation& rotation, const DenseRoom& out,
                     std::size_t n, bool streaming) {
   decode_chunk(out, n, streaming, [&](std::size_t block, std::size_t count, float* to) {
     const std::size_t d = rotated_together(count, W);
@@ -110,7 +110,7 @@ void rotated_decode(const std::uint32_t* words, const float* scales, const Rotat
   });
 }
 
-void rotated_decode(const std::uint32_t* words, const float* scales, const Rotation& rotation, float* out,
+void rotated_decode(const std::uint32_t* words, const float* scales, const Rotation& rotation, const DenseRoom& out,
                     std::size_t n, bool streaming) {
   return rotation.bits == 1 ? rotated_decode<1>(words, scales, rotation, out, n, streaming)
                             : rotated_decode<2>(words, scales, rotation, out, n, streaming);

@@ -17,10 +17,11 @@ def test_a_row_for_each_operation_of_each_backend(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["benchmarks.codec", *arguments])
     codec.main()
     rows = json.loads(file.read_text())["rows"]
-    floats = {"encode", "decode", "decode_add", "decode_add_difference", "update"}
+    decoding = {"decode", "decode_bfloat16", "decode_float16"}
+    floats = {"encode", *decoding, "decode_add", "decode_add_difference", "update"}
     wanted = {(name, op) for name in codec.FORMATS for op in floats}
-    wanted |= {(name, op) for name in codec.BLOCKWISE for op in ("encode", "decode", "update")}
-    wanted |= {(name, op) for name in codec.ROTATED for op in ("encode", "decode")}
+    wanted |= {(name, op) for name in codec.BLOCKWISE for op in ("encode", *decoding, "update")}
+    wanted |= {(name, op) for name in codec.ROTATED for op in ("encode", *decoding)}
     for backend in backends:
         found = [row for row in rows if row["backend"] == backend]
         assert {(row["format"], row["op"]) for row in found} == wanted

@@ -1,4 +1,6 @@
-"""Converts between float32 values and packed codes, for whole variables or stretches that begin at a block boundary.
+"""Converts between dense values and packed codes, for whole variables or stretches that begin at a block boundary.
+
+What is decoded may be written as bfloat16 or float16, rounded to nearest, and gradients may be given as either.
 
 Methods call these functions without knowing which backend runs them. Each function is a ``torch.library`` operator, so
 the dispatcher chooses the backend: the C++ kernels for CPU tensors, Triton kernels for floats on CUDA devices, and the
@@ -104,7 +106,7 @@ def decode(words: Tensor, scale_offset: Tensor, element: FloatElement, out: Tens
         words: the packed codes, int32 ``[words_of(n, bits)]``.
         scale_offset: float32 ``[2]``; with (1, 0), the values of the codes are decoded exactly.
         element: the number format.
-        out: float32 ``[n]``, contiguous; it is overwritten.
+        out: float32, bfloat16 or float16 ``[n]``, contiguous; it is overwritten.
 
     Returns:
         ``out``.
@@ -135,7 +137,7 @@ def decode_sum(
 
 
 def decode_add(words: Tensor, scale_offset: Tensor, element: FloatElement, weight: float, out: Tensor) -> Tensor:
-    """Add ``weight * (scale * Q + offset)`` to ``out``; the other arguments are those of ``decode``."""
+    """Add ``weight * (scale * Q + offset)`` to float32 ``out``; the other arguments are those of ``decode``."""
     _operators.decode_add(words, scale_offset, element.exponent_bits, element.mantissa_bits, weight, out)
     return out
 
@@ -150,7 +152,7 @@ def decode_add_difference(
     weight: float,
     out: Tensor,
 ) -> Tensor:
-    """Add ``weight`` times the difference of two decoded variables to ``out``.
+    """Add ``weight`` times the difference of two decoded variables to float32 ``out``.
 
     The other arguments are those of ``decode``, for each of the two variables.
     """
@@ -219,7 +221,7 @@ def update(
         words: the present codes, int32 ``[words_of(n, bits)]``.
         scale_offset: the present scale and offset, float32 ``[2]``.
         element: the number format of both the present and the new codes.
-        gradient: float32 ``[n]``, contiguous.
+        gradient: float32, bfloat16 or float16 ``[n]``, contiguous.
         alpha: the factor of the gradient.
         out: the new codes, int32 like ``words``; overwritten. It must not be ``words`` itself, which is read again if
             a second pass with another scale is needed.
@@ -248,7 +250,7 @@ def block_decode(words: Tensor, scales: Tensor, element: BlockElement, block: in
         scales: ``[ceil(n / block)]``, float32, or for float elements uint8 exponents with a bias of 127 (E8M0).
         element: the element format of the codes.
         block: the number of neighbouring values that share a scale: 32, 64, 128 or 256.
-        out: float32 ``[n]``, contiguous; it is overwritten.
+        out: float32, bfloat16 or float16 ``[n]``, contiguous; it is overwritten.
 
     Returns:
         ``out``.
@@ -263,7 +265,7 @@ def block_decode_sum(base: BlockPart, update: BlockPart, out: Tensor) -> Tensor:
     Args:
         base: the words, scales, element and block size of the base, as in ``block_decode``.
         update: those of the update.
-        out: float32 ``[n]``, contiguous; it is overwritten.
+        out: float32, bfloat16 or float16 ``[n]``, contiguous; it is overwritten.
 
     Returns:
         ``out``.
@@ -321,7 +323,7 @@ def rotated_decode(words: Tensor, scales: Tensor, bits: int, seed: int, out: Ten
         scales: float32 ``[ceil(n / 1024)]``.
         bits: of a code, 1 or 2.
         seed: of the rotations, a 64-bit integer, signed.
-        out: float32 ``[n]``, contiguous, written.
+        out: float32, bfloat16 or float16 ``[n]``, contiguous, written.
         start: where the values stand in their variable, a multiple of ``BLOCK``.
 
     Returns:

@@ -48,8 +48,11 @@ def decode_sum(
     update_words: Tensor, update_scale_offset: Tensor, update_e: int, update_m: int, out: Tensor,
 ) -> None:  # fmt: skip
     """Decode the sum of a base and its update into ``out``."""
-    decode(words, scale_offset, e, m, out)
-    decode_add(update_words, update_scale_offset, update_e, update_m, 1.0, out)
+    element, other = FloatElement(e, m), FloatElement(update_e, update_m)
+    for at, part in chunks_of(out):
+        values = _decoded(stretch(words, element.bits, at, part), element, scale_offset, part.numel())
+        change = stretch(update_words, other.bits, at, part)
+        part.copy_(values.add_(_decoded(change, other, update_scale_offset, part.numel())))
 
 
 def decode_add(words: Tensor, scale_offset: Tensor, e: int, m: int, weight: float, out: Tensor) -> None:
@@ -136,9 +139,9 @@ def update(
             former = values_of(codes.view(-1)[: part.numel()], element)
             if element.exponent_bits < 8:
                 former = flushed(former * 2.0**working)
-                values = flushed(former.add(flushed(part), alpha=ratio))
+                values = flushed(former.add(flushed(part.float()), alpha=ratio))
             else:
-                values = former.add(part, alpha=ratio)
+                values = former.add(part.float(), alpha=ratio)
             status[1] |= (values != former).any()
             torch.maximum(status[0], magnitudes(values).max(), out=status[0])
             if element.exponent_bits < 8:

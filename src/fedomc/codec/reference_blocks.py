@@ -70,8 +70,8 @@ def block_decode_sum(
     """Decode the sum of a base and its update into ``out``."""
     element, update_element = block_element(kind, e, m), block_element(update_kind, update_e, update_m)
     for at, part in chunks_of(out):
-        part.copy_(_decoded(words, scales, element, block, at, part))
-        part.add_(_decoded(update_words, update_scales, update_element, update_block, at, part))
+        values = _decoded(words, scales, element, block, at, part)
+        part.copy_(values.add_(_decoded(update_words, update_scales, update_element, update_block, at, part)))
 
 
 def block_encode(
@@ -94,7 +94,7 @@ def block_update(
     status.zero_()
     for at, part in chunks_of(gradient):
         former = _decoded(words, scales, element, block, at, part)
-        values = flushed(former.add(flushed(part), alpha=alpha))
+        values = flushed(former.add(flushed(part.float()), alpha=alpha))
         status[1] |= (values != former).any()
         _encode_chunk(values, element, block, seed, at, at, out, out_scales, status)
 

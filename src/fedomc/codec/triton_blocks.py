@@ -122,7 +122,7 @@ def block_update_kernel(  # type: ignore[no-untyped-def]
     for row in tl.static_range(32):
         at = row_of(row, BLOCKS)
         former = unscaled(codes[row], E, M, MAX_CODE) * scale_of(scales, row, count, BLOCKS, BLOCK)
-        step = flushed(tl.load(gradient + at, mask=at < n, other=0.0))
+        step = flushed(tl.load(gradient + at, mask=at < n, other=0.0).to(tl.float32))
         value = flushed(tl.fma(factor, step, former))
         changed |= ((value != former) & (at < n)).to(tl.int32)
         rows = rows + (tl.where(at < n, value, 0.0),)  # type: ignore[assignment]  # noqa: RUF005

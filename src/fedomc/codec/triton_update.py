@@ -55,7 +55,7 @@ def update_kernel(  # type: ignore[no-untyped-def]
     codes = ()
     for row in tl.static_range(32):
         at = row_of(row, BLOCKS)
-        step = tl.load(gradient + at, mask=at < n, other=0.0)
+        step = tl.load(gradient + at, mask=at < n, other=0.0).to(tl.float32)
         former = unscaled(former_codes[row], E, M, MAX_CODE)
         if E < 8:
             former, step = flushed(former * (2.0**working)), flushed(step)

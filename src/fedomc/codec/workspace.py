@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +25,11 @@ from fedomc.codec.heap import heap
 PANEL_BYTES = 8 * 2**20
 """The maximum size of the part of a weight that is decoded at a time."""
 
-_SMALL = 2**15  # values; malloc handles smaller buffers well
+_SMALL = 2**15  # float32 values; malloc handles smaller buffers well
 _LINE = 16  # values per cache line
 _Piece = np.ndarray[tuple[int], np.dtype[np.float32]]
-_View = np.ndarray[tuple[int], np.dtype[Any]]
-_NUMPY = {torch.int32: np.int32}
+_View = _Piece
+_ITEM = 4  # bytes of a float32, in which pieces are counted
 
 
 @dataclass(frozen=True)
@@ -71,27 +70,29 @@ class Workspace:
         Args:
             numel: how many values.
             device: the device of the tensor.
-            dtype: float32 or int32.
+            dtype: float32, int32, bfloat16 or float16.
             exact: do not lend a larger buffer; for tensors that may live long.
         """
-        if numel < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
+        size = -(-numel * dtype.itemsize // _ITEM)
+        if size < _SMALL or device.type != "cpu" or torch.compiler.is_compiling():
             return torch.empty(numel, dtype=dtype, device=device)
-        heap.count(dtype.itemsize * numel)
+        heap.count(_ITEM * size)
         with self._lock:
             if self._busy:  # see _alone; a context manager of its own would double the time of this method
                 return torch.empty(numel, dtype=dtype, device=device)
             self._busy = True
             try:
                 self._take_back()
-                piece = self._take(numel, numel if exact else int(1.25 * numel))
-                view: _View = piece[:numel] if dtype is torch.float32 else piece[:numel].view(_NUMPY[dtype])
+                piece = self._take(size, size if exact else int(1.25 * size))
+                view: _View = piece[:size]
                 reference = weakref.ref(view, self._give_back)
                 self._views[id(reference)] = reference, piece
                 self._lent_bytes += piece.nbytes
                 self._peak = max(self._peak, self._lent_bytes + self._idle_bytes)
             finally:
                 self._busy = False
-        return torch.from_numpy(view)
+        lent = torch.from_numpy(view)
+        return lent if dtype is torch.float32 else lent.view(dtype)[:numel]
 
     def use(self) -> WorkspaceUse:
         """Report how many bytes are lent and idle."""

@@ -63,7 +63,7 @@ class Blockwise(Method):
         return bytes((self.block.bit_length() - 1,))
 
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
-        """Decode a stretch of values into ``out``, a float32 tensor."""
+        """Decode a stretch of values into ``out``."""
         return codec.block_decode(fields[0], fields[1], self.element, self.block, out)
 
     def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:

@@ -121,7 +121,7 @@ class FloatFormat(FloatElement, Method):
         return "scaled"
 
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
-        """Decode a stretch of values into ``out``, a float32 tensor."""
+        """Decode a stretch of values into ``out``."""
         return codec.decode(fields[0], fields[1], self, out)
 
     def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:

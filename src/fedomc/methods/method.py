@@ -197,7 +197,10 @@ class Method(ABC):
 
     @abstractmethod
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
-        """Decode a stretch of values into ``out``, a float32 tensor, and return it."""
+        """Decode a stretch of values into ``out``, and return it.
+
+        The values are those of float32 arithmetic; ``out`` may be float32, bfloat16 or float16, as in ``Tensor.copy_``.
+        """
 
     @abstractmethod
     def encode_stretch(self, values: Tensor, fields: Fields, start: int, writing: Writing) -> None:
@@ -259,9 +262,15 @@ class Method(ABC):
         return found if isinstance(found, Deferred) else Outcome(found.absmax_bits, changed)
 
     def decode_sum(self, fields: Fields, update: "Method", update_fields: Fields, out: Tensor) -> Tensor:
-        """Decode the sum of a stretch and an update of any method into ``out``."""
-        self.decode(fields, out)
-        return update.add_to(update_fields, out, 1.0)
+        """Decode the sum of a stretch and an update of any method into ``out``, rounded once as in ``decode``."""
+        if out.dtype is torch.float32:
+            self.decode(fields, out)
+            return update.add_to(update_fields, out, 1.0)
+        for start, part in _chunks(out):
+            base = self.stretch(fields, len(out), start, len(part))
+            change = update.stretch(update_fields, len(out), start, len(part))
+            part.copy_(self.decode_sum(base, update, change, workspace.empty(len(part), part.device)))
+        return out
 
     def add_to(self, fields: Fields, out: Tensor, weight: float) -> Tensor:
         """Add ``weight`` times a stretch of values to ``out``, a float32 tensor."""

@@ -138,11 +138,14 @@ class Packed:
         self._replace(copy.state)
 
     def decode(self, out: Tensor, start: int = 0) -> Tensor:
-        """Decode ``len(out)`` values from ``start``, a multiple of the block size, into float32 ``out``."""
+        """Decode ``len(out)`` values from ``start``, a multiple of the block size, into ``out``.
+
+        ``out`` is float32, bfloat16 or float16; values are rounded to it once, to nearest.
+        """
         return self.method.decode(self._stretch(start, out), out)
 
     def decode_with(self, update: "Packed", out: Tensor, start: int = 0) -> Tensor:
-        """Decode the sum of this variable, as the base, and its update into ``out``."""
+        """Decode the sum of this variable, as the base, and its update into ``out``, as ``decode`` does."""
         return self.method.decode_sum(self._stretch(start, out), update.method, update._stretch(start, out), out)
 
     def add_to(self, out: Tensor, weight: float = 1.0, start: int = 0) -> Tensor:

@@ -139,7 +139,7 @@ class Rotated(Method):
         return float(fields[1].abs().max()) * self._largest_sum if numel else 0.0
 
     def decode(self, fields: Fields, out: Tensor) -> Tensor:
-        """Decode a stretch of values into float32 ``out``."""
+        """Decode a stretch of values into ``out``."""
         words, scales, seed = fields
         return codec.rotated_decode(words, scales, self.bits, int(seed[0]), out, start=_first(seed))
 

@@ -155,20 +155,19 @@ class CompressedTensor(DecodedArrays, Tensor):
 
     def dequantize(self) -> Tensor:
         """Decode to a new dense tensor of the same dtype that is detached from autograd."""
-        if self.dtype is not torch.float32:
-            return self.decode().to(self.dtype)
-        return self._decoded(torch.empty(self.base.numel, dtype=torch.float32, device=self.base.codes.device))
+        return self._decoded(torch.empty(self.base.numel, dtype=self.dtype, device=self.base.codes.device))
 
-    def decode(self) -> Tensor:
-        """Decode to float32 values in scratch memory, for short-lived use."""
-        return self._decoded(self.empty(0, self.base.numel))
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Decode to one of ``DTYPES`` in scratch memory, for short-lived use."""
+        return self._decoded(self.empty(0, self.base.numel, dtype))
 
-    def decode_rows(self, start: int, stop: int) -> Tensor:
-        """Decode rows ``[start, stop)`` of the first dimension to float32 values in scratch memory."""
+    def decode_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Decode rows ``[start, stop)`` of the first dimension, as ``decode`` does."""
         width = self.base.numel // self.shape[0]
         begin = start * width // codec.BLOCK * codec.BLOCK
         with no_overrides():
-            room = self.empty(0, (stop - start) * width + codec.BLOCK)  # same size for any start, for buffer reuse
+            most = (stop - start) * width + codec.BLOCK  # same size for any start, for buffer reuse
+            room = self.empty(0, most, dtype)
             values = self._decode_into(room[: stop * width - begin], begin)
             return values[start * width - begin :].view(-1, *self.shape[1:])
 
@@ -240,12 +239,12 @@ class CompressedTensor(DecodedArrays, Tensor):
         parts, dtype = (*self.parts[:-1], new), self.dtype
         if self._accepts is None or sum(part.bound for part in parts) < LIMITS[dtype]:
             return True
-        stretches = ((start, self.empty(start, min(start + CHUNK, new.numel))) for start in range(0, new.numel, CHUNK))
-        return all(bool(_decode(parts, room, start).to(dtype).isfinite().all()) for start, room in stretches)
+        ranges = ((start, min(start + CHUNK, new.numel)) for start in range(0, new.numel, CHUNK))
+        return all(bool(_decode(parts, self.empty(*each, dtype), each[0]).isfinite().all()) for each in ranges)
 
-    def empty(self, start: int, stop: int) -> Tensor:
+    def empty(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Allocate ``stop - start`` values in scratch memory."""
-        return workspace.empty(stop - start, self.base.codes.device)
+        return workspace.empty(stop - start, self.base.codes.device, dtype)
 
     def rewrite_from(self, values: Tensor) -> None:
         """Replace all values, encoding them in place.

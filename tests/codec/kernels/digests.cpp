@@ -60,6 +60,15 @@ Words find_in_chunks(std::size_t n, Subnormals subnormals, const Rounding& round
   return status;
 }
 
+using Narrow = std::vector<std::uint16_t>;
+
+constexpr Dtype kNarrow[] = {Dtype::kBfloat16, Dtype::kFloat16};
+
+std::string name_of(Dtype dtype) { return dtype == Dtype::kBfloat16 ? "bfloat16" : "float16"; }
+
+DenseRoom room(Values& values) { return {values.data(), Dtype::kFloat32}; }
+Dense dense(const Values& values) { return {values.data(), Dtype::kFloat32}; }
+
 std::string name_of(Format format) {
   return "S1E" + std::to_string(format.exponent_bits) + "M" + std::to_string(format.mantissa_bits);
 }
@@ -110,9 +119,9 @@ void decode(Format format, std::size_t n) {
     in_chunks(n, Subnormals::kKept, [&](std::size_t at, std::size_t count) {
       const Packed packed = packed_at(words, format, at, scale, offset);
       const Packed update = packed_at(others, other, at, 0.001f, 0.01f);
-      kernels->decode(packed, nullptr, alone.data() + at, count, false);
-      kernels->decode(packed, nullptr, streamed.data() + at, count, true);
-      kernels->decode(packed, &update, total.data() + at, count, false);
+      kernels->decode(packed, nullptr, room(alone).from(at), count, false);
+      kernels->decode(packed, nullptr, room(streamed).from(at), count, true);
+      kernels->decode(packed, &update, room(total).from(at), count, false);
       kernels->decode_add(packed, nullptr, 0.3f, added.data() + at, count);
       kernels->decode_add(packed, &update, 0.3f, changed.data() + at, count);
     });
@@ -122,12 +131,22 @@ void decode(Format format, std::size_t n) {
     report("decode two parts" + how, n, total);
     report("decode_add" + how, n, added);
     report("decode_add of a difference" + how, n, changed);
+    for (const Dtype dtype : kNarrow) {
+      Narrow narrow(n, 42);
+      const DenseRoom to{narrow.data(), dtype};
+      in_chunks(n, Subnormals::kKept, [&](std::size_t at, std::size_t count) {
+        kernels->decode(packed_at(words, format, at, scale, offset), nullptr, to.from(at), count, false);
+      });
+      report("decode to " + name_of(dtype) + how, n, narrow);
+    }
   }
 }
 
 void update(Format format, std::size_t n) {
   const Words words = any_words(n, format.bits());
   const Values gradient = ordinary(n, 8);
+  Narrow narrow(n);  // finite in both dtypes
+  for (std::size_t i = 0; i < n; ++i) narrow[i] = static_cast<std::uint16_t>(bits_of(gradient[i]) >> 15 & 0xBBFF);
   const float unit = std::ldexp(1.0f, std::min(format.top_exponent() + format.working_bias() - format.bias(), 100) - 4);
   for (const bool stochastic : {false, true}) {
     for (const int shift : {0, -1, 2}) {
@@ -136,10 +155,21 @@ void update(Format format, std::size_t n) {
       const Words status =
           find_in_chunks(n, subnormals_of(format), {shift, stochastic, kSeed, 0}, nullptr,
                          [&](std::size_t at, std::size_t count, const Rounding& here, Found& found) {
-                           kernels->update(packed_at(words, format, at), gradient.data() + at, -0.7f * unit, count,
+                           kernels->update(packed_at(words, format, at), dense(gradient).from(at), -0.7f * unit, count,
                                            here, out.data() + words_of(at, format.bits()), found);
                          });
       report("update " + name_of(format) + name_of(stochastic) + " shift " + std::to_string(shift), n, out, status);
+      for (const Dtype dtype : kNarrow) {
+        if (shift) continue;
+        const Dense steps{narrow.data(), dtype};
+        const Words narrowed =
+            find_in_chunks(n, subnormals_of(format), {0, stochastic, kSeed, 0}, nullptr,
+                           [&](std::size_t at, std::size_t count, const Rounding& here, Found& found) {
+                             kernels->update(packed_at(words, format, at), steps.from(at), -0.7f * unit, count, here,
+                                             out.data() + words_of(at, format.bits()), found);
+                           });
+        report("update by " + name_of(dtype) + " " + name_of(format) + name_of(stochastic), n, out, narrowed);
+      }
     }
   }
 }
@@ -218,15 +248,15 @@ void blockwise(const Element& element, std::size_t block, std::size_t n) {
       report("block_encode" + how, n, variable.words, variable.scales, variable.exponents, status);
       Values alone(n, 42.0f), total(n, 42.0f);
       in_chunks(n, Subnormals::kKept, [&](std::size_t at, std::size_t count) {
-        kernels->block_decode(variable.from(at), element, alone.data() + at, count, at % 2 == 0);
-        kernels->block_decode_sum(variable.from(at), element, other.from(at), other.element, total.data() + at, count,
-                                  false);
+        kernels->block_decode(variable.from(at), element, room(alone).from(at), count, at % 2 == 0);
+        kernels->block_decode_sum(variable.from(at), element, other.from(at), other.element, room(total).from(at),
+                                  count, false);
       });
       report("block_decode" + how, n, alone);
       report("block_decode_sum" + how, n, total);
       const Words changed = find_in_chunks(n, Subnormals::kZero, rounding, nullptr,
                                            [&](std::size_t at, std::size_t count, const Rounding& here, Found& found) {
-                                             kernels->block_update(variable.from(at), gradient.data() + at, -0.03f,
+                                             kernels->block_update(variable.from(at), dense(gradient).from(at), -0.03f,
                                                                    count, element, here, stepped.room(at), found);
                                            });
       report("block_update" + how, n, stepped.words, stepped.scales, stepped.exponents, changed);
@@ -249,7 +279,7 @@ void rotated(unsigned bits, std::size_t n) {
       });
       in_chunks(n, Subnormals::kKept, [&](std::size_t at, std::size_t count) {
         kernels->rotated_decode(words.data() + words_of(at, bits), scales.data() + at / kBlock, chunk(at),
-                                out.data() + at, count, false);
+                                room(out).from(at), count, false);
       });
       report("rotated DRIVE" + std::to_string(bits) + (unbiased ? " unbiased" : " of least error") +
                  (ordinary_values ? " ordinary" : " any"),
@@ -312,15 +342,15 @@ void decode_input(std::string_view kind, unsigned e, unsigned m, std::size_t blo
   Values out(n);
   if (kind == "float") {
     const Values scale_offset = read<float>(2);
-    kernels->decode({words.data(), {e, m}, scale_offset[0], scale_offset[1]}, nullptr, out.data(), n, false);
+    kernels->decode({words.data(), {e, m}, scale_offset[0], scale_offset[1]}, nullptr, room(out), n, false);
   } else if (kind == "drive") {
     const Values factors = read<float>(scales);
     const std::uint64_t seed = read<std::uint64_t>(1)[0];
-    kernels->rotated_decode(words.data(), factors.data(), {bits, seed, 0, true}, out.data(), n, false);
+    kernels->rotated_decode(words.data(), factors.data(), {bits, seed, 0, true}, room(out), n, false);
   } else if (kind == "integer" || kind == "normal") {
     const Values factors = read<float>(scales);
     const Element element{kind == "integer" ? ElementKind::kInteger : ElementKind::kNormalFloat, bits, {}};
-    kernels->block_decode({words.data(), factors.data(), block}, element, out.data(), n, false);
+    kernels->block_decode({words.data(), factors.data(), block}, element, room(out), n, false);
   } else {
     const Bytes exponents = read<std::uint8_t>(scales);
     const bool ocp = kind == "ocp";
@@ -330,7 +360,7 @@ void decode_input(std::string_view kind, unsigned e, unsigned m, std::size_t blo
                            ocp && e == 4   ? 1u
                            : ocp && e == 5 ? 4u
                                            : 0u}};
-    kernels->block_decode({words.data(), exponents.data(), block}, element, out.data(), n, false);
+    kernels->block_decode({words.data(), exponents.data(), block}, element, room(out), n, false);
   }
   std::fwrite(out.data(), sizeof(float), n, stdout);
 }

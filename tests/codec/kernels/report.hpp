@@ -25,6 +25,7 @@ class Digest {
     add(static_cast<std::uint32_t>(bits >> 32));
   }
   void add(std::uint8_t byte) { add(std::uint32_t{byte}); }
+  void add(std::uint16_t half) { add(std::uint32_t{half}); }
   template <class T>
   void add(const std::vector<T>& all) {
     for (const T& one : all) add(one);

@@ -113,7 +113,9 @@ def test_an_embedding_decodes_the_rows_it_needs(monkeypatch: pytest.MonkeyPatch)
     layer = compressed(nn.Embedding(100_000, 64), "S1E3M7", "scaled-affine")
     decoded = []
     rows = CompressedTensor.decode_rows
-    monkeypatch.setattr(CompressedTensor, "decode_rows", lambda self, a, b: decoded.append(b - a) or rows(self, a, b))
+    monkeypatch.setattr(
+        CompressedTensor, "decode_rows", lambda self, a, b, dtype: decoded.append(b - a) or rows(self, a, b, dtype)
+    )
     ids = torch.tensor([5, 99_999, 50_000, 50_001, 5])
     assert torch.equal(layer(ids), layer.weight.dequantize()[ids])
     assert sum(decoded) == 4

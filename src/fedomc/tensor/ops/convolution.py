@@ -36,7 +36,7 @@ class _Convolution(torch.autograd.Function):
         out: Tensor | None = None
         for start, stop in weight.panels():
             at_x = x[:, start:stop] if transposed else x
-            part = torch.ops.aten.convolution(at_x, weight.decode_rows(start, stop).to(x.dtype), None, *how)
+            part = torch.ops.aten.convolution(at_x, weight.decode_rows(start, stop, x.dtype), None, *how)
             if transposed:
                 out = part if out is None else out.add_(part)
                 continue
@@ -64,7 +64,7 @@ class _Convolution(torch.autograd.Function):
             place = (slice(None), slice(start, stop))
             at_x, at_gradient = (x[place], gradient) if transposed else (x, gradient[place])
             to_x, to_weight, _ = torch.ops.aten.convolution_backward(
-                at_gradient, at_x, weight.decode_rows(start, stop).to(x.dtype), None, *how, (of_x, of_weight, False)
+                at_gradient, at_x, weight.decode_rows(start, stop, x.dtype), None, *how, (of_x, of_weight, False)
             )
             if x_gradient is not None:
                 (x_gradient[place] if transposed else x_gradient).add_(to_x)

@@ -27,7 +27,7 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: CompressedTensor, dtype: torch.dtype) -> Tensor:
         ctx.dtype = weight.dtype
-        return weight.decode().to(dtype)
+        return weight.decode(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -67,7 +67,7 @@ class _SavedWeight(Saved):
     def load(self) -> Tensor:
         weight = super().load()
         assert isinstance(weight, CompressedTensor)
-        return weight.decode().to(self.dtype).as_strided(*self.geometry)
+        return weight.decode(self.dtype).as_strided(*self.geometry)
 
 
 @dataclass

@@ -28,11 +28,8 @@ class _Embedding(torch.autograd.Function):
         values = torch.empty(len(rows), weight.shape[1], dtype=weight.dtype, device=weight.device)  # [U, D]
         for begin, end in _runs(rows, weight.shape[1], weight.panel_rows):
             first, last = int(rows[begin]), int(rows[end - 1])
-            decoded, within = weight.decode_rows(first, last + 1), rows[begin:end] - first
-            if values.dtype is torch.float32:
-                torch.index_select(decoded, 0, within, out=values[begin:end])
-            else:
-                values[begin:end] = decoded.index_select(0, within)
+            decoded = weight.decode_rows(first, last + 1, weight.dtype)
+            torch.index_select(decoded, 0, rows[begin:end] - first, out=values[begin:end])
         return values[places]
 
     @staticmethod

@@ -21,11 +21,11 @@ class _Linear(torch.autograd.Function):
         ctx.weight, ctx.shape = Saved(weight, weight._version), x.shape
         panels = weight.panels()
         if len(panels) == 1:
-            return project(x, weight.decode().to(x.dtype), bias)
+            return project(x, weight.decode(x.dtype), bias)
         out = x.new_empty(*x.shape[:-1], len(weight))  # [..., rows]
         for start, stop in panels:
             part = None if bias is None else bias[start:stop]
-            out[..., start:stop] = project(x, weight.decode_rows(start, stop).to(x.dtype), part)
+            out[..., start:stop] = project(x, weight.decode_rows(start, stop, x.dtype), part)
         return out
 
     @staticmethod
@@ -56,10 +56,10 @@ def _gradients(ctx: Any, gradient: Tensor, x: Tensor) -> tuple[Tensor | None, ..
 def _times_weight(rows: Tensor, weight: CompressedTensor) -> Tensor:
     panels = weight.panels()
     if len(panels) == 1:
-        return product(rows, weight.decode().to(rows.dtype))
+        return product(rows, weight.decode(rows.dtype))
     out = rows.new_zeros(len(rows), weight.shape[1], dtype=torch.float32)  # a narrower sum would round at each panel
     for start, stop in panels:
-        out += product(rows[:, start:stop], weight.decode_rows(start, stop).to(rows.dtype))
+        out += product(rows[:, start:stop], weight.decode_rows(start, stop, rows.dtype))
     return out.to(rows.dtype)
 
 
