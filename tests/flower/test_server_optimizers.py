@@ -20,6 +20,7 @@ from fedomc.flower.downlink import Broadcast
 from fedomc.flower.replies import read_variables
 from fedomc.flower.server_optimizers import RoundFiles, ServerOptimizer, has_optimizer
 from fedomc.serialization.checkpointing import Checkpoint
+from fedomc.serialization.mapped_file import Zeros
 from tests.flower.test_aggregation import Network, Nodes, answer, model, policy_of, sent
 
 MOMENTS = ("m_t", "v_t", "momentum_vector")
@@ -118,7 +119,7 @@ def test_the_bits_are_those_of_flower(name: str, in_files: bool, value: bool, tm
     arrays, wanted = large_model(), large_model()
     pairs = zip(rounds(arrays, 3, value), rounds(wanted, 3, value), strict=True)
     for number, ((own, mean), (other, same)) in enumerate(pairs):
-        files = RoundFiles(tmp_path) if in_files else None
+        files = RoundFiles(tmp_path, Zeros(tmp_path)) if in_files else None
         after = ServerOptimizer(ours, own.round).update(own, mean, files)
         expected = by_flower(theirs, other, same)
         assert data(after) == data(expected), number
@@ -165,7 +166,7 @@ def test_a_result_that_is_not_finite_leaves_model_and_moments_as_they_were(
     if name == "FedAvg":
         broadcast._dense["weight"] = np.full_like(broadcast.dense("weight"), -3e38)
     with pytest.raises(NonFiniteError, match="weight would become NaN or infinite"):
-        files = RoundFiles(tmp_path) if in_files else None
+        files = RoundFiles(tmp_path, Zeros(tmp_path)) if in_files else None
         ServerOptimizer(inner, 2).update(broadcast, mean_of(broadcast, replies, False), files)
     assert moments(inner) == before and data(arrays) == model_before
 

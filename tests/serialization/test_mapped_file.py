@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fedomc
 from fedomc.serialization.checkpointing import Checkpoint, CheckpointDraft, Checkpoints
-from fedomc.serialization.mapped_file import FileDraft, MappedFile, Scratch, scratch
+from fedomc.serialization.mapped_file import FileDraft, MappedFile, Scratch, Zeros, scratch
 from fedomc.serialization.tensor_file import TensorFile
 
 ARRAYS = {
@@ -111,3 +111,18 @@ def test_bytes_that_are_put_aside_stay(tmp_path_factory: pytest.TempPathFactory,
     wanted = [draw.bytes(size) for size in sizes]
     views = [aside.put(data) for data in wanted]
     assert [bytes(view) for view in views] == wanted
+
+
+def test_zeros_are_given_again_from_the_same_file_only_if_the_size_is_the_same(tmp_path: Path) -> None:
+    zeros = Zeros(tmp_path)
+    first, other = zeros.take(1000, torch.float32), zeros.take(1000, torch.float32)
+    place = first.data_ptr()
+    assert other.data_ptr() != place  # the first has not been given back
+    zeros.give_back(first.fill_(3.0))
+    del first
+    again = zeros.take(1000, torch.float32)
+    assert again.data_ptr() == place and not again.any()
+    zeros.give_back(again.fill_(3.0))
+    for numel, dtype in ((999, torch.float32), (1000, torch.float64)):
+        assert not zeros.take(numel, dtype).any() and zeros.take(numel, dtype).shape == (numel,)
+    assert list(tmp_path.iterdir()) == []

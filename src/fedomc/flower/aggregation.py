@@ -23,7 +23,6 @@ for any order of the replies, as long as no value is subnormal. Two orders diffe
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from fedomc.flower.arrays import LazyArray, Values
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.variables import ReplyVariable, add_changes
 from fedomc.methods import Packed
-from fedomc.serialization.mapped_file import dtype_of, scratch
+from fedomc.serialization.mapped_file import Zeros, dtype_of
 
 AGGREGATES = ("delta", "weights")
 
@@ -66,14 +65,15 @@ class Mean:
         broadcast: the model as it was sent to the clients.
         of_weights: whether to average the weights that the clients returned; otherwise, the mean change of the clients
             is added to the server's weights.
-        folder: where the sums are, in files without names; None keeps them in memory.
+        zeros: gives the sums, in files without names; None keeps them in memory.
     """
 
-    def __init__(self, broadcast: Broadcast, *, of_weights: bool, folder: Path | None = None) -> None:
+    def __init__(self, broadcast: Broadcast, *, of_weights: bool, zeros: Zeros | None = None) -> None:
         self.weight = 0.0
         self._broadcast = broadcast
         self._of_weights = of_weights
-        self._folder = folder
+        self._given = zeros
+        self._whole: list[Tensor] = []
         self._unit = math.ulp(0.0)
         self._count = 0
         self._sums: dict[str, Tensor] = {}
@@ -149,6 +149,14 @@ class Mean:
         del self._sums[name]
         self._totals.pop(name, None)
 
+    def close(self) -> None:
+        """Give the files of the sums back, for another mean; nothing may use this one any more."""
+        self._sums, self._totals = {}, {}
+        for whole in self._whole:
+            assert self._given is not None
+            self._given.give_back(whole)
+        self._whole = []
+
     def _take(self, name: str) -> Values:
         values, shape = self._sums[name].numpy(), self._broadcast.dense(name).shape
         for start in range(0, values.size, codec.CHUNK):  # a chunk stays in the processor's cache
@@ -163,10 +171,11 @@ class Mean:
         zeros = dict[str, Tensor]()
         for dtype in set(dtypes.values()):
             names, kind = [name for name in dtypes if dtypes[name] == dtype], dtype_of(dtype)
-            if self._folder is None:
+            if self._given is None:
                 zeros |= {name: torch.zeros(sizes[name], dtype=kind, device="cpu") for name in names}
                 continue
-            whole, begin = scratch(self._folder, sum(_aligned(sizes[name]) for name in names), kind), 0
+            whole, begin = self._given.take(sum(_aligned(sizes[name]) for name in names), kind), 0
+            self._whole.append(whole)
             for name in names:
                 zeros[name] = whole[begin : begin + sizes[name]]
                 begin += _aligned(sizes[name])

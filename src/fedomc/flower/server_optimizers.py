@@ -28,7 +28,7 @@ from fedomc.flower.aggregation import Mean, averages
 from fedomc.flower.arrays import Values, array_of, in_dtype, stored_model
 from fedomc.flower.downlink import Broadcast
 from fedomc.serialization.checkpointing import CheckpointDraft
-from fedomc.serialization.mapped_file import Scratch
+from fedomc.serialization.mapped_file import Scratch, Zeros
 
 MODEL = "model"
 """The kind of a checkpoint's arrays that are the model; the others have the names of the strategy's attributes."""
@@ -46,6 +46,7 @@ class RoundFiles:
 
     Attributes:
         folder: of the checkpoints.
+        zeros: gives the sums of the replies.
         progress: that of the checkpoint before, or one like it.
         draft: the checkpoint to which the model and the moments have been written.
         arrays: the model in it.
@@ -53,6 +54,7 @@ class RoundFiles:
     """
 
     folder: Path
+    zeros: Zeros
     progress: Mapping[str, Any] = field(default_factory=dict)
     draft: CheckpointDraft | None = None
     arrays: Mapping[str, Array] = field(default_factory=dict)
@@ -139,6 +141,7 @@ class ServerOptimizer:
                 for slot, moment in zip(self._slots, moments, strict=True):
                     draft.write(slot, keys[slot][name], moment)
             mean.release(name)
+        mean.close()
         written = {slot: {name: draft.array(slot, keys[slot][name]) for name in shapes} for slot in self._slots}
         self._assign(written)
         if isinstance(draft, _MemoryDraft):

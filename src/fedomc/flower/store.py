@@ -20,7 +20,7 @@ from fedomc.flower.checkpointing import (
 from fedomc.flower.server_optimizers import MODEL, RoundFiles
 from fedomc.flower.traffic import Traffic
 from fedomc.serialization.checkpointing import Checkpoint, Checkpoints
-from fedomc.serialization.mapped_file import REPLACEABLE, MappedFile
+from fedomc.serialization.mapped_file import REPLACEABLE, MappedFile, Zeros
 
 
 class Store:
@@ -48,6 +48,7 @@ class Store:
         self._checkpoints, self._inner, self._settings = checkpoints, inner, settings
         self._traffic = list(traffic)
         self._files: RoundFiles | None = None
+        self._zeros = None if checkpoints is None else Zeros(checkpoints.folder)
 
     def restored(self, arrays: ArrayRecord) -> RunState:
         """Return the state of the last checkpoint, and restore that of the strategy; at first, an initial state.
@@ -78,10 +79,10 @@ class Store:
     @contextmanager
     def round(self, state: RunState) -> Iterator[RoundFiles | None]:
         """Give the files of a round; what was written to them is removed if the round is not completed."""
-        if self._checkpoints is None or not REPLACEABLE:
+        if self._checkpoints is None or self._zeros is None or not REPLACEABLE:
             yield None
             return
-        self._files = RoundFiles(self._checkpoints.folder, progress_of(state, self._inner, self._settings))
+        self._files = RoundFiles(self._checkpoints.folder, self._zeros, progress_of(state, self._inner, self._settings))
         try:
             yield self._files
         finally:

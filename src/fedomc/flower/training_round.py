@@ -154,7 +154,7 @@ class TrainingRound:
         the order; if no weight exceeds it, nothing is scaled.
         """
         mean = Mean(
-            self.broadcast, of_weights=self._of_weights, folder=None if self._files is None else self._files.folder
+            self.broadcast, of_weights=self._of_weights, zeros=None if self._files is None else self._files.zeros
         )
         kept, heaviest = list[tuple[Message, ReplyMetrics]](), 0.0
         while some := self._together(replies):

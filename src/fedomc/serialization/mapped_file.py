@@ -221,6 +221,29 @@ def scratch(folder: str | os.PathLike[str], numel: int, dtype: torch.dtype) -> t
         os.unlink(path)
 
 
+class Zeros:
+    """Zeros in files without names, which are used again: to make the pages of a file takes longer than to fill them.
+
+    Args:
+        folder: where the files are.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = folder
+        self._kept: dict[torch.dtype, torch.Tensor] = {}
+
+    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return zeros, ``[numel]``; raises as ``scratch``."""
+        kept = self._kept.pop(dtype, None)
+        if kept is not None and kept.numel() == numel:
+            return kept.zero_()
+        return scratch(self._folder, numel, dtype)
+
+    def give_back(self, tensor: torch.Tensor) -> None:
+        """Keep a tensor that ``take`` returned, and that nothing uses any more, for the next one of its size."""
+        self._kept[tensor.dtype] = tensor
+
+
 class Scratch:
     """Bytes in files without names, whose space is freed with them or with the process.
 
