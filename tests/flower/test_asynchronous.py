@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, Error, Message
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as strategies
@@ -21,6 +22,7 @@ from fedomc.flower import FedBuff, OMCStrategy, asynchronous
 from fedomc.flower.arrays import STYPE
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.in_flight import InFlight
+from fedomc.flower.mapped import MappedArray
 from fedomc.serialization.checkpointing import Checkpoints
 from tests.flower.test_aggregation import SHAPE, answer, decode, model
 from tests.flower.test_strategy import Best
@@ -292,6 +294,40 @@ def test_a_resumed_run_asks_again_whom_it_waited_for(tmp_path: Path) -> None:
     assert [row.round for row in strategy.traffic] == list(range(1, 9))
     with pytest.raises(fedomc.PayloadError, match="buffer_size"):
         run(strategy=FedBuff(inner(), POLICY, buffer_size=5, checkpoints=Checkpoints(tmp_path)), rounds=9)
+
+
+def in_a_file(values: torch.Tensor) -> bool:
+    """Return whether values are in a file that is mapped into memory; where the system does not say, that is assumed."""
+    maps, place = Path("/proc/self/maps"), values.data_ptr()
+    for line in maps.read_text().splitlines() if maps.exists() else []:
+        begin, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if begin <= place < end:
+            return ".fedomc-" in line
+    return not maps.exists()
+
+
+@pytest.mark.parametrize("policy", [None, POLICY])
+@pytest.mark.parametrize("kind", [FedAvg, FedAdam])
+def test_with_checkpoints_the_bits_are_the_same_and_every_model_in_flight_is_in_a_file(
+    kind: type[FedAvg], policy: fedomc.CompressionPolicy | None, tmp_path: Path
+) -> None:
+    results = []
+    for checkpoints in (None, Checkpoints(tmp_path, keep=1)):
+        random.seed(1)
+        averaging = kind(fraction_train=0.5, fraction_evaluate=0.0)
+        wrapped = FedBuff(averaging, policy, buffer_size=4, checkpoints=checkpoints)
+        arrays, _, _ = run(strategy=wrapped, rounds=6)
+        results.append({name: array.numpy().tobytes() for name, array in arrays.items()})
+    assert results[0] == results[1]
+    assert wrapped._in_flight is not None
+    held = {flight.broadcast.round: flight.broadcast for flight in wrapped._in_flight._flights.values()}
+    assert len(held) > 1  # versions, whose checkpoints are removed
+    for broadcast in held.values():
+        for name, array in broadcast.arrays.items():
+            assert isinstance(array, MappedArray) or not array.data or array.dtype == "bfloat16", name
+        for node in NODES:
+            for packed in broadcast.packed(node).values():
+                assert in_a_file(packed.codes)
 
 
 def test_clients_evaluate_synchronously_with_a_warning(flower_log: pytest.LogCaptureFixture) -> None:
