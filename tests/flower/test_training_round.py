@@ -1,6 +1,7 @@
 """A round of replies: what is dropped is a metric, a record or a weight above the cap, and the update is kept."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,10 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 
 import fedomc
 from fedomc.flower import OMCStrategy, collect
+from fedomc.serialization.checkpointing import Checkpoints
+from tests.flower.test_aggregation import Network
+from tests.flower.test_aggregation import answer as answer_of
+from tests.flower.test_mapped import anonymous
 from tests.flower.test_strategy import NODES, Nodes, answer, build, configure, policy, trained, values
 
 Arriving = Callable[[list[Message]], Iterable[Message]]
@@ -271,3 +276,35 @@ def test_what_could_be_the_model_twice_must_be_named_as_it_was_sent(flower_log: 
         replies.append(Message(content, reply_to=message))
     assert wrapped.aggregate_train(1, replies)[0] is None
     assert f"left out node {NODES[0]}: each of the records a, b could be the model: name it 'arrays'" in flower_log.text
+
+
+# ---- strategies that need all replies -------------------------------------------------------------------------------
+
+
+class Weighing(FedMedian):
+    """A median that measures the memory while it holds all replies."""
+
+    held = 0
+
+    def aggregate_train(self, server_round, replies):  # type: ignore[no-untyped-def]
+        replies = list(replies)
+        self.held = anonymous()
+        return super().aggregate_train(server_round, replies)
+
+
+@pytest.mark.parametrize("format", [None, "S1E4M14"])
+def test_with_checkpoints_the_replies_that_a_strategy_needs_together_are_in_files(
+    format: str | None, tmp_path: Path
+) -> None:
+    arrays = ArrayRecord({f"{i}.weight": Array(np.ones((500, 1000), np.float32)) for i in range(4)})
+    whole, clients = 8_000_000 * (1.0 if format is None else 20 / 32), 16
+    held, results = [], []
+    for checkpoints in (None, Checkpoints(tmp_path)):
+        inner = Weighing(fraction_evaluate=0.0)
+        network = Network(clients, lambda message: answer_of(message, 1e-3))
+        began = anonymous()
+        result = OMCStrategy(inner, format, checkpoints=checkpoints).start(network, arrays, num_rounds=1)  # type: ignore[arg-type]
+        held.append(inner.held - began)
+        results.append([array.numpy().tobytes() for array in result.arrays.values()])
+    assert held[0] > 0.8 * clients * whole and held[1] < 3 * whole, held
+    assert results[0] == results[1]

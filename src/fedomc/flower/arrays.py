@@ -14,7 +14,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fedomc import codec
 from fedomc.errors import PayloadError
-from fedomc.flower.mapped import BFLOAT16, MappedArray, npy_header
+from fedomc.flower.mapped import BFLOAT16, MappedArray, data_of, npy_header
 from fedomc.methods import Packed
 from fedomc.serialization import frame
 from fedomc.serialization.mapped_file import MappedFile
@@ -74,7 +74,7 @@ def read_packed(array: Array, name: str, *, copy: bool, sent: Packed | None = No
     Raises:
         PayloadError: the data is not a frame of the array's shape.
     """
-    return frame.from_bytes(array.data, name, copy=copy, shape=tuple(array.shape), sent=sent)
+    return frame.from_bytes(data_of(array), name, copy=copy, shape=tuple(array.shape), sent=sent)
 
 
 def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
@@ -97,10 +97,10 @@ def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
         return values
     if array.stype != "numpy.ndarray":
         raise PayloadError(f"{name}: serialization type {array.stype!r} is unknown")
-    data = array.data
+    data = data_of(array)
     try:
         begin = 10 + int.from_bytes(data[8:10], "little")
-        shape, columns_first, dtype = _read_header(data[:begin])
+        shape, columns_first, dtype = _read_header(bytes(data[:begin]))
     except Exception as error:
         raise PayloadError(f"{name}: the data is not a numpy array: {error}") from error
     if shape != tuple(array.shape) or dtype.kind not in "fiub" or not dtype.isnative:
@@ -224,13 +224,14 @@ class LazyArray(Array):
 
 
 def _read_bfloat16(array: Array, name: str) -> Tensor:
-    if array.dtype != "bfloat16" or math.prod(array.shape) * 2 != len(array.data):
+    data = data_of(array)
+    if array.dtype != "bfloat16" or math.prod(array.shape) * 2 != len(data):
         raise PayloadError(
-            f"{name}: {len(array.data)} bytes do not hold {array.dtype} {tuple(array.shape)} as bfloat16"
+            f"{name}: {len(data)} bytes do not hold {array.dtype} {tuple(array.shape)} as bfloat16"
         )
-    if not array.data:
+    if not len(data):
         return torch.empty(tuple(array.shape), dtype=torch.bfloat16, device="cpu")
-    words = np.frombuffer(array.data, "<i2").astype(np.int16, copy=False)
+    words = np.frombuffer(data, "<i2").astype(np.int16, copy=False)
     return from_dlpack(words).view(torch.bfloat16).view(tuple(array.shape))
 
 

@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from fedomc.flower._flower import CHUNK_SIZE, ArrayChunk, held_chunks, hold_chunks
-from fedomc.serialization.mapped_file import MappedFile
+from fedomc.serialization.mapped_file import MappedFile, Scratch
 
 BFLOAT16 = "fedomc.bfloat16: read it with fedomc.flower.install"
 """The serialization type of an ``Array`` of bfloat16 values, little-endian, a dtype that numpy does not have."""
@@ -36,6 +36,25 @@ def open_arrays(path: str | os.PathLike[str]) -> ArrayRecord:
     file, record = MappedFile.open(path), ArrayRecord()
     for key in file.places:
         record[key] = MappedArray(file, key)
+    return record
+
+
+def data_of(array: Array) -> bytes | memoryview:
+    """Return the data of an array, without a copy if they are a view of a file."""
+    if isinstance(array, ViewArray) and not array.parts[0]:
+        return array.parts[1]
+    return array.data
+
+
+def set_aside(arrays: ArrayRecord, scratch: Scratch) -> ArrayRecord:
+    """Return the same arrays with their data in files.
+
+    Raises:
+        OSError: the folder of the files cannot be written to, or the disk has no room.
+    """
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = ViewArray(array.dtype, tuple(array.shape), array.stype, scratch.put(array.data))
     return record
 
 

@@ -12,6 +12,7 @@ from fedomc.flower import defences
 from fedomc.flower._flower import logger
 from fedomc.flower.arrays import STYPE, dtype_of, read_packed, records_of, view_dense
 from fedomc.flower.downlink import Broadcast
+from fedomc.flower.mapped import nbytes_of
 from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, named, read_metrics, with_weight
 from fedomc.flower.traffic import RoundReport
 from fedomc.flower.variables import ReplyVariable
@@ -278,7 +279,7 @@ def _read_variable(
         )
     if is_update and packed is None and uplink is None:
         raise PayloadError(f"{name} is an update, but the variable was sent in FP32")
-    in_message = len(array.data) > parsed.packed.codes.nbytes
+    in_message = nbytes_of(array) > parsed.packed.codes.nbytes
     return ReplyVariable(parsed.packed if in_message else partial(_codes, array, name, packed), sent, is_update)
 
 

@@ -14,11 +14,12 @@ from fedomc.flower._flower import logger
 from fedomc.flower.aggregation import Mean, averages, decoded
 from fedomc.flower.arrays import array_of, view_dense
 from fedomc.flower.downlink import Broadcast
-from fedomc.flower.mapped import nbytes_of
+from fedomc.flower.mapped import nbytes_of, set_aside
 from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, with_weight
 from fedomc.flower.replies import Reply, checked_replies, like_most, log_left_out, without_others
 from fedomc.flower.server_optimizers import RoundFiles, ServerOptimizer, has_optimizer, owner_of
 from fedomc.flower.traffic import RoundReport
+from fedomc.serialization.mapped_file import Scratch
 
 Result = tuple[ArrayRecord | None, MetricRecord | None]
 
@@ -80,7 +81,7 @@ class TrainingRound:
 
         If the inner strategy only needs a mean, a few replies at a time are added to it and released; if the replies
         come from an iterator, no others are in memory. Other strategies are given all replies, with arrays that are
-        decoded when their values are read.
+        decoded when their values are read; until then they are packed, in files if the round has some.
         """
         errors = list[Message]()
         if isinstance(messages, Sequence):
@@ -89,6 +90,8 @@ class TrainingRound:
             replies = list(self._checked(self._sorted(asked) + others, errors))
             self._cap.add(reply.metrics.weight for reply in replies)
             return self._aggregate(inner, _released(replies), errors, streaming=False)
+        if self._files is not None and not averages(inner):
+            messages = _set_aside(messages, self._files)
         return self._aggregate(inner, self._checked(messages, errors, self._enough), errors, streaming=True)
 
     def _checked(
@@ -283,6 +286,20 @@ def _owner(strategy: Strategy) -> type:
     if "aggregate_train" in vars(strategy):
         return TrainingRound  # any class that is not Flower's
     return owner_of(strategy)
+
+
+def _set_aside(messages: Iterable[Message], files: RoundFiles) -> Iterator[Message]:
+    """Yield messages whose arrays are in files, so that all of them can be held."""
+    scratch = Scratch(files.folder)
+    for message in messages:
+        if message.has_content():
+            content = dict(message.content.items())
+            content |= {
+                key: set_aside(record, scratch) for key, record in content.items() if isinstance(record, ArrayRecord)
+            }
+            message.content = RecordDict(content)
+        yield message
+        del message
 
 
 def _released(replies: list[Reply]) -> Iterator[Reply]:
