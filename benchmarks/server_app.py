@@ -225,8 +225,8 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
 
     Returns:
         The peaks above the level before the model exists; the seconds of a round without those of making replies;
-        and the time of a memcpy of the FP32 model, measured between the replies, relative to that of checking and
-        aggregating a reply.
+        the time of a memcpy of the FP32 model, measured between the replies, relative to that of checking and
+        aggregating a reply; and the bytes of the model and of the last round.
     """
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -241,6 +241,7 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
         initial = random_model(shapes, folder / "initial.safetensors")
         watch, began = Watch(), time.perf_counter()
         reports: list[RoundReport] = []
+        wrapped: OMCStrategy | None = None
         if alone:
             plain = ArrayRecord({name: Array(array.numpy()) for name, array in initial.items()})
             result = inner.start(grid, plain, num_rounds=rounds)
@@ -258,4 +259,6 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
         "seconds": seconds,
         "memcpy_ratio": statistics.median(replies.memcpy) * size / BUFFER / reply if reply else None,
         "model_bytes": size,
+        "down_bytes": wrapped.traffic[-1].down_bytes if wrapped else None,
+        "up_bytes": wrapped.traffic[-1].up_bytes if wrapped else None,
     }

@@ -226,9 +226,7 @@ class LazyArray(Array):
 def _read_bfloat16(array: Array, name: str) -> Tensor:
     data = data_of(array)
     if array.dtype != "bfloat16" or math.prod(array.shape) * 2 != len(data):
-        raise PayloadError(
-            f"{name}: {len(data)} bytes do not hold {array.dtype} {tuple(array.shape)} as bfloat16"
-        )
+        raise PayloadError(f"{name}: {len(data)} bytes do not hold {array.dtype} {tuple(array.shape)} as bfloat16")
     if not len(data):
         return torch.empty(tuple(array.shape), dtype=torch.bfloat16, device="cpu")
     words = np.frombuffer(data, "<i2").astype(np.int16, copy=False)
