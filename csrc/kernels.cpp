@@ -14,6 +14,7 @@
 
 #include "kernels.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -54,16 +55,17 @@ U round_block(const float* values, float scale, const Round round, Codes& codes,
   return largest;
 }
 
-std::uint32_t largest_of(const float* values, std::size_t n) {
+std::uint32_t largest_of(const Dense& dense, std::size_t n) {
   U largest{};
-  std::size_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) largest = max(largest, load<U>(values + i) & ~kSign);
-  std::uint32_t result = largest_lane(largest);
-  for (; i < n; ++i) {
-    const std::uint32_t magnitude = cast<std::uint32_t>(values[i]) & ~kSign;
-    result = result > magnitude ? result : magnitude;
-  }
-  return result;
+  std::uint32_t result = 0;
+  for_each_block(n, [&](std::size_t, std::size_t at, std::size_t count) {
+    alignas(64) Values room;
+    const float* values = widened(dense, at, count, room);
+    std::size_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) largest = max(largest, load<U>(values + i) & ~kSign);
+    for (; i < count; ++i) result = std::max(result, cast<std::uint32_t>(values[i]) & ~kSign);
+  });
+  return std::max(result, largest_lane(largest));
 }
 
 void decode(const Packed& base, const Packed* update, const DenseRoom& out, std::size_t n, bool streaming) {

@@ -18,7 +18,7 @@ struct Kernels {
   // Encodes codes + ratio * gradient, in the units of the working bias.
   void (*update)(const Packed& packed, const Dense& gradient, float ratio, std::size_t n, const Rounding& rounding,
                  std::uint32_t* words, Found& found);
-  std::uint32_t (*largest)(const float* values, std::size_t n);
+  std::uint32_t (*largest)(const Dense& values, std::size_t n);
   void (*block_decode)(const BlockPacked& packed, const Element& element, const DenseRoom& out, std::size_t n,
                        bool streaming);
   void (*block_decode_sum)(const BlockPacked& base, const Element& element, const BlockPacked& update,

@@ -284,11 +284,11 @@ void rotated_encode(const InValues& values, unsigned bits, std::uint64_t seed, s
   in_chunks(values.size(), threads, encode_chunk, Subnormals::kZero);
 }
 
-std::uint32_t absmax(const InValues& values, unsigned threads) {
+std::uint32_t absmax(const InDense& values, unsigned threads) {
+  const Dense from = dense(values);
   std::vector<std::uint32_t> found((values.size() + kChunk - 1) / kChunk);
-  in_chunks(values.size(), threads, [&](std::size_t at, std::size_t count) {
-    found[at / kChunk] = current()->largest(values.data() + at, count);
-  });
+  in_chunks(values.size(), threads,
+            [&](std::size_t at, std::size_t count) { found[at / kChunk] = current()->largest(from.from(at), count); });
   std::uint32_t result = 0;
   for (const std::uint32_t some : found) result = std::max(result, some);
   return result;

@@ -134,6 +134,16 @@ def test_a_step_by_a_narrow_gradient_is_that_of_its_float32_values(
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_the_largest_magnitude(dtype: torch.dtype) -> None:
+    for n in (0, *SIZES):
+        values = randn(n, seed=5).to(dtype)
+        expected = float(values.abs().max()) if n else 0.0
+        assert torch.tensor(codec.absmax_bits(values), dtype=torch.int32).view(torch.float32) == expected
+    values[-1] = float("nan")
+    assert codec.absmax_bits(values) > codec.INFINITY_BITS
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_narrow_gradient_that_is_not_finite_is_reported(dtype: torch.dtype, value: float) -> None:

@@ -58,6 +58,25 @@ def test_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(found, results(reference_blocks, (3, 2, 3), 64, 7, 1057))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_values_and_gradients(dtype: torch.dtype) -> None:
+    n, element = 1057, ELEMENTS["s1e2m3"]
+    words, scales, status = room(n, element, 64)
+    reference_blocks.block_encode(some_values(n), *element, 64, None, 0, words, scales, status)
+    out, total, expected, expected_total = torch.ones(4, n, dtype=dtype)
+    part = words, scales, *element, 64
+    for backend, alone, both in ((triton_blocks, out, total), (reference_blocks, expected, expected_total)):
+        backend.block_decode(*part, alone)
+        backend.block_decode_sum(*part, *part, both)
+    assert torch.equal(out.view(torch.int16), expected.view(torch.int16))
+    assert torch.equal(total.view(torch.int16), expected_total.view(torch.int16))
+    gradient = randn(n, seed=2).to(dtype)
+    steps = [room(n, element, 64) for _ in range(2)]
+    for step, updated in zip((gradient, gradient.float()), steps, strict=True):
+        triton_blocks.block_update(*part, step, -0.1, 7, *updated)
+    assert_same(*map(tuple, steps))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", [None, 7])
 @pytest.mark.parametrize("block", [32, 64, 128, 256])

@@ -55,6 +55,20 @@ def test_several_programs_without_another_scale(monkeypatch: pytest.MonkeyPatch)
         assert_same(found, updated(reference, "S1E3M7", case, 3, n, rescale=False))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["S1E3M7", "S1E8M7"])
+def test_a_narrow_gradient_counts_as_its_float32_values(name: str, dtype: torch.dtype) -> None:
+    fmt, n = FloatFormat.parse(name), 1057
+    words, gradient = random_words(n, fmt), randn(n, seed=4).to(dtype)
+    results = []
+    for step in (gradient, gradient.float()):
+        out, new, status = words_for(n, fmt).zero_(), torch.empty(2), torch.zeros(2, dtype=torch.int64)
+        numbers = fmt.exponent_bits, fmt.mantissa_bits
+        triton_update.update(words, scaling(0.05, 0.0), *numbers, step, -0.1, True, 7, out, new, status)
+        results.append((out, new, status))
+    assert_same(*results)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", UPDATES)
 @pytest.mark.parametrize("seed", SEEDS)

@@ -93,7 +93,7 @@ def backend(device: torch.device | str) -> str:
 
 
 def absmax_bits(values: Tensor) -> int:
-    """Return the float32 bits of the largest magnitude in float32 ``[n]``; 0 if there are no values."""
+    """Return the float32 bits of the largest magnitude in float32, bfloat16 or float16 ``[n]``; 0 for no values."""
     out = torch.zeros(1, dtype=torch.int64, device=values.device)
     _operators.absmax(values, out)
     return int(out)

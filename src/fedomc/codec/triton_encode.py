@@ -37,7 +37,7 @@ def absmax_kernel(values, out, n, BLOCKS: tl.constexpr):  # type: ignore[no-unty
     largest = tl.zeros([BLOCKS, 32], tl.int32)
     for row in tl.static_range(32):
         at = row_of(row, BLOCKS)
-        largest = tl.maximum(largest, magnitude_of(tl.load(values + at, mask=at < n, other=0.0)))
+        largest = tl.maximum(largest, magnitude_of(tl.load(values + at, mask=at < n, other=0.0).to(tl.float32)))
     note_largest(out, largest)
 
 

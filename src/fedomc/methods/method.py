@@ -240,7 +240,7 @@ class Method(ABC):
 
         Args:
             present: the current fields of the variable.
-            gradient: float32 ``[numel]``.
+            gradient: float32, bfloat16 or float16 ``[numel]``.
             alpha: the factor of the gradient.
             out: the fields to write, which must not share memory with the current ones.
             writing: the settings of this pass.

@@ -216,11 +216,9 @@ class CompressedTensor(DecodedArrays, Tensor):
             self.steps.end(part, sample)
 
     def add_part(self, values: Tensor, alpha: float) -> None:
-        """Add ``alpha`` times flat values to the part that in-place operations modify, in one pass."""
+        """Add ``alpha`` times flat values, of any of ``DTYPES``, to the part that steps modify, in one pass."""
         how, part = self.encoding, self.parts[-1]
-        if values.dtype is not torch.float32:
-            values = self.empty(0, part.numel).copy_(values)
-        sample = self.steps.begin(part, lambda start, stop: values[start:stop] * alpha, self.decode_range)
+        sample = self.steps.begin(part, lambda start, stop: values[start:stop].float() * alpha, self.decode_range)
         part.add_(values, alpha, how.transform, how.rounding, how.seed, self.variable, self._accepts)
         if sample is not None:
             self.steps.end(part, sample)

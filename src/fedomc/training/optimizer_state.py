@@ -113,7 +113,7 @@ class PackedStateOptimizer(Optimizer, ABC):
             )
         is_shared = storage_is_shared(gradient)  # with the gradient of another variable
         step = gradient.reshape(-1)
-        if codec.absmax_bits(step.float()) >= codec.INFINITY_BITS:
+        if codec.absmax_bits(step) >= codec.INFINITY_BITS:
             raise NonFiniteError(
                 f"{_name(group, parameter)} has a gradient that is NaN or infinite; nothing was changed. Look for a "
                 "diverging loss, lower the learning rate or clip the gradient"

@@ -99,7 +99,7 @@ void encode(Format format, const std::string& what, const Values& values, int ex
 
 void encode(Format format, std::size_t n) {
   const Values values = ordinary(n), any = any_finite(n);
-  const std::uint32_t largest = kernels->largest(values.data(), n);
+  const std::uint32_t largest = kernels->largest(dense(values), n);
   for (const bool stochastic : {false, true}) {
     const int fitting = std::clamp(format.fitting_exponent(largest, stochastic), format.least_exponent(),
                                    format.exponent_bits == 8 ? 0 : format.most_exponent());
@@ -298,7 +298,7 @@ void run_all() {
     Values sum = ordinary(n, 10);
     kernels->add_difference(values.data(), ordinary(n).data(), -0.3f, sum.data(), n);
     report("add_difference", n, sum);
-    report("largest", n, Words{kernels->largest(values.data(), n)});
+    report("largest", n, Words{kernels->largest(dense(values), n)});
     for (const unsigned bits : {1u, 2u}) rotated(bits, n);
   }
   for (unsigned e = 1; e <= 8; ++e) {

@@ -106,6 +106,23 @@ def test_no_float32_copy_of_a_weight_is_made(
 
 
 @pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("format", FORMATS[:-1])
+def test_no_float32_copy_of_a_narrow_gradient_is_made(
+    format: str, dtype: torch.dtype, lent: list[tuple[int, torch.dtype]]
+) -> None:
+    weights = [held(nn.Linear(256, 512).to(dtype), format).weight for _ in range(2)]
+    weights[1].copy_(weights[0])
+    gradient = (torch.randn(512, 256) * 0.01).to(dtype)
+    weights[0].add_(gradient.float(), alpha=-0.1)
+    lent.clear()
+    with Float32Seen() as seen:
+        weights[1].add_(gradient, alpha=-0.1)
+    wide = [numel for numel, lent_as in lent if lent_as is torch.float32]
+    assert seen.largest <= codec.BLOCK and max(wide) <= codec.BLOCK  # the sample of StepRecord
+    assert torch.equal(weights[0].decode(), weights[1].decode())
+
+
+@pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("format", FORMATS)
 def test_decoding_is_torch_s_rounding(dtype: torch.dtype, format: str) -> None:
     weight = held(nn.Linear(130, 77), format).weight
