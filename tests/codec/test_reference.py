@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedomc import FloatFormat, codec
-from fedomc.codec import reference
+from fedomc.codec import reference, reference_blocks, reference_rotation
 from tests.conftest import bits_of, flushed_denormals, gfloat_format, pack_by_design, randn, same_bits, scaling, threads
 
 NAMES = (
@@ -296,3 +296,33 @@ def test_where_new_tensors_are_made_on_the_meta_device_the_layout_is_real() -> N
         reference.pack(codes, 11, words)
         unpacked = reference.unpack(words, 2, 11)
     assert torch.equal(unpacked.view(-1), codes)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_how_many_values_are_processed_at_a_time_does_not_count(
+    seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = 2 * codec.CHUNK + 1500
+    values, gradient = randn(n), randn(n, seed=1)
+
+    def results() -> list[Tensor]:
+        words, status = torch.zeros(codec.words_of(n, 11), dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+        sums, out, scale = torch.empty(3, 5, dtype=torch.float64), torch.empty(n), torch.empty(2)
+        reference.encode(values, 3, 7, 2, seed, 0, words, sums, status)
+        reference.decode(words, scaling(0.25, 0.0), 3, 7, out)
+        again = torch.zeros_like(words)
+        reference.update(words, scaling(0.25, 0.0), 3, 7, gradient, -0.1, True, seed, again, scale, status)
+        found = [words, sums, out.clone(), again, scale, status]
+        words, scales = torch.zeros(codec.words_of(n, 4), dtype=torch.int32), torch.empty(-(-n // 64))
+        reference_blocks.block_encode(values, 1, 0, 0, 64, seed, 0, words, scales, status)
+        reference_blocks.block_decode(words, scales, 1, 0, 0, 64, out)
+        found += [words, scales, out.clone()]
+        words, scales = torch.zeros(codec.words_of(n, 1), dtype=torch.int32), torch.empty(-(-n // 1024))
+        reference_rotation.rotated_encode(values, 1, 5, 0, True, words, scales)
+        reference_rotation.rotated_decode(words, scales, 1, 5, 0, out)
+        return [*found, words, scales, out]
+
+    assert reference.together(torch.device("cpu")) == codec.CHUNK < n < reference.together(torch.device("mps"))
+    expected = results()
+    monkeypatch.setattr(reference, "together", lambda device: 64 * codec.CHUNK)
+    assert all(torch.equal(mine, other) for mine, other in zip(results(), expected, strict=True))

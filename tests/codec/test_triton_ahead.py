@@ -20,7 +20,7 @@ def test_no_register_is_spilled(capability: int) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert len(lines) == 24
+    assert len(lines) == 25
     for line in lines:
         found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line)
         assert found is not None, line

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedomc import FloatFormat, codec
 from fedomc.codec import reference
-from tests.conftest import bits_of, scaling
+from tests.conftest import bits_of, randn, scaling
 
 triton_decode = pytest.importorskip("fedomc.codec.triton_decode", reason="Triton is not installed")
 
@@ -43,6 +43,28 @@ def test_decoding_has_the_bits_of_the_reference(name: str, scale: float, offset:
     expected = results(reference, fmt, n, scale, offset)
     for operator, out in results(triton_decode, fmt, n, scale, offset).items():
         np.testing.assert_array_equal(bits_of(out), bits_of(expected[operator]), err_msg=operator)
+
+
+def test_adding_a_difference_has_the_bits_of_the_reference() -> None:
+    for n in (0, 33, 5000):
+        values, subtrahend = randn(n), randn(n, seed=1)
+        out, expected = torch.ones(2, n)
+        triton_decode.add_difference(values, subtrahend, -0.3, out)
+        reference.add_difference(values, subtrahend, -0.3, expected)
+        np.testing.assert_array_equal(bits_of(out), bits_of(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "scale"), [("S1E2M3", 2.0**-18), ("S1E3M7", -0.01), ("S1E5M10", 7.0), ("S1E8M23", 1)])
+def test_narrow_values_are_rounded_to_nearest(name: str, scale: float, dtype: torch.dtype) -> None:
+    fmt, n = FloatFormat.parse(name), 1057
+    part = random_words(n, fmt, 0), scaling(scale, 0.0), fmt.exponent_bits, fmt.mantissa_bits
+    update = random_words(n, FloatFormat(2, 1), 1), scaling(0.1, 0.01), 2, 1
+    for operator, parts in (("decode", part), ("decode_sum", (*part, *update))):
+        out, expected = torch.ones(2, n, dtype=dtype)
+        getattr(triton_decode, operator)(*parts, out)
+        getattr(reference, operator)(*parts, expected)
+        assert torch.equal(out.view(torch.int16), expected.view(torch.int16)), operator
 
 
 @pytest.mark.gpu

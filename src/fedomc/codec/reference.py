@@ -1,4 +1,4 @@
-"""The reference codec in PyTorch operations, for any device: converts values to and from packed bits, in chunks.
+"""The reference codec in PyTorch operations, for any device: converts values to and from packed bits.
 
 [Note: rounding in integers]
 A float32 is a sign and the integer ``u = exponent << 23 | mantissa``. Codes have the same structure with fewer bits, so
@@ -33,7 +33,7 @@ def absmax(values: Tensor, out: Tensor) -> None:
     """Write the float32 bits of the largest magnitude to ``out``, an int64 tensor of shape ``[1]``."""
     out.zero_()
     for _, part in chunks_of(values):
-        torch.maximum(out, magnitudes(part).max(), out=out)
+        torch.maximum(out, magnitudes(part.float()).max(), out=out)
 
 
 def decode(words: Tensor, scale_offset: Tensor, e: int, m: int, out: Tensor) -> None:
@@ -91,7 +91,7 @@ def encode(
     """Encode ``Q(2**exponent * V)`` into ``words``, with sums for the fit if ``sums`` is not empty."""
     element = FloatElement(e, m)
     begin(status)
-    for at, part in chunks_of(values):
+    for at, part in chunks_of(values, CHUNK if len(sums) else None):
         row = sums[at // CHUNK] if len(sums) else None
         _encode_chunk(part, element, exponent, seed, start + at, stretch(words, element.bits, at, part), row, status)
 
@@ -176,10 +176,16 @@ def begin(status: Tensor) -> None:
     status[1:].fill_(1)
 
 
-def chunks_of(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the chunks of flat values, each as the index of its first value and a view."""
-    for at in range(0, flat.numel(), CHUNK):
-        yield at, flat[at : at + CHUNK]
+def together(device: torch.device) -> int:
+    """Return how many values are processed at a time: on a device far more, as each operation has to be launched."""
+    return CHUNK if device.type == "cpu" else 64 * CHUNK
+
+
+def chunks_of(flat: Tensor, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Yield flat values in parts of ``size``, by default ``together``: the index of the first value and a view."""
+    size = size or together(flat.device)
+    for at in range(0, flat.numel(), size):
+        yield at, flat[at : at + size]
 
 
 def stretch(words: Tensor, bits: int, at: int, part: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _sum_by_halves(x: Tensor) -> Tensor:
 
 
 def _parts(values: Tensor) -> list[tuple[int, Tensor]]:
-    """Split values into runs of whole blocks, of at most one chunk each, and the last block if it is not whole."""
+    """Split values into runs of whole blocks, and the last block if it is not whole."""
     full = len(values) // BLOCK * BLOCK
     parts = list(chunks_of(values[:full]))
     return parts if full == len(values) else [*parts, (full, values[full:])]

@@ -38,6 +38,21 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + at, value, mask=at < n)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def add_difference_kernel(values, subtrahend, out, n, weight, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add ``weight * (values - subtrahend)`` to ``out``."""
+    for row in tl.static_range(32):
+        at = row_of(row, BLOCKS)
+        change = tl.load(values + at, mask=at < n, other=0.0) - tl.load(subtrahend + at, mask=at < n, other=0.0)
+        tl.store(out + at, tl.load(out + at, mask=at < n, other=0.0) + change * weight, mask=at < n)
+
+
+def add_difference(values: Tensor, subtrahend: Tensor, weight: float, out: Tensor) -> None:
+    """See ``reference.add_difference``."""
+    n = out.numel()
+    launch(add_difference_kernel, n, out, values, subtrahend, out, n, weight)
+
+
 def decode(words: Tensor, scale_offset: Tensor, e: int, m: int, out: Tensor) -> None:
     """See ``reference.decode``."""
     _launch(words, scale_offset, e, m, words, scale_offset, e, m, 1.0, out, other=0, adding=False)

@@ -15,6 +15,7 @@ MODULES = {
     "decode_sum": "triton_decode",
     "decode_add": "triton_decode",
     "decode_add_difference": "triton_decode",
+    "add_difference": "triton_decode",
     "absmax": "triton_encode",
     "encode": "triton_encode",
     "choose_exponent": "triton_settle",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedomc.codec import CHUNK, INFINITY_BITS, Deferred, Outcome, defers, keep_present
+from fedomc.codec import CHUNK, INFINITY_BITS, Deferred, Outcome, keep_present
 from fedomc.codec.workspace import workspace
 from fedomc.errors import NonFiniteError
 from fedomc.methods.method import Fields, Method, Source, Writing
@@ -182,7 +182,7 @@ class Packed:
         """
         state, out = self.state, self._room()
         present = state.fields if state.draws else None
-        source = Source(self.numel, produce, _STRETCH if defers(self.codes.device) else CHUNK)
+        source = Source(self.numel, produce, CHUNK if self.codes.device.type == "cpu" else _STRETCH)
         found = self.method.encode(source, out, self._writing(transform, rounding, seed, name), present)
         if isinstance(found, Deferred) and accepts is None:
             self._finish_there(out, found, name)
@@ -199,7 +199,9 @@ class Packed:
         name: str = "variable",
         accepts: Callable[["Packed"], bool] | None = None,
     ) -> None:
-        """Add ``alpha`` times a float32 gradient ``[numel]`` in place, in one pass; otherwise as in ``rewrite``.
+        """Add ``alpha`` times a gradient ``[numel]`` in place, in one pass; otherwise as in ``rewrite``.
+
+        The gradient is float32, bfloat16 or float16, and added as its float32 values.
 
         If no value changes, as with a gradient of zeros, the variable is left untouched, because encoding its values
         again might change them.
