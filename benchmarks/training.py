@@ -216,8 +216,9 @@ def held(tensor: Any) -> int:
 
 
 def values(model: Any) -> Iterator[tuple[str, Any]]:
-    """Give values of a trained model's size for one parameter or buffer after the other."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    """Give values of a trained model's size for one parameter or buffer after the other; for tied ones once."""
+    once = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    for name, tensor in once.values():
         if tensor.dim() > 1:
             yield name, torch.randn(tensor.shape).mul_(tensor[0].numel() ** -0.5).to(tensor.dtype)
         elif tensor.is_floating_point():

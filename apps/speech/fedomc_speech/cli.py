@@ -100,6 +100,9 @@ def compare(
     unquantized_format: Annotated[
         str, typer.Option(help="Format in which variables that stay FP32 are sent; empty: FP32.")
     ] = DEFAULTS.unquantized_format,
+    activations: Annotated[
+        str, typer.Option(help="Format of what local steps keep for the backward pass, such as S1E4M3; empty: FP32.")
+    ] = DEFAULTS.activations,
     seed: Annotated[int, typer.Option(help=SEED_HELP)] = DEFAULTS.seed,
     round_timeout: Annotated[
         float, typer.Option(help="Seconds to wait for the clients of a round.")
@@ -142,6 +145,7 @@ def compare(
             aggregate=aggregate,
             entropy_coding=entropy_coding,
             unquantized_format=unquantized_format,
+            activations=activations,
             seed=seed,
             round_timeout=round_timeout,
         )

@@ -50,6 +50,7 @@ def train_partition(message: Message, partition: int) -> RecordDict:
         clip_norm=settings.clip_norm,
         seed=seed,
         augment=Augmentation() if settings.augment else None,
+        activations=settings.activations,
     )
     figures = {"num-examples": result.examples, "loss": result.loss, "parameter-bytes": result.parameter_bytes}
     metrics = MetricRecord({**figures, **step_metrics(network)})

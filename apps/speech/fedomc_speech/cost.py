@@ -47,6 +47,7 @@ def cost_of(settings: Settings, variant: Variant) -> Cost:
             clip_norm=1.0,
             seed=0,
             augment=Augmentation() if settings.augment else None,
+            activations=settings.activations,
         )
         took = time.perf_counter() - began
     torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ from typing import Any
 
 import fedomc
 from fedomc.flower.run_config import read_settings
+from fedomc.methods import parse_method
 from fedomc_speech.errors import SettingsError
 
 FP32 = "FP32"
@@ -109,6 +110,7 @@ class Settings:
         entropy_coding: which messages are entropy coded: ``none``, ``down``, ``up`` or ``both``.
         unquantized_format: format in which variables are sent that a fraction leaves in FP32, such as ``S1E5M10``;
             empty is FP32.
+        activations: format of what a local step keeps for its backward pass, such as ``S1E4M3``; empty is FP32.
         seed: seed of all random numbers.
         round_timeout: seconds to wait for the clients of a round; later replies are left out.
     """
@@ -139,6 +141,7 @@ class Settings:
     aggregate: str = "delta"
     entropy_coding: str = "none"
     unquantized_format: str = ""
+    activations: str = ""
     seed: int = 0
     round_timeout: float = 3600.0
 
@@ -164,6 +167,8 @@ class Settings:
         _by_name(self.format_by_name)
         if self.unquantized_format:
             fedomc.FloatFormat.parse(self.unquantized_format)
+        if self.activations:
+            parse_method(self.activations)
         doubled = [str(variant) for variant in self.variants if self.variants.count(variant) > 1]
         if doubled:
             raise SettingsError(f"format {doubled[0]} is given twice")

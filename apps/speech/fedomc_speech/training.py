@@ -3,7 +3,9 @@
 import functools
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import jiwer
 import torch
@@ -45,6 +47,7 @@ def train_locally(
     clip_norm: float,
     seed: int,
     augment: Augmentation | None = None,
+    activations: str = "",
 ) -> LocalResult:
     """Train a model in place by SGD, stepping in the backward pass.
 
@@ -58,24 +61,29 @@ def train_locally(
         clip_norm: largest norm of the gradient of each variable.
         seed: seed of the batches, of dropout and of the augmentation.
         augment: varies the features whenever an utterance is used; None leaves them as they are.
+        activations: format of what is kept for the backward pass; empty is FP32.
     """
     order = list(utterances)
     draw = random.Random(seed)  # noqa: S311
     draw.shuffle(order)
     torch.manual_seed(seed)
     stepping = fedomc.step_in_backward(model, torch.optim.SGD, lr=learning_rate, clip_norm=clip_norm)
+    packing: AbstractContextManager[Any] = (
+        fedomc.compress_activations(model, activations, seed=seed) if activations else nullcontext()
+    )
     model.train()
     losses, seen = [], 0
     try:
-        for step in range(steps):
-            chosen = [order[(step * batch + i) % len(order)] for i in range(min(batch, len(order)))]
-            inputs = [features_of(utterance, model) for utterance in chosen]
-            ready = features.pad([augment(f, draw) for f in inputs] if augment else inputs)
-            targets = [tokenizer.encode(utterance.text) for utterance in chosen]
-            loss = model.ctc_loss(ready.features, ready.frames, targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()))
-            seen += len(chosen)
+        with packing:
+            for step in range(steps):
+                chosen = [order[(step * batch + i) % len(order)] for i in range(min(batch, len(order)))]
+                inputs = [features_of(utterance, model) for utterance in chosen]
+                ready = features.pad([augment(f, draw) for f in inputs] if augment else inputs)
+                targets = [tokenizer.encode(utterance.text) for utterance in chosen]
+                loss = model.ctc_loss(ready.features, ready.frames, targets)
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(float(loss.detach()))
+                seen += len(chosen)
     finally:
         stepping.remove()
     return LocalResult(sum(losses) / len(losses), seen, fedomc.parameter_bytes(model).total)

@@ -46,6 +46,7 @@ _COMPRESSION = (
     "aggregate",
     "entropy_coding",
     "unquantized_format",
+    "activations",
 )
 """Settings that have no effect on a run in FP32."""
 
