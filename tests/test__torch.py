@@ -136,6 +136,11 @@ def test_storage_is_shared() -> None:
     assert not _torch.storage_is_shared(x)
 
 
+def test_parameters_by_module() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2, bias=False)))
+    assert [id(x) for x in _torch.parameters_by_module(model)] == [id(x) for x in model.parameters()]
+
+
 def test_hooks() -> None:
     p = nn.Parameter(torch.ones(3))
     assert not _torch.has_step_hooks(p)

@@ -51,6 +51,7 @@ __all__ = [
     "keep_hooks_in_swap",
     "linear_of_onednn",
     "no_overrides",
+    "parameters_by_module",
     "processor_name",
     "run_next_in_backward",
     "running_modules",
@@ -226,6 +227,14 @@ def has_constant(tensor: Any) -> bool:
     return tensor.constant is not None
 
 
+def parameters_by_module(model: torch.nn.Module) -> Iterator[Tensor]:
+    """Iterate over the parameters of each module; without names, in half the time of ``parameters``.
+
+    One that several modules share comes several times.
+    """
+    return (x for module in model.modules() for x in module._parameters.values() if x is not None)
+
+
 def has_step_hooks(tensor: Tensor) -> bool:
     """Return whether a leaf has hooks that run after its gradient has been accumulated."""
     return bool(tensor._post_accumulate_grad_hooks)
@@ -300,7 +309,10 @@ def in_reentrant_checkpoint() -> bool:
 
     Torch has no query for this, so the call stack is searched for the backward function of the checkpoint.
     """
-    return any(frame.f_code is _CHECKPOINT_BACKWARD for frame in _outwards(sys._getframe()))
+    frame: FrameType | None = sys._getframe()  # without a generator: each step of each variable comes here
+    while frame is not None and frame.f_code is not _CHECKPOINT_BACKWARD:
+        frame = frame.f_back
+    return frame is not None
 
 
 _CHECKPOINT_BACKWARD = CheckpointFunction.backward.__code__

@@ -249,13 +249,13 @@ class Packed:
                 f"{name} has a value that is NaN or infinite; nothing was changed. "
                 "Look for a diverging loss, lower the learning rate or clip the gradient"
             )
-        new = Packed(self.method, self.numel, fields, self.state.draws + 1)
-        if accepts is not None and not accepts(new):
+        new = State(fields, self.state.draws + 1, is_zero=False)
+        if accepts is not None and not accepts(Packed(self.method, self.numel, fields)):
             raise NonFiniteError(
                 f"{name} would have a value beyond its dtype; nothing was changed. "
                 "Look for a diverging loss, lower the learning rate or clip the gradient"
             )
-        self._replace(new.state)
+        self._replace(new)
 
     def _replace(self, state: State) -> None:
         """Install a new state; see the note on one assignment."""

@@ -25,6 +25,7 @@ from fedomc._torch import (
     has_step_hooks,
     in_reentrant_checkpoint,
     no_overrides,
+    parameters_by_module,
     tree_leaves,
     without_grad,
     without_overrides,
@@ -56,6 +57,7 @@ class StepInBackward:
         self._clip_norm = clip_norm
         self._accumulating = False
         self._lock = threading.RLock()  # the backward pass has a thread for each device
+        self._gradient_bytes = [4 * parameter.numel() for _, parameter in variables]
         self._released = [ReleasedGradient(parameter, name) for name, parameter in variables]
         # Optimizers that compile their step, as torchao's do, cannot trace how a variable is encoded.
         self._compiling = not type(optimizer).__module__.startswith(("torch.optim.", "fedomc."))
@@ -132,17 +134,15 @@ class StepInBackward:
         self._step(index)
 
     def _step(self, index: int) -> None:
-        parameter = self._variables[index][1]
-        gradient_bytes = 4 * parameter.numel()
         with self._lock:
             try:
                 if self._clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_([parameter], self._clip_norm)
+                    torch.nn.utils.clip_grad_norm_([self._variables[index][1]], self._clip_norm)
                 if not self._update(index):
                     self._step_in_full(index)
             finally:
                 self._release(index)
-                heap.count(gradient_bytes)
+                heap.count(self._gradient_bytes[index])
 
     def _update(self, index: int) -> bool:
         """Update one variable without ``Optimizer.step``; return False if only that can."""
@@ -290,9 +290,14 @@ def _check_all_stepped(model: nn.Module, args: Any) -> None:
     """Refuse, before a forward pass, a parameter that would silently not be trained."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or model not in _stepping:
         return
+
+    def is_missed(parameter: Tensor) -> bool:
+        return parameter.requires_grad and not has_step_hooks(parameter)
+
     with no_overrides():
-        missed = next((n for n, p in model.named_parameters() if p.requires_grad and not has_step_hooks(p)), None)
-    if missed is not None:
+        if not any(map(is_missed, parameters_by_module(model))):  # each forward pass; names are looked up only to raise
+            return
+        missed = next(name for name, parameter in model.named_parameters() if is_missed(parameter))
         raise PolicyError(
             f"{missed} requires a gradient but is not stepped in backward, because it was replaced, moved or "
             "unfrozen after step_in_backward: call remove() on the result of that call, and step_in_backward again"
