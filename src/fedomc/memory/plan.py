@@ -176,12 +176,13 @@ class MemoryPlan:
         place = self.considered.index(self.chosen)
         larger = sorted(self.considered[:place], key=lambda each: each.peak_bytes)[: rows - 1]
         larger.sort(key=self.considered.index)
-        lines = [f"  {'peak':>9} {'step':>6} {'error':>7}  combination"]
+        lines = [f"  {'peak':>9} {'step':>6} {'error':>6} activations {'state':<9} checkpoints parameters"]
         for each in [*larger, self.chosen]:
             mark = ">" if each is self.chosen else " "
-            lines.append(
-                f"{mark} {each.peak_bytes / 1e6:>6.0f} MB {each.step_time:>5.2f}x {each.error:>7.2%}  {each}"[:80]
-            )
+            numbers = f"{each.peak_bytes / 1e6:>6.0f} MB {each.step_time:>5.2f}x {each.error:>6.2%}"
+            held, state = (str(method or FP32) for method in (each.activations, each.state_format))
+            checkpoints = "yes" if each.checkpointing else "no"
+            lines.append(f"{mark} {numbers} {held:<11} {state:<9} {checkpoints:<11} {each.policy or FP32}")
         left = place + 1 - len(lines) + 1
         if left > 0:
             lines.append(f"  and {left} more that are as precise or more, and do not fit")
@@ -206,6 +207,7 @@ def plan(
     state_formats: Sequence[str] = STATES,
     checkpointing: bool | Callable[[nn.Module], object] = True,
     max_step_time: float = math.inf,
+    progress: Callable[[int, int], object] = lambda done, total: None,
     **kwargs: Any,
 ) -> MemoryPlan:
     """Plan how to train a model within a budget of memory: as precisely as fits, stepping in the backward pass.
@@ -229,6 +231,7 @@ def plan(
         checkpointing: whether checkpoints may be chosen, as models of ``transformers`` have them; or a function that
             enables those of a model.
         max_step_time: the largest time of a step, relative to FP32.
+        progress: is called after each pass over the model, with the number of passes so far and of all.
         **kwargs: for the optimizer.
 
     Returns:
@@ -255,7 +258,7 @@ def plan(
     can_checkpoint = callable(checkpointing) or (checkpointing and checkpoints_of(model) is not None)
     found = _combinations(
         model, arguments_of(example), training, batch_size, [_policy(each) for each in parameters],
-        list(map(method_of, activations)), states, enable, bool(can_checkpoint),
+        list(map(method_of, activations)), states, enable, bool(can_checkpoint), progress,
     )  # fmt: skip
     allowed = [each for each in found if each.step_time <= max_step_time]
     if not allowed:
@@ -278,6 +281,7 @@ def _combinations(
     states: Sequence[Method | None],
     enable: Callable[[nn.Module], object],
     can_checkpoint: bool,
+    progress: Callable[[int, int], object],
 ) -> list[Combination]:
     """Predict all combinations, the most precise first."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -288,11 +292,14 @@ def _combinations(
         errors = [] if policy is None else [relative_error(method) * share**0.5 for method in policy.formats]
         held.append((policy, selection, arrived_bytes(model, selection), math.hypot(*errors)))
     found = []
-    for checkpointing, packs, packs_state in product(
-        (False, True) if can_checkpoint else (False,),
-        dict.fromkeys(each is not None for each in activations),
-        dict.fromkeys(each is not None for each in states),
-    ):
+    ways = list(
+        product(
+            (False, True) if can_checkpoint else (False,),
+            dict.fromkeys(each is not None for each in activations),
+            dict.fromkeys(each is not None for each in states),
+        )
+    )
+    for done, (checkpointing, packs, packs_state) in enumerate(ways, 1):
 
         def prepare(trial: nn.Module, enabled: bool = checkpointing) -> None:
             trial.train()
@@ -304,6 +311,7 @@ def _combinations(
                 model, inputs, training, packs_activations=packs, packs_state=packs_state, batch_size=batch_size,
                 change=prepare,
             )  # fmt: skip
+        progress(done, len(ways))
         packed = [each for each in activations if (each is not None) == packs]
         kept = [each for each in states if (each is not None) == packs_state]
         for (policy, selection, arrived, error), activation, state in product(held, packed, kept):
