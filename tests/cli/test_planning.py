@@ -122,7 +122,7 @@ def test_a_name_on_a_hub_is_not_downloaded() -> None:
 
 
 def test_models_of_more_than_texts_are_refused(tmp_path: Path) -> None:
-    assert "no model of texts alone" in refused(run("plan", folder_of(CLIPConfig(), tmp_path), "--budget", "1 GB"), 1)
+    assert "reads more than tokens" in refused(run("plan", folder_of(CLIPConfig(), tmp_path), "--budget", "1 GB"), 1)
 
 
 @pytest.mark.parametrize(

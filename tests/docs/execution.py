@@ -153,6 +153,16 @@ def _check_module(module: str, arguments: list[str], where: str) -> None:
         )
 
 
+def language_model(folder: Path) -> None:
+    """Write the configuration that ``fedomc plan`` reads in the pages."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+
+
 def dense_model(path: Path) -> None:
     """Write the safetensors file that the commands of the pages begin with."""
     from safetensors.torch import save_file

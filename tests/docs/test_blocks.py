@@ -1,5 +1,6 @@
 """Every block of code in the pages runs as it is printed, and does what the page says."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 import fedomc
-from tests.docs.execution import Outcome, dense_model, execute
+from fedomc.cli import planning
+from tests.docs.execution import Outcome, dense_model, execute, language_model
 from tests.docs.federation import NODES, federate
 from tests.docs.pages import PAGES, blocks, prose
 from tests.flower.conftest import flower_log, identity  # noqa: F401  (fixtures)
@@ -75,6 +77,8 @@ def test_the_blocks_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     dense_model(tmp_path / "model.safetensors")
+    language_model(tmp_path / "checkpoint")
+    monkeypatch.setattr(planning, "_PATIENCE", math.inf)  # what it says of its time depends on the machine
     outcome = execute(page, PAGES[page])
     assert outcome.ran + sum(bool(block.reason) or block.language == "bash" for block in blocks(PAGES[page]))
     if page in CHECKS:

@@ -15,7 +15,7 @@ from fedomc.memory.budget import parse_budget
 from fedomc.memory.plan import Combination
 from fedomc.memory.plan import plan as plan_of
 
-_PATIENCE = 3.0  # seconds that need no announcement
+_PATIENCE = 5.0  # seconds that need no announcement
 
 
 class Optimizer(enum.StrEnum):
@@ -105,7 +105,7 @@ def read_model(folder: Path, batch: int, tokens: int) -> tuple[nn.Module, dict[s
         fail(f"{folder / 'config.json'}: transformers cannot build this model: {error}", INVALID_INPUT)
     if built.main_input_name != "input_ids" or getattr(config, "vocab_size", None) is None:
         fail(
-            f"{folder}: {type(built).__name__} is no model of texts alone: fedomc.plan in Python takes any",
+            f"{folder}: {type(built).__name__} reads more than tokens: call fedomc.plan in Python",
             INVALID_INPUT,
         )
     longest = getattr(config, "max_position_embeddings", None)
