@@ -297,7 +297,7 @@ def test_a_resumed_run_asks_again_whom_it_waited_for(tmp_path: Path) -> None:
 
 
 def in_a_file(values: torch.Tensor) -> bool:
-    """Return whether values are in a file that is mapped into memory; where the system does not say, that is assumed."""
+    """Return whether values are in a mapped file; where the system does not say, that is assumed."""
     maps, place = Path("/proc/self/maps"), values.data_ptr()
     for line in maps.read_text().splitlines() if maps.exists() else []:
         begin, end = (int(number, 16) for number in line.split()[0].split("-"))

@@ -9,7 +9,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedomc.errors import PolicyError
 from fedomc.flower.in_flight import Flight
-from fedomc.flower.replies import Reply, checked_reply, log_left_out, sender_of
+from fedomc.flower.replies import Reply, asked_nodes, checked_reply, log_left_out, sender_of
 from fedomc.flower.training_round import Result, TrainingRound
 
 
@@ -59,7 +59,7 @@ class BufferedRound(TrainingRound):
                 return
 
     def _reply(self, flight: Flight, message: Message, errors: list[Message]) -> Reply | None:
-        node, reason = sender_of([flight.metadata], message)
+        node, reason = sender_of(asked_nodes([flight.metadata]), message)
         if reason or (node != flight.node and not message.has_error()):
             log_left_out(self.number, node, reason or f"it replies to the message for node {flight.node}")
             return None

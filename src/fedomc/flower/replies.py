@@ -1,7 +1,7 @@
 """Checks the replies of clients: their sender, the message that they reply to, and their variables."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,9 +66,9 @@ def checked_replies(
         weight_name: the name of the metric that is the reply's weight.
         enough: the number of usable replies after which no more are drawn; None draws all.
     """
-    answered, usable = set[int](), 0
+    asked, answered, usable = asked_nodes(sent), set[int](), 0
     for message in replies:
-        node, reason = sender_of(sent, message)
+        node, reason = sender_of(asked, message)
         if node not in broadcast.nodes or node in answered:
             reason = reason or "it was not selected, or has already replied"
         if reason:
@@ -137,8 +137,9 @@ def checked_evaluations(
         The messages, or None if no reply has a positive weight.
     """
     errors, usable, answered = list[Message](), list[tuple[Message, ReplyMetrics]](), set[int]()
+    asked = asked_nodes(sent)
     for message in replies:
-        node, reason = sender_of(sent, message)
+        node, reason = sender_of(asked, message)
         if reason or node in answered:
             log_left_out(server_round, node, reason or "it has already replied")
             continue
@@ -207,13 +208,21 @@ def without_others(reply: Reply, server_round: int) -> RecordDict:
     return RecordDict({key: record for key, record in reply.message.content.items() if key not in others})
 
 
-def sender_of(sent: Sequence[Metadata], message: Message) -> tuple[int, str]:
+def asked_nodes(sent: Iterable[Metadata]) -> dict[str, int]:
+    """Return the node that each message was sent to, by its ID; none for a grid that gives its messages no IDs."""
+    return {metadata.message_id: metadata.dst_node_id for metadata in sent if metadata.message_id}
+
+
+def sender_of(asked: Mapping[str, int], message: Message) -> tuple[int, str]:
     """Return the node that a reply belongs to, and the reason why it is not valid in this round, empty if it is.
 
     For a node that has disappeared, the SuperLink replies in its own name. The node is therefore determined by the
     message that is replied to, unless the grid gives its messages no IDs.
+
+    Args:
+        asked: the result of ``asked_nodes``.
+        message: the reply.
     """
-    asked = {metadata.message_id: metadata.dst_node_id for metadata in sent if metadata.message_id}
     source, answered = message.metadata.src_node_id, message.metadata.reply_to_message_id
     if not asked:
         return source, ""
