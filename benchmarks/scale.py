@@ -4,11 +4,11 @@
         [--calibration 10 40] [--sizes 262144 2097152] [--nodes 10 100 1000] [--parameters 1048576]
 
 Four runs of ``benchmarks.server_app``, with each number of ``--calibration`` nodes and each of the two ``--sizes``,
-give the constants: a round takes the server ``a + b P + n (c + d P)`` seconds for ``P`` parameters and ``n`` replies,
-and memory and bytes grow with ``P``. ``checks`` has what they predict for ``--nodes`` and ``--parameters``, none of
-which was measured for the constants, beside what is measured there; ``extrapolated`` has what they predict for
-cohorts and models that are not run. Each run has a process of its own, and the least seconds and the median memory of
-``--repeats`` runs count. ``docs/scale.md`` has the assumptions.
+give the constants: a round takes a core of the server ``a + b P + n (c + d P)`` seconds for ``P`` parameters and
+``n`` replies, and memory and bytes grow with ``P``. ``checks`` has what they predict for ``--nodes`` and
+``--parameters``, none of which was measured for the constants but the least number of nodes, beside what is measured
+there; ``extrapolated`` has what they predict for cohorts and models that are not run. Each run has a process of its
+own, and the least seconds and the median memory of ``--repeats`` runs count. ``docs/scale.md`` has the assumptions.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def fit(rows: list[Row]) -> dict[str, float]:
         rows: measured with two numbers of nodes and with two sizes.
     """
     terms = np.array([[1, row["parameters"], row["nodes"], row["nodes"] * row["parameters"]] for row in rows], float)
-    seconds = np.array([row["seconds"] for row in rows])
+    seconds = np.array([row["cpu_seconds"] for row in rows])
     solved = np.linalg.solve(terms, seconds)
     large = [row for row in rows if row["parameters"] == max(one["parameters"] for one in rows)]
     small = [row for row in rows if row not in large]
@@ -105,7 +105,7 @@ def predicted(constants: dict[str, float], nodes: int, parameters: int) -> Row:
     down, up = (constants[key] * parameters for key in ("down_bytes", "up_bytes"))
     further = 8 * parameters if nodes > BATCH else 0
     return {
-        "seconds": seconds,
+        "cpu_seconds": seconds,
         "down_bytes": nodes * down,
         "up_bytes": nodes * up,
         "peak_anonymous_bytes": constants["peak_anonymous_bytes_fixed"]
@@ -126,8 +126,8 @@ def measured(nodes: int, parameters: int, format: str, strategy: str, repeats: i
             sys.exit(done.stderr)
         found.append(json.loads(done.stdout.splitlines()[-1]))
     row = {key: statistics.median(one[key] for one in found) for key in found[0]}
-    row |= {"nodes": nodes, "parameters": parameters, "seconds": min(one["seconds"] for one in found)}
-    print(f"{nodes} nodes, {parameters:,} parameters: {row['seconds']:.3f} s", flush=True)
+    row |= {"nodes": nodes, "parameters": parameters, "cpu_seconds": min(one["cpu_seconds"] for one in found)}
+    print(f"{nodes} nodes, {parameters:,} parameters: {row['cpu_seconds']:.3f} s", flush=True)
     return row
 
 

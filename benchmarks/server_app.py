@@ -90,7 +90,7 @@ class Replies:
     """
 
     def __init__(self, shapes: Shapes, policy: CompressionPolicy | None, folder: Path) -> None:
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         self.memcpy: list[float] = []
         self._one, self._other = torch.zeros(BUFFER // 4), torch.ones(BUFFER // 4)
         self.dense: dict[str, Stored] = {}
@@ -118,7 +118,7 @@ class Replies:
             message: the message that was sent, whose content is not used.
             names: for each variable whether it was sent packed.
         """
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.thread_time()
         self._one.copy_(self._other)
         self.memcpy.append(time.perf_counter() - began)
         record = ArrayRecord()
@@ -135,6 +135,7 @@ class Replies:
         assert isinstance(arrived, RecordDict)
         reply = Message(arrived, reply_to=message)
         self.seconds += time.perf_counter() - began
+        self.cpu_seconds += time.thread_time() - worked
         return reply
 
 
@@ -157,7 +158,7 @@ class Grid:
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Serialize messages as Flower's grid does; the SuperLink stores each object once."""
-        messages, began = list(messages), time.perf_counter()
+        messages, began, worked = list(messages), time.perf_counter(), time.thread_time()
         objects: dict[str, Any] = {}
         with no_object_id_recompute():
             for message in messages:
@@ -174,6 +175,7 @@ class Grid:
             name_message(empty, message.metadata.message_id)
             self._sent[message.metadata.message_id] = empty, names
         self.replies.seconds += time.perf_counter() - began
+        self.replies.cpu_seconds += time.thread_time() - worked
         return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, ids: Iterable[str]) -> Iterator[Message]:
@@ -224,7 +226,8 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
         alone: whether Flower's strategy runs without ``OMCStrategy``, and the initial model is in memory.
 
     Returns:
-        The peaks above the level before the model exists; the seconds of a round without those of making replies;
+        The peaks above the level before the model exists; the seconds of a round without those of making replies, and
+        those in which the processor works on them;
         the time of a memcpy of the FP32 model, measured between the replies, relative to that of checking and
         aggregating a reply; and the bytes of the model and of the last round.
     """
@@ -239,7 +242,7 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
         replies = Replies(shapes, policy, folder)
         grid: Any = Grid(replies, clients)
         initial = random_model(shapes, folder / "initial.safetensors")
-        watch, began = Watch(), time.perf_counter()
+        watch, began, worked = Watch(), time.perf_counter(), time.thread_time()
         reports: list[RoundReport] = []
         wrapped: OMCStrategy | None = None
         if alone:
@@ -250,6 +253,7 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
             wrapped = OMCStrategy(inner, policy, checkpoints=checkpoints, observers=[reports.append])
             result = wrapped.start(grid, initial, num_rounds=rounds)
         seconds = (time.perf_counter() - began - replies.seconds) / rounds
+        cpu_seconds = (time.thread_time() - worked - replies.cpu_seconds) / rounds
         peaks = watch.end()
         assert len(result.train_metrics_clientapp) == rounds
     of_replies = [(one.decode_seconds + one.aggregate_seconds) / clients for one in reports]
@@ -257,6 +261,7 @@ def run(format: str, strategy: str, clients: int, rounds: int, shapes: Shapes, a
     return {
         **peaks,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "memcpy_ratio": statistics.median(replies.memcpy) * size / BUFFER / reply if reply else None,
         "model_bytes": size,
         "down_bytes": wrapped.traffic[-1].down_bytes if wrapped else None,
