@@ -28,6 +28,7 @@ from fedomc.codec.triton_words import (
     random_bits,
     row_of,
     store_codes,
+    store_rounded,
 )
 
 
@@ -56,7 +57,7 @@ def block_decode_kernel(  # type: ignore[no-untyped-def]
         if SUM:
             other = unscaled(others[row], OTHER_E, OTHER_M, OTHER_MAX_CODE)
             value += other * scale_of(other_scales, row, other_count, BLOCKS, OTHER_BLOCK)
-        tl.store(out + at, value, mask=at < n)
+        store_rounded(out + at, value, at < n)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

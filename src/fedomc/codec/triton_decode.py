@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedomc.codec.elements import FloatElement
 from fedomc.codec.triton_floats import offset_of, value_of
-from fedomc.codec.triton_words import codes_of, launch, row_of
+from fedomc.codec.triton_words import codes_of, launch, row_of, store_rounded
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -35,7 +35,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             value = value + other if OTHER == 1 else value - other
         if ADDING:
             value = tl.load(out + at, mask=at < n, other=0.0) + value * weight
-        tl.store(out + at, value, mask=at < n)
+        store_rounded(out + at, value, at < n)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -125,6 +125,20 @@ def flushed(value):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def store_rounded(to, value, mask):  # type: ignore[no-untyped-def]
+    """Store float32 values, rounded to nearest, ties to even, to the dtype of the memory.
+
+    To bfloat16 the bits are rounded here, because Triton's interpreter would cut them off.
+    """
+    if to.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        tl.store(to, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(to, value, mask=mask)
+
+
+@triton.jit
 def note_largest(status, largest):  # type: ignore[no-untyped-def]
     """Combine int32 ``[BLOCKS, 32]`` into the largest magnitude of all programs."""
     tl.atomic_max(status, tl.max(tl.max(largest, 1), 0).to(tl.int64))
