@@ -5,6 +5,7 @@
 Each statement runs in a process of its own, again in every round. Rows ``{statement, seconds, peak_rss_bytes,
 modules, time_ratio, memory_ratio}``: processor time of the process and its peak of memory, medians over the rounds, and
 the medians of their ratios to those of ``import torch`` in the same round. What is not installed is named and left out.
+The processor's name is in the file.
 """
 
 import argparse
@@ -15,10 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedomc._torch import processor_name
+
 STATEMENTS = {
     "import torch": "what everything here needs",
     "import fedomc": "the library",
+    "import flwr.clientapp": "Flower's part of a client",
     "import fedomc.flower": "the library and Flower",
+    "from transformers import ParakeetForCTC": "the class of the model in speech recognition",
     "import fedomc_speech.client": "the process of a client in speech recognition",
 }
 PROBE = """
@@ -51,7 +56,7 @@ def main() -> None:
     for statement in runs.keys() - {row["statement"] for row in rows}:
         print(f"{statement:34} is not installed")
     if options.json:
-        options.json.write_text(json.dumps({"rounds": options.rounds, "rows": rows}, indent=2))
+        options.json.write_text(json.dumps({"processor": processor_name(), "rounds": options.rounds, "rows": rows}, indent=2))
 
 
 def summary(statement: str, found: list[Any], reference: list[Any]) -> dict[str, Any]:
