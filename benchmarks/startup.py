@@ -56,7 +56,8 @@ def main() -> None:
     for statement in runs.keys() - {row["statement"] for row in rows}:
         print(f"{statement:34} is not installed")
     if options.json:
-        options.json.write_text(json.dumps({"processor": processor_name(), "rounds": options.rounds, "rows": rows}, indent=2))
+        settings = {"processor": processor_name(), "rounds": options.rounds}
+        options.json.write_text(json.dumps({**settings, "rows": rows}, indent=2))
 
 
 def summary(statement: str, found: list[Any], reference: list[Any]) -> dict[str, Any]:
