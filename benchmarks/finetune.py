@@ -52,8 +52,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", default="all-linear", help="names of the layers that get adapters")
     parser.add_argument("--held-out", type=int, default=8, help="sequences that are measured")
-    parser.add_argument("--head-slice", type=int, default=0, help="tokens whose logits are in memory at a time; 0: all")
+    parser.add_argument("--head-slice", type=int, default=0, help="words whose logits are in memory at a time; 0: all")
     parser.add_argument("--checkpointing", action="store_true", help="compute layers again in the backward pass")
+    parser.add_argument("--activations", default="", help="format in which activations are held")
     parser.add_argument("--pretraining-steps", type=int, default=60, help="of the small model")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> None:
         print(json.dumps(run(**json.loads(options.worker))))
         return
     names = list(dict.fromkeys([f"{each.split(':')[0]}:{FP32}" for each in options.variants] + options.variants))
-    given = ("steps", "batch", "length", "rank", "targets", "held_out", "head_slice", "checkpointing")
+    given = ("steps", "batch", "length", "rank", "targets", "held_out", "head_slice", "checkpointing", "activations")
     settings = {name: getattr(options, name) for name in given}
     print(f"{len(names)} variants, each {options.steps} steps of {options.batch}x{options.length} tokens", flush=True)
     rows: list[dict[str, Any]] = []
@@ -128,7 +129,7 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 def run(
     variant: str, path: str, steps: int, batch: int, length: int, rank: int, targets: str, held_out: int,
-    head_slice: int, checkpointing: bool,
+    head_slice: int, checkpointing: bool, activations: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Load, train and measure."""
     torch.set_num_threads(1)
@@ -143,7 +144,7 @@ def run(
     began = time.thread_time()
     training.train_locally(
         model, trained, steps=steps, batch=batch, learning_rate=1e-3 if method == LORA else 1e-4, seed=0,
-        checkpointing=checkpointing, head_slice=head_slice,
+        checkpointing=checkpointing, activations=activations, head_slice=head_slice,
     )  # fmt: skip
     seconds = (time.thread_time() - began) / steps
     peak = memory("VmHWM") - start

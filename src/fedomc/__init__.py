@@ -18,6 +18,7 @@ from fedomc.memory.report import MemoryReport, memory_report
 from fedomc.methods import Encoding, FloatFormat, Method
 from fedomc.serialization.model_file import load_model, materialize_, save_model
 from fedomc.tensor.compressed import CompressedTensor
+from fedomc.tensor.ops.cross_entropy import linear_cross_entropy
 from fedomc.training.advice import Advice, FormatAdvice, VariableAdvice
 from fedomc.training.advising import advise
 from fedomc.training.base_model import base_digest
@@ -64,6 +65,7 @@ __all__ = [
     "compress_",
     "compress_activations",
     "decompress_",
+    "linear_cross_entropy",
     "load_model",
     "materialize_",
     "memory_report",

@@ -86,6 +86,28 @@ def llama(tmp_path: Path) -> Any:
     return cls.from_pretrained(tmp_path / "plain", quantization_config=OMCConfig("S1E2M3/64+S1E2M1/64"))
 
 
+def test_a_packed_model_lies_in_its_file_and_training_does_not_change_it(tmp_path: Path) -> None:
+    cls, _ = saved("LlamaForCausalLM", tmp_path / "plain", torch.float32)
+    cls.from_pretrained(tmp_path / "plain", quantization_config=OMCConfig("S1E3M7")).save_pretrained(
+        tmp_path / "packed"
+    )
+    [file] = (tmp_path / "packed").glob("*.safetensors")
+    before = file.read_bytes()
+    model = cls.from_pretrained(tmp_path / "packed")
+    ranges = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(file.name)
+    ]
+    packed = [p for p in model.parameters() if isinstance(p, CompressedTensor)]
+    assert packed and all(any(a <= p.base.codes.data_ptr() < b for a, b in ranges) for p in packed)
+    values = [p.dequantize() for p in packed]
+    fedomc.step_in_backward(model, torch.optim.SGD, lr=1.0)
+    model(**TOKENS, labels=TOKENS["input_ids"]).loss.backward()
+    assert not any(torch.equal(p.dequantize(), value) for p, value in zip(packed, values, strict=True))
+    assert file.read_bytes() == before
+
+
 def test_trained_variables_in_two_parts_are_not_saved_in_silence(llama: Any, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path / "before")
     fedomc.step_in_backward(llama, torch.optim.SGD, lr=0.1)

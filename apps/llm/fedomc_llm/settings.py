@@ -84,7 +84,7 @@ class Settings:
         held_out: sequences of each client's held-out text that are measured after a round; 0 is all.
         checkpointing: whether layers are computed again in the backward pass, for less memory and more time.
         activations: format in which activations are held; empty leaves them as they are.
-        head_slice: tokens whose logits are in memory at a time, for large vocabularies; 0 is all.
+        head_slice: entries of a large vocabulary whose logits are in memory at a time; 0 is all.
         prompt: the beginning of the samples.
         sample_tokens: tokens of a sample.
         pretraining_steps: steps in which the embedded model is pretrained.

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fedomc
 from fedomc_llm.errors import ModelError
@@ -94,8 +92,8 @@ def loss_of(model: nn.Module, sequences: Tensor, head_slice: int = 0) -> Tensor:
     Args:
         model: of ``transformers``, with adapters or without.
         sequences: token numbers ``[B, T]``.
-        head_slice: tokens whose logits are in memory at a time, and are computed again in the backward pass: with a
-            vocabulary of 262 144, the logits of a token take a megabyte. 0 is all.
+        head_slice: entries of the vocabulary whose logits are in memory at a time; see
+            ``fedomc.linear_cross_entropy``. 0 is all, in the model's own loss.
 
     Raises:
         ModelError: logits are to be sliced, but those of this model are not the product of its head alone.
@@ -107,14 +105,11 @@ def loss_of(model: nn.Module, sequences: Tensor, head_slice: int = 0) -> Tensor:
     if any(getattr(whole.config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
         raise ModelError(f"head_slice={head_slice}: {type(whole).__name__} changes its logits, so set it to 0")
     head = whole.get_output_embeddings()
-
-    def sum_of(rows: Tensor, next_tokens: Tensor) -> Tensor:
-        return F.cross_entropy(head(rows).float(), next_tokens, reduction="sum")
-
+    if type(head) is not nn.Linear or head.bias is not None:
+        name = type(whole).__name__
+        raise ModelError(f"head_slice={head_slice}: the head of {name} is more than a matrix, so set it to 0")
     hidden = whole.base_model(input_ids=sequences, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [N, D]
-    slices = zip(torch.split(hidden, head_slice), torch.split(sequences[:, 1:].flatten(), head_slice), strict=True)
-    sums = [checkpoint(sum_of, *pair, use_reentrant=False) for pair in slices]
-    return torch.stack(sums).sum() / len(hidden)
+    return fedomc.linear_cross_entropy(hidden, head.weight, sequences[:, 1:].flatten(), classes=head_slice)
 
 
 def held_out_loss(model: nn.Module, sequences: Tensor, batch: int, head_slice: int = 0) -> tuple[float, int]:
