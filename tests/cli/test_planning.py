@@ -1,5 +1,7 @@
 import json
 import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,16 @@ SMALL = ("--batch", 2, "--tokens", 16)
 def folder_of(config: Any, path: Path) -> Path:
     config.save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the command say nothing about its time, which depends on the machine; and let transformers speak again."""
+    monkeypatch.setattr(planning, "_PATIENCE", math.inf)
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture
@@ -138,12 +150,3 @@ def test_a_long_plan_is_announced(llama: Path, monkeypatch: pytest.MonkeyPatch) 
     result = run("plan", llama, "--budget", "1 GB", *SMALL)
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("fedomc: "))
     assert line.startswith("fedomc: 8 ways of training are tried on shapes: about ")
-
-
-@pytest.fixture(autouse=True)
-def verbosity() -> Any:
-    """The command silences transformers, as its own process may."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    yield
-    logger.setLevel(before)
