@@ -4,7 +4,7 @@
 A process holds more than its tensors. What is freed stays in the heap, and only what fits into a hole can use it;
 tensors of 32 MB and more are mapped, and come on top of all that the heap has ever held. On the Conformer of 115.6 M
 parameters, with four utterances of ten seconds, tensors take 1572 MB and the process grows by 2107 MB. So the
-allocator is played: the best fit among the holes that have room for alignment, neighbouring holes merged, large requests
+allocator is played: the best fit among the holes with room for alignment, neighbouring holes merged, large requests
 mapped, the end of the heap given back, and the whole heap trimmed where ``codec.heap`` does.
 
 What operators allocate inside themselves makes further holes, of which no shape tells. Between two trims they grow up
@@ -31,7 +31,7 @@ _SMALLEST_THRESHOLD = 128 * 1024
 _LARGE, _MAPPED = -1, -2  # places of blocks outside of the heap: mapped for their size, or whatever it is
 _LINE, _HEADER, _PAGE = 64, 16, 4096
 _ALIGNING = _LINE
-"""By how much a hole must be larger than what is put there: torch asks for addresses that are multiples of 64, for which
+"""By how much a hole must be larger than what is put there: torch asks for multiples of 64 as addresses, for which
 glibc looks for a block that has one wherever it begins. What was freed between two others is too small for the same."""
 
 
