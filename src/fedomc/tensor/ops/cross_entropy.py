@@ -49,8 +49,8 @@ def linear_cross_entropy(
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(
-            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not fit: they must "
-            "be [N, D], [V, D] and [N]"
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not fit: they "
+            "must be [N, D], [V, D] and [N]"
         )
     if classes < 1:
         raise ValueError(f"classes={classes}: it must be 1 or more")
