@@ -101,8 +101,8 @@ def _slices(weight: Tensor, classes: int, dtype: torch.dtype) -> Iterator[tuple[
     """Give the rows of a weight in slices, decoded into scratch memory, with the number of the first."""
     for start in range(0, len(weight), classes):
         stop = min(start + classes, len(weight))
-        packed = isinstance(weight, CompressedTensor)
-        yield start, (weight.decode_rows(start, stop) if packed else weight[start:stop]).to(dtype)
+        rows = weight.decode_rows(start, stop) if isinstance(weight, CompressedTensor) else weight[start:stop]
+        yield start, rows.to(dtype)
 
 
 def _inside(targets: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
