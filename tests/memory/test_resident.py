@@ -110,4 +110,4 @@ def test_the_allocator_is_that_of_the_c_library(seed: int) -> None:
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", PLAYED], input=json.dumps(steps), capture_output=True, text=True, check=True
     )
-    assert process.peak == pytest.approx(int(done.stdout), rel=0.12)
+    assert process.peak == pytest.approx(int(done.stdout), rel=0.1)

@@ -51,7 +51,7 @@ def plan(
     """Find the most precise formats, with or without checkpoints, in which a model can be trained within a budget."""
     nbytes = parse_budget(budget)
     built, inputs = read_model(model, batch, tokens)
-    limit = {} if max_step_time is None else {"max_step_time": max_step_time}
+    limit: dict[str, Any] = {} if max_step_time is None else {"max_step_time": max_step_time}
     found = plan_of(
         built,
         inputs,
@@ -95,7 +95,7 @@ def read_model(folder: Path, batch: int, tokens: int) -> tuple[nn.Module, dict[s
         import transformers
     except ImportError as error:
         fail(f"{error}: install it with pip install 'fedomc[huggingface]'", INVALID_USE)
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         kind, labelled = _kind_of(config)
