@@ -4,7 +4,7 @@ import math
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -73,7 +73,8 @@ def train_locally(
     model.train()
     losses = []
     try:
-        with fedomc.compress_activations(model, activations) if activations else nullcontext():
+        called = _backbone(model) if head_slice else model
+        with fedomc.compress_activations(called, activations) if activations else nullcontext():
             for step in range(steps):
                 chosen = [order[(step * batch + i) % len(order)] for i in range(min(batch, len(order)))]
                 loss = loss_of(model, sequences[chosen], head_slice)
@@ -101,15 +102,24 @@ def loss_of(model: nn.Module, sequences: Tensor, head_slice: int = 0) -> Tensor:
     if not head_slice:
         loss: Tensor = model(input_ids=sequences, labels=sequences, use_cache=False).loss
         return loss
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole: Any = _without_adapters(model)
     if any(getattr(whole.config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
         raise ModelError(f"head_slice={head_slice}: {type(whole).__name__} changes its logits, so set it to 0")
     head = whole.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         name = type(whole).__name__
         raise ModelError(f"head_slice={head_slice}: the head of {name} is more than a matrix, so set it to 0")
-    hidden = whole.base_model(input_ids=sequences, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [N, D]
+    hidden = _backbone(model)(input_ids=sequences, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [N, D]
     return fedomc.linear_cross_entropy(hidden, head.weight, sequences[:, 1:].flatten(), classes=head_slice)
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """Return the part of a causal language model before its head, which alone is called where logits are sliced."""
+    return cast(nn.Module, _without_adapters(model).base_model)
 
 
 def held_out_loss(model: nn.Module, sequences: Tensor, batch: int, head_slice: int = 0) -> tuple[float, int]:

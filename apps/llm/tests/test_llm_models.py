@@ -1,6 +1,7 @@
 """Models from folders: plain, packed, without values, with adapters."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,3 +106,21 @@ def test_training_learns_packed_and_activations_may_be_packed_too(tiny: Path, lo
         found.append(training.held_out_loss(model, sequences, 3)[0])
         assert found[-1] < before - 0.3
     assert found == pytest.approx([found[0]] * 4, rel=0.2)
+
+
+@pytest.mark.parametrize("head_slice", [0, 7])
+def test_activations_are_packed_with_sliced_logits_too(
+    tiny: Path, head_slice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles, pack = [], fedomc.compress_activations
+
+    def remembered(*arguments: Any) -> fedomc.PackedActivations:
+        handles.append(pack(*arguments))
+        return handles[-1]
+
+    monkeypatch.setattr(fedomc, "compress_activations", remembered)
+    model = models.adapted(str(tiny), "S1E4M3/64", 4, "all-linear", 0)
+    options = {"steps": 1, "batch": 4, "learning_rate": 1e-2, "seed": 0, "activations": "S1E4M3"}
+    training.train_locally(model, torch.randint(97, 101, (8, 32)), **options, head_slice=head_slice)
+    [handle] = handles
+    assert 0 < handle.last.held < handle.last.saved / 2
