@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedomc.codec.workspace import Workspace, WorkspaceUse
 
 CPU = torch.device("cpu")
-N = 200_000
+N = 100_000
 
 
 def test_memory_comes_back_and_is_lent_again() -> None:
@@ -59,9 +59,9 @@ def test_small_tensors_are_those_of_torch(numel: int) -> None:
     assert workspace.empty(numel, CPU).shape == (numel,) and workspace.use().peak == 0
 
 
-@given(st.lists(st.tuples(st.integers(2**17, 2**18), st.integers(0, 9)), max_size=30))
+@given(st.lists(st.tuples(st.integers(2**15, 2**17), st.integers(0, 9)), max_size=30))
 def test_no_two_tensors_share_memory(requests: list[tuple[int, int]]) -> None:
-    workspace = Workspace(keep=2**22)
+    workspace = Workspace(keep=2**20)
     held: dict[int, torch.Tensor] = {}
     for numel, slot in requests:
         held[slot] = workspace.empty(numel, CPU).fill_(slot)
@@ -75,7 +75,7 @@ def test_several_threads() -> None:
 
     def work(value: int) -> None:
         for _ in range(200):
-            mine = workspace.empty(N, CPU).fill_(value)
+            mine = workspace.empty(N // 2, CPU).fill_(value)
             if not bool((mine == value).all()):
                 wrong.append(value)
 

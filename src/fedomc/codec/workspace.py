@@ -25,7 +25,7 @@ from fedomc.codec.heap import heap
 PANEL_BYTES = 8 * 2**20
 """The maximum size of the part of a weight that is decoded at a time."""
 
-_SMALL = 2**17  # float32 values; malloc serves smaller buffers in a seventh of the time
+_SMALL = 2**15  # float32 values; malloc handles smaller buffers well
 _LINE = 16  # values per cache line
 _Piece = np.ndarray[tuple[int], np.dtype[np.float32]]
 _View = _Piece
