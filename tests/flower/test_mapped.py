@@ -13,6 +13,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from safetensors.torch import save_file
 
 import fedomc
+from fedomc.codec.heap import heap
 from fedomc.flower import mapped, open_arrays
 from fedomc.flower.arrays import Bfloat16Array, dense_array, read_dense, view_dense
 from fedomc.flower.mapped import MappedArray, ViewArray, nbytes_of, parts_of
@@ -109,6 +110,8 @@ def test_only_what_is_modified_takes_memory(tmp_path: Path) -> None:
 
 
 def anonymous() -> int:
+    """Return the bytes of memory that belong to no file, without what the allocator holds for later."""
+    heap.trim()
     text = Path("/proc/self/status").read_text()
     return int(text.split("RssAnon:")[1].split()[0]) * 1024
 

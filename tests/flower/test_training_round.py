@@ -306,5 +306,5 @@ def test_with_checkpoints_the_replies_that_a_strategy_needs_together_are_in_file
         result = OMCStrategy(inner, format, checkpoints=checkpoints).start(network, arrays, num_rounds=1)  # type: ignore[arg-type]
         held.append(inner.held - began)
         results.append([array.numpy().tobytes() for array in result.arrays.values()])
-    assert held[0] > 0.8 * clients * whole and held[1] < 3 * whole, held
+    assert held[0] > 0.8 * clients * whole and held[1] < whole, held
     assert results[0] == results[1]
