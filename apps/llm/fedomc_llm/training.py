@@ -114,7 +114,7 @@ def loss_of(model: nn.Module, sequences: Tensor, head_slice: int = 0) -> Tensor:
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:
-    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _backbone(model: nn.Module) -> nn.Module:
