@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", default="all-linear", help="names of the layers that get adapters")
     parser.add_argument("--held-out", type=int, default=8, help="sequences that are measured")
-    parser.add_argument("--head-slice", type=int, default=0, help="words whose logits are in memory at a time; 0: all")
+    parser.add_argument("--head-slice", type=int, default=0, help="classes with logits in memory at a time; 0: all")
     parser.add_argument("--checkpointing", action="store_true", help="compute layers again in the backward pass")
     parser.add_argument("--activations", default="", help="format in which activations are held")
     parser.add_argument("--pretraining-steps", type=int, default=60, help="of the small model")

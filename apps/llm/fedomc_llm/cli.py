@@ -68,7 +68,7 @@ def finetune(
         str, typer.Option(help="Format in which activations are held, such as S1E4M3; empty: as they are.")
     ] = DEFAULTS.activations,
     head_slice: Annotated[
-        int, typer.Option(help="Words of a large vocabulary whose logits are in memory at a time; 0: all.")
+        int, typer.Option(help="Entries of a large vocabulary whose logits are in memory at a time; 0: all.")
     ] = DEFAULTS.head_slice,
     prompt: Annotated[str, typer.Option(help="Beginning of the samples.")] = DEFAULTS.prompt,
     sample_tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = DEFAULTS.sample_tokens,

@@ -101,8 +101,10 @@ def _slices(weight: Tensor, classes: int, dtype: torch.dtype) -> Iterator[tuple[
     """Give the rows of a weight in slices, decoded into scratch memory, with the number of the first."""
     for start in range(0, len(weight), classes):
         stop = min(start + classes, len(weight))
-        rows = weight.decode_rows(start, stop) if isinstance(weight, CompressedTensor) else weight[start:stop]
-        yield start, rows.to(dtype)
+        if isinstance(weight, CompressedTensor):
+            yield start, weight.decode_rows(start, stop, dtype)
+        else:
+            yield start, weight[start:stop].to(dtype)
 
 
 def _inside(targets: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
