@@ -1,14 +1,11 @@
 """The benchmark of asynchronous rounds: it runs, and its figures are computed as its docstring says."""
 
 import json
-import logging
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -16,14 +13,6 @@ from benchmarks import asynchronous, simulation_client
 from benchmarks.virtual_grid import VirtualGrid
 from fedomc.flower import collect
 from tests.flower.conftest import identity  # noqa: F401  (a fixture)
-
-
-@pytest.fixture(autouse=True)
-def settings_of_the_process() -> Iterator[None]:
-    threads, level = torch.get_num_threads(), logging.getLogger("flwr").level
-    yield
-    torch.set_num_threads(threads)
-    logging.getLogger("flwr").setLevel(level)
 
 
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

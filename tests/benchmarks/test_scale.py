@@ -1,24 +1,13 @@
 """The model of costs: it runs, and finds the constants of costs that follow it."""
 
 import json
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import scale
 from tests.flower.conftest import identity  # noqa: F401  (a fixture)
-
-
-@pytest.fixture(autouse=True)
-def settings_of_the_process() -> Iterator[None]:
-    threads, level = torch.get_num_threads(), logging.getLogger("flwr").level
-    yield
-    torch.set_num_threads(threads)
-    logging.getLogger("flwr").setLevel(level)
 
 
 def cost(nodes: int, size: int) -> scale.Row:
