@@ -6,12 +6,14 @@ PATH is a model's folder or a GGUF file (``pip install gguf``), which is first w
 model would; the default is the small model of ``apps/llm``. Each variant runs in a process of its own: it loads what
 was written, trains on one role of Shakespeare with AdamW that steps in the backward pass, and measures the role's
 held-out text. Rows ``{model, method, base_format, adapter_format, steps, loss, perplexity, peak_rss_bytes, peak_ratio,
-step_seconds, speed_ratio, down_bytes, up_bytes}`` and the settings: the peak is that of the process above its level
-after the imports; the ratios are to FP32 with the same method (peak: less is better, speed: more is better); bytes are
-of a client's message down and up. ``BF16`` is a model in bfloat16; ``bnb-nf4`` a base in four bits of bitsandbytes.
+step_seconds, speed_ratio, down_bytes, up_bytes, seed, perplexity_ratio}`` and the settings: the peak is that of the
+process above its level after the imports; the ratios are to FP32 with the same method and seed (peak and perplexity:
+less is better, speed: more is better); bytes are of a client's message down and up; the seed chooses the adapters'
+first values and the batches. ``BF16`` is a model in bfloat16; ``bnb-nf4`` a base in four bits of bitsandbytes.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from torch import nn
 
 import fedomc
 from benchmarks.training import memory
+from fedomc._torch import processor_name
 from fedomc.flower import collect
 from fedomc.huggingface import attach_quantizer
 from fedomc_llm import client, models, pretraining, texts, training
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a model, or a GGUF file")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="FP32 of each method always runs")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each variant runs with each")
     parser.add_argument("--batch", type=int, default=2, help="sequences in a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--rank", type=int, default=8)
@@ -64,22 +68,25 @@ def main() -> None:
     names = list(dict.fromkeys([f"{each.split(':')[0]}:{FP32}" for each in options.variants] + options.variants))
     given = ("steps", "batch", "length", "rank", "targets", "held_out", "head_slice", "checkpointing", "activations")
     settings = {name: getattr(options, name) for name in given}
-    print(f"{len(names)} variants, each {options.steps} steps of {options.batch}x{options.length} tokens", flush=True)
+    steps = f"{options.steps} steps of {options.batch}x{options.length} tokens"
+    print(f"{len(names)} variants x {len(options.seeds)} seeds, each {steps}", flush=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         place = options.model or pretraining.prepared(Path(folder), options.pretraining_steps, 0)
         written = write_all(str(place), names, Path(folder))
-        for name in names:
-            job = {"variant": name, "path": written[name.split(":")[1]], **settings}
+        for seed, name in itertools.product(options.seeds, names):
+            job = {"variant": name, "path": written[name.split(":")[1]], "seed": seed, **settings}
             if (found := in_process(job)) is None:
                 continue
-            base = next((row for row in rows if row["method"] == found["method"]), found)  # FP32
-            found["peak_ratio"] = found["peak_rss_bytes"] / base["peak_rss_bytes"]
-            found["speed_ratio"] = base["step_seconds"] / found["step_seconds"]
+            found["seed"] = seed
+            fp32 = next((row for row in rows if (row["method"], row["seed"]) == (found["method"], seed)), found)
+            found["peak_ratio"] = found["peak_rss_bytes"] / fp32["peak_rss_bytes"]
+            found["speed_ratio"] = fp32["step_seconds"] / found["step_seconds"]
+            found["perplexity_ratio"] = found["perplexity"] / fp32["perplexity"]
             rows.append({"model": options.model.name if options.model else "embedded", **found, **settings})
             print(line(name, found), flush=True)
             if options.json:  # after each: a run may be stopped
-                options.json.write_text(json.dumps({"rows": rows}, indent=2))
+                options.json.write_text(json.dumps({"processor": processor_name(), "rows": rows}, indent=2))
 
 
 def write_all(path: str, names: list[str], folder: Path) -> dict[str, str]:
@@ -118,7 +125,8 @@ def in_process(job: dict[str, Any]) -> dict[str, Any] | None:
 def line(name: str, row: dict[str, Any]) -> str:
     """Return a row of the table."""
     return (
-        f"{name:<32} perplexity {row['perplexity']:>8.3f}  peak {row['peak_rss_bytes'] / 1e6:>7.0f} MB "
+        f"{name:<32} perplexity {row['perplexity']:>8.3f} {row['perplexity_ratio'] - 1:>+6.1%}  "
+        f"peak {row['peak_rss_bytes'] / 1e6:>7.0f} MB "
         f"{row['peak_ratio']:>4.0%}  step {row['step_seconds']:>7.3f} s {row['speed_ratio']:>5.2f}x  "
         f"down {row['down_bytes'] / 1e6:.2f} MB  up {row['up_bytes'] / 1e6:.2f} MB"
     )
@@ -129,7 +137,7 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 def run(
     variant: str, path: str, steps: int, batch: int, length: int, rank: int, targets: str, held_out: int,
-    head_slice: int, checkpointing: bool, activations: str,
+    head_slice: int, checkpointing: bool, activations: str, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Load, train and measure."""
     torch.set_num_threads(1)
@@ -140,10 +148,10 @@ def run(
     start = memory("VmRSS")
     model = loaded(path, base_format)
     if method == LORA:
-        model = models.with_adapters(model, rank, targets, seed=0)
+        model = models.with_adapters(model, rank, targets, seed=seed)
     began = time.thread_time()
     training.train_locally(
-        model, trained, steps=steps, batch=batch, learning_rate=1e-3 if method == LORA else 1e-4, seed=0,
+        model, trained, steps=steps, batch=batch, learning_rate=1e-3 if method == LORA else 1e-4, seed=seed,
         checkpointing=checkpointing, activations=activations, head_slice=head_slice,
     )  # fmt: skip
     seconds = (time.thread_time() - began) / steps

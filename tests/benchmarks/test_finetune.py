@@ -13,7 +13,7 @@ from benchmarks import finetune
 
 FIELDS = {
     "model", "method", "base_format", "adapter_format", "steps", "loss", "perplexity", "peak_rss_bytes", "peak_ratio",
-    "step_seconds", "speed_ratio", "down_bytes", "up_bytes",
+    "step_seconds", "speed_ratio", "down_bytes", "up_bytes", "seed", "perplexity_ratio",
 }  # fmt: skip
 
 
