@@ -265,7 +265,8 @@ def key_of(run: Settings) -> str:
     same folder are another one. Settings at their defaults do not count: a new setting leaves the names of earlier runs
     as they are.
     """
-    return f"{run.corpus}-{run.split}-{run.formats[0]}-seed{run.seed}-{_digest(_described(run))}"
+    format = run.formats[0].replace("/", "_")  # the name is that of a folder
+    return f"{run.corpus}-{run.split}-{format}-seed{run.seed}-{_digest(_described(run))}"
 
 
 def chosen(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def test_the_key_names_everything_but_where_the_corpus_lies(
 
     run = run_at(tones)
     assert key_of(run).startswith("an4-speaker-S1E3M7@0.9-seed3-")
+    in_blocks = replace(run, formats=("S1E2M3/64+S1E2M1/64",))
+    assert key_of(in_blocks).startswith("an4-speaker-S1E2M3_64+S1E2M1_64-seed3-")
     assert key_of(replace(run, batch=9)) != key_of(run)
     assert experiment.needs_path() == {"an4"}
     assert {row.settings.corpus_path for row in experiment.at({"an4": tones}, tmp_path).rows} == {str(tones)}
