@@ -43,7 +43,7 @@ def test_known_values() -> None:
 
 def test_the_specification_has_the_same_values() -> None:
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
-    section = text[text.index("#### Random bits") :]
+    section = text[text.index("## Random bits") :]
     written = [int(word, 16) for word in re.findall(r"0x[0-9A-F]{8}", section[section.index("For seed 0") :])[:8]]
     assert written == [value % 2**32 for row in KNOWN for value in row]
 
