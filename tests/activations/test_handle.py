@@ -21,7 +21,7 @@ from tests.conftest import same_bits
     ("arguments", "kind", "message"),
     [
         (("S1E9M3",), FormatError, "S1E9M3"),
-        (("DRIVE1",), PolicyError, "DRIVE1 is for what is sent"),
+        (("DRIVE1",), PolicyError, "DRIVE1 is only for what clients send"),
         (("S1E4M3", "up"), PolicyError, "rounding='up' is unknown"),
     ],
 )

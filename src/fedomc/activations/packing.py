@@ -101,13 +101,13 @@ class PackedActivations:
 def compress_activations(
     model: nn.Module, format: str | Method = "S1E4M3", *, rounding: str = "stochastic", seed: int = 0
 ) -> PackedActivations:
-    """Hold as codes what the forward passes of a model keep for the backward pass.
+    """Pack the activations that the forward passes of a model keep for the backward pass.
 
-    What linear layers, convolutions, matrix products, attention, normalizations and activation functions save is
-    encoded as it is saved, once for all operations that save it, and decoded by the backward function that needs it.
-    ReLU and dropout save a bit a value, exactly. ``fedomc.activations.operations`` has the table of operations, and
-    what stays exact. The loss of a forward pass is unchanged, its gradient has the noise of the rounding, and a loss
-    that is computed outside of the model saves nothing but exact tensors.
+    A tensor that linear layers, convolutions, matrix products, attention, normalizations or activation functions keep
+    is encoded when it is saved, once for all operations that save it, and decoded by the backward function that needs
+    it. ReLU and dropout keep one bit a value, which is exact. ``fedomc.activations.operations`` has a table of all
+    operations, and says what stays exact. The loss of a forward pass is unchanged; its gradient has the noise of the
+    rounding. A loss that is computed outside of the model keeps exact tensors only.
 
     This works for plain and compressed models, with autocast, checkpoints (whose inputs are packed), several backward
     passes, and double backward, which differentiates the formulas at the decoded values. Models that
@@ -139,7 +139,7 @@ def compress_activations(
     """
     method = parse_method(format)
     if not method.holds:
-        raise PolicyError(f"{method} is for what is sent: hold activations in a format such as S1E4M3")
+        raise PolicyError(f"{method} is only for what clients send: hold activations in a format such as S1E4M3")
     if rounding not in ROUNDINGS:
         raise PolicyError(f"rounding={rounding!r} is unknown: use one of {', '.join(ROUNDINGS)}")
     if model in _packing:
@@ -180,6 +180,6 @@ def _check_not_compiled(model: nn.Module) -> None:
     """
     if is_called_compiled() or any(map(is_compiled, model.modules())):
         raise PolicyError(
-            f"{type(model).__name__} is compiled with torch.compile, whose code saves what it likes for the backward "
-            "pass: compress the activations of a model that is not compiled"
+            f"{type(model).__name__} is compiled with torch.compile, which decides itself what is saved for the "
+            "backward pass: compress the activations of a model that is not compiled"
         )

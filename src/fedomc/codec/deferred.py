@@ -56,7 +56,7 @@ def encode_there(
     stretches: Callable[[], Iterable[tuple[int, Tensor, Tensor]]], element: FloatElement, scaled: bool,
     seed: int | None, scale_offset: Tensor,
 ) -> Deferred:  # fmt: skip
-    """Encode a whole variable where ``defers`` says so, with a scale that is chosen there.
+    """Encode a whole variable on a device for which ``defers`` is true, and which chooses the scale.
 
     Args:
         stretches: yields the index of the first value, the values and the words of each stretch; called twice if

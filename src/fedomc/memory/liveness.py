@@ -56,7 +56,7 @@ class MemoryBytes:
         buffers: the modules' buffers, such as running statistics.
         gradients: complete gradients of variables. With steps in the backward pass these are the gradients of one
             function at a time, such as a layer or all weights of an LSTM.
-        optimizer: the state of the optimizer, in FP32.
+        optimizer: the state of the optimizer, packed or in FP32.
         activations: what is kept for the backward pass when the forward pass ends.
         arrived: what a client was sent and keeps until it replies, because the change that goes back in an uplink is
             taken against it; see ``training.selection.arrived_bytes``.

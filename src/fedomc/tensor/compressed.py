@@ -373,8 +373,8 @@ def compress(
 
     Args:
         values: of any shape.
-        encoding: how.
-        name: of the variable, for error messages.
+        encoding: how the variable is encoded.
+        name: the name of the variable, for error messages.
         dtype: of the result, one of ``DTYPES``; by default that of the values.
 
     Raises:

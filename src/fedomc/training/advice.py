@@ -38,7 +38,7 @@ class FormatAdvice:
         drift: the distance by which the noise of all steps moves the values, relative to their norm.
         function_reason: why the format does not hold the function; empty if it does.
         steps_reason: why it does not hold the steps; empty if it does.
-        variables: the same by variable.
+        variables: what the format does to each variable, by qualified name.
     """
 
     policy: CompressionPolicy
@@ -68,7 +68,7 @@ class Advice:
     """Which formats hold a model; ``print`` shows a table.
 
     Attributes:
-        loss: in FP32.
+        loss: the loss in FP32.
         formats: a row for each format, the one with the fewest bytes first.
     """
 

@@ -79,11 +79,12 @@ def advise(
             next step.
         formats: as ``S1E3M7`` or ``S1E2M3+S1E3M4``, or policies. Rounding is stochastic unless a policy says otherwise.
         exclude: name patterns of variables that stay in FP32, for formats that are no policies.
-        steps: the number of steps whose rounding noise is to be held: of the whole run for formats in one part; in a
-            federation for those in two parts, which begin each visit with an update of zeros, of a visit. The first
-            step of Adam is larger than the later ones, so that the noise is overestimated then.
+        steps: the number of steps whose rounding noise a format must bear. For formats in one part, these are the steps
+            of the whole run. In a federation, for formats in two parts, they are the local steps of one round, as a
+            client then begins with an update of zeros. The first step of Adam is larger than later ones, so the
+            estimate for Adam is too high.
         error_limit: how far the output may be from that in FP32, relative to how much that varies over the batch.
-        seed: of everything random: dropout in the model, and stochastic rounding.
+        seed: the seed of everything random: dropout in the model, and stochastic rounding.
         progress: print a line for each format on the standard error output.
 
     Raises:
@@ -139,7 +140,7 @@ def advise(
 def _check(model: nn.Module, optimizer: Optimizer, policies: Sequence[CompressionPolicy]) -> None:
     if not isinstance(optimizer, Optimizer):
         raise PolicyError(
-            f"optimizer={optimizer!r} is none: pass one of the model's parameters, such as "
+            f"optimizer={optimizer!r} is not an optimizer: pass one of the model's parameters, such as "
             "torch.optim.AdamW(model.parameters(), lr=1e-4)"
         )
     check_initialized(model)

@@ -82,7 +82,7 @@ def resolve_selection(
 
     Raises:
         FormatError: a text is not a format.
-        PolicyError: it is none of these, or the policy fits no variable.
+        PolicyError: the argument is none of these, or the policy fits no variable.
     """
     if isinstance(selection, str):
         selection = CompressionPolicy.parse(selection)

@@ -229,13 +229,13 @@ def checked_state_format(state_format: str | Method) -> Method:
 
     Raises:
         FormatError: the format does not exist.
-        PolicyError: it cannot hold state.
+        PolicyError: the format cannot hold state.
     """
     method = parse_method(state_format)
     if not method.holds or not all(field.by_values for field in method.fields(codec.BLOCK)):
         raise PolicyError(
-            f"state_format={str(method)!r} cannot hold an optimizer's state, of which a stretch is rewritten at a "
-            "time: use a format with a scale for each block, such as S1E4M3/64"
+            f"state_format={str(method)!r} cannot hold an optimizer's state, which is rewritten in chunks that "
+            "each need a scale: use a format with a scale for each block, such as S1E4M3/64"
         )
     return method
 

@@ -27,35 +27,36 @@ class CompressionPolicy:
     """How the models of a federation are compressed.
 
     Attributes:
-        format: of a variable, or of its base, such as ``S1E3M7``.
-        update_format: keeps the local steps in a part of their own, in this format; None keeps one part.
-        transform: ``none``, ``affine``, ``scaled`` or ``scaled-affine``; None is ``scaled``.
-        weight_matrices_only: leave normalization, biases and scalars in FP32: everything without two or more
-            dimensions larger than 1; and matrices of a few values, where the padding of the bit layout takes as many
+        format: the format of each variable, or in two parts of its base, such as ``S1E3M7``.
+        update_format: the format of a part of its own for the local steps; None keeps variables in one part.
+        transform: the transformation before rounding, ``none``, ``affine``, ``scaled`` or ``scaled-affine``; None is
+            ``scaled``.
+        weight_matrices_only: whether normalization, biases and scalars stay in FP32: everything without two or more
+            dimensions larger than 1. So do matrices of a few values, where the padding of the bit layout takes as many
             bytes as the format saves.
-        fraction: of the compressible parameters that is compressed; the rest, whole variables drawn at random for each
-            client and round, stays FP32 (paper, partial parameter quantization).
-        rounding: ``stochastic`` or ``nearest``: of each change of a variable in training. What a server sends is
-            rounded to nearest.
-        seed: of the random choices.
+        fraction: the share of the compressible parameters that is compressed. The rest, whole variables drawn at random
+            for each client and round, stays in FP32 (partial parameter quantization in the paper).
+        rounding: how each change of a variable in training is rounded, ``stochastic`` or ``nearest``. What a server
+            sends is rounded to nearest.
+        seed: the seed of the random choices.
         include: name patterns (``fnmatch``) of the variables that may be compressed; empty means all.
-        exclude: name patterns of those that may not; unlike the others' these may match nothing, as one list serves
-            many models.
-        format_by_name: formats, instead of ``format``, of variables by name pattern, of which the first that matches
-            counts: ``{"*.conv.*": "S1E2M3"}``. Kept as pairs.
-        uplink: the method in which clients send back what they changed, such as ``S1E2M1`` or ``DRIVE1``: each variable
-            that may be compressed, those that ``fraction`` leaves in FP32 included, is rounded once, stochastically.
-            None sends back what is held.
+        exclude: name patterns of those that may not. Unlike other patterns these may match nothing, so that one list
+            serves many models.
+        format_by_name: formats that some variables have instead of ``format``, by name pattern, such as
+            ``{"*.conv.*": "S1E2M3"}``. The first pattern that matches counts. Kept as pairs.
+        uplink: the method in which clients send back what they changed, such as ``S1E2M1`` or ``DRIVE1``. The change of
+            each variable that may be compressed, also of those that ``fraction`` leaves in FP32, is rounded once,
+            stochastically. None sends back what is held.
         uplink_include: name patterns of further variables, such as biases, that are sent and held in FP32 but whose
             change is sent back by the uplink method, if that takes fewer bytes. Do not name running statistics:
             rounding can make a variance negative. With DRIVE1, including biases and normalization left the accuracy of
             a CNN as it was with FedAvg and FedAdam, and cost two points with FedAvgM (scikit-learn's digits, 3 seeds).
-        downlink: the method in which a server sends variables in one part, if that is not ``format``, in which clients
-            hold them: what arrives is encoded once more. A coarse broadcast costs no accuracy where training from
-            scratch in a coarse format does. None sends variables as they are held.
+        downlink: the method in which a server sends variables in one part; clients encode what arrives once more, in
+            ``format``. A coarse broadcast alone can cost no accuracy where training from scratch in the coarse format
+            does. None sends variables as they are held.
 
     Raises:
-        FormatError: no such format.
+        FormatError: a format does not exist.
         PolicyError: a fraction outside 0..1, an unknown transformation or rounding, a method that holds no variable,
             outside of the uplink, ``uplink_include`` without an uplink, or a downlink with two parts or with
             ``format_by_name``.
@@ -167,8 +168,8 @@ class CompressionPolicy:
             variables: a model, or the shapes of its variables by name.
 
         Raises:
-            PolicyError: there is none, the model has a lazy module that has not run yet, or a pattern of ``include``
-                or ``format_by_name`` matches no variable.
+            PolicyError: no variable may be compressed, the model has a lazy module that has not run yet, or a pattern
+                of ``include`` or ``format_by_name`` matches no variable.
         """
         if isinstance(variables, nn.Module):
             check_initialized(variables)
@@ -306,14 +307,14 @@ class Selector:
 
 @dataclass(frozen=True)
 class TieredPolicy:
-    """Policies for clients of different means: each is answered with the format that it can hold.
+    """Policies for clients with unequal memory: each client is sent the model in a format that it can hold.
 
     Attributes:
-        tiers: policies by the name of the tier, the most precise first; None is FP32.
+        tiers: the policies by the name of the tier, the most precise first; None is FP32.
         default: the tier of clients that announce nothing; empty means the last.
 
     Raises:
-        PolicyError: there is no tier, or the default is none.
+        PolicyError: there is no tier, or the default is not one of them.
     """
 
     tiers: Mapping[str, CompressionPolicy | None]
@@ -339,11 +340,12 @@ class TieredPolicy:
         """Return the policy of a client, by what it announced.
 
         Args:
-            variables: a model, or the shapes of its variables by name; needed with a budget.
+            variables: a model, or the shapes of its variables by name; needed with ``memory_bytes``.
             tier: the client's tier.
-            memory_bytes: what its parameters may take: the first tier whose do is chosen, or the last if none does.
-            round: number of the round.
-            client: name or number of the client.
+            memory_bytes: how many bytes the client's parameters may take. The first tier in which they fit is chosen,
+                or the last if there is none.
+            round: the number of the round.
+            client: the name or number of the client.
 
         Raises:
             PolicyError: there is no such tier, or the budget is not positive.

@@ -15,7 +15,7 @@ class Selection(Mapping[str, Encoding]):
     """The variables to compress, by qualified name, with the encoding of each.
 
     Attributes:
-        unquantized: the variables that stay FP32 this time, but could be compressed too, or whose change can be.
+        unquantized: the variables that stay in FP32 in this round, but could be compressed, or whose change could be.
     """
 
     def __init__(self, encodings: Mapping[str, Encoding], unquantized: Sequence[str] = ()) -> None:
