@@ -213,34 +213,3 @@ class Mean:
 
 def _aligned(numel: int) -> int:
     return -(-numel // 16) * 16
-
-
-def decoded(broadcast: Broadcast, reply: Mapping[str, ReplyVariable], *, of_weights: bool) -> ArrayRecord:
-    """Return the arrays of a reply in the order of the model; each is decoded when its values are read.
-
-    Until then, a reply takes no more memory than its bytes. Strategies that process one variable at a time
-    (``FedMedian``, ``FedTrimmedAvg``) hold this variable of all replies in FP32; those that stack models (``Krum``,
-    ``MultiKrum``, ``Bulyan``) hold several FP32 copies of all models.
-    """
-    record = ArrayRecord()
-    for name in broadcast.arrays:
-        variable, server = reply[name], broadcast.dense(name)
-
-        def values(name: str = name, variable: ReplyVariable = variable) -> Values:
-            return _values(variable, broadcast.dense(name), of_weights)
-
-        record[name] = LazyArray(server.dtype, server.shape, values)
-    return record
-
-
-def _values(variable: ReplyVariable, server: Values, of_weights: bool) -> Values:
-    """Decode the weights of a reply, or the server's weights plus the client's change."""
-    if not variable.is_update and (of_weights or not isinstance(variable.sent, Packed)):
-        values = variable.read()
-        if not isinstance(values, Packed):
-            return values.copy()
-        return values.decode(torch.empty(server.size, dtype=torch.float32, device="cpu")).numpy().reshape(server.shape)
-    flat = variable.change(torch.empty(server.size, dtype=torch.float32, device="cpu"))
-    if of_weights and isinstance(variable.sent, Packed):
-        return variable.sent.add_to(flat).numpy().reshape(server.shape)
-    return flat.numpy().reshape(server.shape) + server

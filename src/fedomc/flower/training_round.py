@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from flwr.app import ArrayRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum, Strategy
@@ -11,8 +11,9 @@ from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Kr
 from fedomc.errors import NonFiniteError, PayloadError
 from fedomc.flower import defences
 from fedomc.flower._flower import logger
-from fedomc.flower.aggregation import Mean, averages, decoded
+from fedomc.flower.aggregation import Mean, averages
 from fedomc.flower.arrays import array_of, view_dense
+from fedomc.flower.decoding import VALUE_BY_VALUE, Stretches, decoded
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.mapped import nbytes_of, set_aside
 from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, with_weight
@@ -230,13 +231,16 @@ class TrainingRound:
             contents = self._metric_contents([(reply.message, reply.metrics) for reply in replies])
             name = self._weight_name
             rows = [MetricRecord({name: reply.metrics.metrics[name]}) for reply in replies]
+        stretches = None
+        if owner in VALUE_BY_VALUE:
+            stretches = Stretches(self.broadcast, (reply.variables for reply in replies))
         received = []
         for reply, row in zip(replies, rows, strict=True):
             if row is None:
                 log_left_out(self.number, reply.metrics.node, "it lacks metrics that the strategy may need")
                 continue
             weight = self._cap.capped(reply.metrics, self.number)
-            if self._decode(inner, reply, with_weight(row, self._weight_name, weight), custom):
+            if self._decode(inner, reply, with_weight(row, self._weight_name, weight), custom, stretches):
                 received.append(reply)
         if not any(reply.metrics.weight > 0 for reply in received):
             received = []  # their weighted mean is undefined
@@ -245,15 +249,21 @@ class TrainingRound:
         messages = self._sorted([reply.message for reply in received])
         for reply in received:
             reply.variables = {}
-        with self.report.timed("aggregate"):
-            if contents is None or not isinstance(inner, FedAvg):
-                return inner.aggregate_train(self.number, [*errors, *messages])
-            with _metrics_of(inner, contents):
-                return inner.aggregate_train(self.number, [*errors, *messages])
+        own_metrics = (
+            nullcontext() if contents is None or not isinstance(inner, FedAvg) else _metrics_of(inner, contents)
+        )
+        with self.report.timed("aggregate"), own_metrics:
+            arrays, metrics = inner.aggregate_train(self.number, [*errors, *messages])
+        return arrays if arrays is None or stretches is None else stretches.joined(arrays), metrics
 
-    def _decode(self, inner: Strategy, reply: Reply, metrics: MetricRecord, custom: bool) -> bool:
+    def _decode(
+        self, inner: Strategy, reply: Reply, metrics: MetricRecord, custom: bool, stretches: Stretches | None
+    ) -> bool:
         """Put the decoded arrays and the metrics into a reply's message; return whether the reply can be used."""
-        arrays = decoded(self.broadcast, reply.variables, of_weights=self._of_weights)
+        if stretches is None:
+            arrays = decoded(self.broadcast, reply.variables, of_weights=self._of_weights)
+        else:
+            arrays = stretches.decoded(reply.variables, of_weights=self._of_weights)
         try:
             arrays = defences.bounded(inner, self.broadcast, arrays)
         except PayloadError as error:

@@ -34,12 +34,14 @@ class ReplyVariable:
         """Return the returned codes or values."""
         return self.held() if callable(self.held) else self.held
 
-    def change(self, out: Tensor) -> Tensor:
-        """Write the client's change to ``out``, float32 ``[numel]``, and return ``out``."""
-        return self.change_from(self.read(), out, 0)
+    def change(self, values: Packed | Values, out: Tensor, start: int) -> Tensor:
+        """Write the changes from index ``start`` on, a multiple of ``BLOCK``, to ``out`` and return it.
 
-    def change_from(self, values: Packed | Values, out: Tensor, start: int) -> Tensor:
-        """Write the changes from index ``start`` on, a multiple of ``BLOCK``, given the result of ``read``."""
+        Args:
+            values: the result of ``read``.
+            out: float32, flat.
+            start: the index of its first value.
+        """
         stop = start + out.numel()
         if not isinstance(values, Packed):
             np.copyto(out.numpy(), _flat(values)[start:stop])
@@ -61,7 +63,7 @@ class ReplyVariable:
         elif isinstance(values, Packed) and isinstance(sent, Packed):
             values.add_difference_to(total, sent, weight, start)
         elif isinstance(values, Packed) or isinstance(sent, Packed):
-            total.add_(self.change_from(values, torch.empty_like(total), start), alpha=weight)
+            total.add_(self.change(values, torch.empty_like(total), start), alpha=weight)
         elif total.dtype == torch.float32 and total.numel() >= codec.CHUNK and values.dtype == np.float32:
             codec.add_difference(flat_tensor(values)[start:stop], flat_tensor(sent)[start:stop], weight, total)
         else:  # a model has hundreds of small variables, for which numpy is faster than a call of the codec
