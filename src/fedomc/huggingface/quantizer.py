@@ -142,7 +142,7 @@ class OMCQuantizer(HfQuantizer):
                 module._parameters[key]._is_hf_initialized = True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the state of a model with a frame in the place of each packed tensor.
+        """Return the state of a model with a frame instead of each packed tensor.
 
         Raises:
             PolicyError: a variable has an update beside its base, or is not packed as the configuration says.
@@ -214,7 +214,7 @@ def attach_quantizer(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's state with a frame in the place of each packed tensor; tied names share one.
+    """Return a model's state with a frame instead of each packed tensor; tied names share one.
 
     Raises:
         PolicyError: a variable has an update beside its base.

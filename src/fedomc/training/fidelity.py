@@ -95,7 +95,7 @@ def warn_of_losses(distances: Mapping[str, Distance], selection: Mapping[str, En
     Args:
         distances: how far each variable is from its values, by qualified name.
         selection: how the variables are encoded.
-        stacklevel: which caller the warning points to, as in ``warnings.warn`` called in the place of this function.
+        stacklevel: which caller the warning points to, as in ``warnings.warn`` called instead of this function.
     """
     text = warning_of(distances, "+".join(dict.fromkeys(str(how.format) for how in selection.values())))
     if text is not None:
