@@ -26,10 +26,16 @@ settings.load_profile("fedomc")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Refuse to run without a device what needs one."""
+    """Refuse to run without a device what needs one; keep what is imported out of garbage collections."""
+    gc.freeze()  # tests that collect after each message would look at all of it each time
     needing = [item for item in session.items if item.get_closest_marker("gpu")]
     if needing and not session.config.option.collectonly and not torch.cuda.is_available():
         pytest.exit(f"there is no CUDA device here: {len(needing)} tests that need one were NOT run", returncode=1)
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter collect at its end what was kept out."""
+    gc.unfreeze()
 
 
 def bits_of(values: Tensor) -> np.ndarray:
