@@ -30,6 +30,19 @@ def content(arrays: ArrayRecord, policy: fedomc.CompressionPolicy | None = None)
     return RecordDict({"arrays": arrays, **config})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *NARROW], ids=str)
+@pytest.mark.parametrize("policy", ["", "S1E3M7>S1E2M1"])
+def test_a_variable_in_another_order_in_memory_arrives_as_it_is(dtype: torch.dtype, policy: str) -> None:
+    """A transposed parameter is columns first to numpy, whose files have an order of their own."""
+    sender, receiver = nn.Linear(3, 5).to(dtype), nn.Linear(3, 5).to(dtype)
+    sender.weight = nn.Parameter(torch.arange(15).view(3, 5).t().to(dtype))
+    assert not sender.weight.is_contiguous()
+    message = content(collect(sender), fedomc.CompressionPolicy.parse(policy) if policy else None)
+    assert np.array_equal(message["arrays"]["weight"].numpy(), sender.weight.detach().double().numpy())
+    assert torch.equal(install(receiver, message).weight, sender.weight)
+    assert torch.equal(install(receiver, content(collect(sender, message))).weight, sender.weight)
+
+
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("text", ["", "S1E3M7", "S1E2M3/64+S1E2M1/64", "S1E3M7>S1E2M1"])
 def test_a_model_arrives_and_returns(dtype: torch.dtype, text: str) -> None:

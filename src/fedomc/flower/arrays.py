@@ -180,7 +180,8 @@ def flat_tensor(values: Values) -> Tensor:
 
 def dense_array(values: Values) -> Array:
     """Put values into a plain ``Array`` with a single copy; Flower's constructor makes three."""
-    data = b"".join((npy_header(values), np.asarray(values, order="C").reshape(-1).view(np.uint8).data))
+    values = np.asarray(values, order="C")  # the header says in which order they are
+    data = b"".join((npy_header(values), values.reshape(-1).view(np.uint8).data))
     return Array(str(values.dtype), tuple(values.shape), "numpy.ndarray", data)
 
 

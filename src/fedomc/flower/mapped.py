@@ -170,7 +170,7 @@ def parts_of(array: Array) -> tuple[bytes | memoryview, ...]:
 
 
 def npy_header(values: _Values) -> bytes:
-    """Return what numpy writes into a file before the values of an array."""
+    """Return what numpy writes into a file before the values of an array, which includes their order in memory."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
     return header.getvalue()
