@@ -7,6 +7,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedomc.flower import StreamingGrid
 from fedomc.flower import grid as grid_module
+from fedomc.flower import in_flight as in_flight_module
 from fedomc.flower.in_flight import InFlight
 
 
@@ -63,3 +64,19 @@ def test_an_asynchronous_step_that_ends_between_two_replies_loses_none(
         flight, _ = next(in_flight.poll())  # a step ends after each reply
         nodes.append(flight.node)
     assert sorted(nodes) == [1, 2, 3, 4]
+
+
+def test_a_reply_that_came_in_time_counts_however_long_the_steps_between_two_looks_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(in_flight_module.time, "monotonic", lambda: now)
+    inner = Delayed()
+    in_flight = InFlight(StreamingGrid(inner), timeout=60)
+    in_flight.send(messages(3), None)  # type: ignore[arg-type]
+    inner.looks = [[]]  # the first node's reply is not there when it is looked for, those of the others are
+    assert next(in_flight.poll())[0].node == 2
+    now = 1000.0  # the step that the reply completed took its time, in which the first node replied
+    inner.looks = [[]] * 3
+    found = [(flight.node, reply is not None) for _ in range(2) for flight, reply in in_flight.poll()]
+    assert sorted(found) == [(1, True), (3, True)]

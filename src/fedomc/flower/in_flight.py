@@ -43,6 +43,7 @@ class InFlight:
         self.timeout = timeout
         self._flights: dict[str, Flight] = {}
         self._arriving: Iterator[tuple[str, list[Message]]] | None = None
+        self._looked = 0.0  # when that look began, by the monotonic clock
 
     def __len__(self) -> int:
         """Count the messages."""
@@ -70,7 +71,7 @@ class InFlight:
         """
         began, found = time.monotonic(), False
         if self._arriving is None:
-            self._arriving = self.grid.arrived(self._flights)
+            self._arriving, self._looked = self.grid.arrived(self._flights), began
         for key, replies in self._arriving:
             flight = self._flights.pop(key, None)
             if flight is not None:  # else it has been given up
@@ -78,7 +79,7 @@ class InFlight:
                 yield flight, replies.pop()
         self._arriving = None
         for key, flight in list(self._flights.items()):
-            if began >= flight.deadline:
+            if self._looked >= flight.deadline:  # then its reply has been looked for since
                 found = True
                 del self._flights[key]
                 yield flight, None
