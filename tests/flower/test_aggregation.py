@@ -167,6 +167,26 @@ def test_replies_that_are_added_together_give_the_bits_of_one_by_one(
         }
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_clients_that_changed_nothing_count_with_or_without_replies_beside_them(together: int) -> None:
+    arrays = ArrayRecord({"x": Array(np.zeros(3, np.float32))})
+    broadcast = Broadcast(arrays, lambda node: None, 1, str)
+    reply = Message(RecordDict({"a": ArrayRecord({"x": Array(np.full(3, 8.0, np.float32))})}), 1, "train")
+    read = [(read_variables(broadcast, reply)[1], 1.0), (read_variables(broadcast, reply)[1], 0.0)]
+    mean = Mean(broadcast, of_weights=False)
+    for at in range(0, 2, together):
+        mean.add(read[at : at + together], unchanged=3.0 if at + together == 2 else 0.0)
+    assert mean.result()["x"].numpy().tolist() == [2.0, 2.0, 2.0]
+
+
+def test_of_clients_that_all_changed_nothing_the_mean_is_the_model() -> None:
+    arrays = model()
+    mean = Mean(Broadcast(arrays, policy_of, 1, str), of_weights=False)
+    mean.add([], unchanged=3.0)
+    found = mean.result()
+    assert all(np.array_equal(found[name].numpy(), array.numpy()) for name, array in arrays.items())
+
+
 @pytest.mark.parametrize("count", [BATCH, BATCH + 1, 3 * BATCH + 5])
 def test_the_bound_does_not_grow_beyond_a_batch(count: int) -> None:
     arrays = model()

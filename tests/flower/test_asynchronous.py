@@ -69,7 +69,13 @@ def run(
 class Recorder:
     """Answers messages, and computes in float64 what the server should make of the answers."""
 
-    def __init__(self, size: int, bad: Callable[[Message, Message], Message | None] | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        bad: Callable[[Message, Message], Message | None] | None = None,
+        factor: Callable[[int], float] = lambda staleness: 1 / math.sqrt(1 + staleness),
+    ) -> None:
+        self.factor = factor
         self.values = {name: array.numpy().astype(np.float64).ravel() for name, array in model().items()}
         self.size, self.step, self.bad = size, 1, bad
         self.staleness: list[list[int]] = [[]]
@@ -88,7 +94,7 @@ class Recorder:
         self.nodes[-1].append(message.metadata.dst_node_id)
         for name, total in self._sum.items():
             change = decode(reply, name)[0] - decode(message, name)[0]
-            total += weight * change / math.sqrt(1 + staleness)
+            total += weight * change * self.factor(staleness)
         self._weight += weight
         if len(self.nodes[-1]) == self.size:
             for name, total in self._sum.items():
@@ -115,6 +121,18 @@ def test_each_step_is_the_mean_of_the_changes_weighted_by_staleness(policy: fedo
     assert strategy.report is not None
     assert strategy.report.staleness == pytest.approx(np.mean(recorder.staleness[-2]))
     assert all(len(set(nodes)) == 4 for nodes in recorder.nodes[:-1])
+
+
+def test_a_change_without_weight_counts_in_the_mean_of_a_step() -> None:
+    """Whatever it is added together with: here there are steps in which all stale replies come one after the other."""
+
+    def fresh(staleness: int) -> float:
+        return float(staleness == 0)
+
+    recorder = Recorder(8, factor=fresh)
+    strategy = FedBuff(inner(), POLICY, buffer_size=8, weight_cap=None, staleness_weight=fresh)
+    arrays, _, _ = run(recorder, strategy, rounds=8)
+    assert_is(arrays, recorder)
 
 
 def test_with_a_buffer_of_all_clients_it_is_the_synchronous_mean() -> None:

@@ -91,9 +91,9 @@ class Mean:
             unchanged: the weight of clients that changed nothing, which brings the mean closer to the server's weights.
         """
         replies = [(reply, weight) for reply, weight in replies if weight > 0]
-        if not replies:
-            return
         together = math.fsum([unchanged, *(weight for _, weight in replies)])
+        if not together:
+            return
         if self.weight + together / self._unit > 1:
             self._choose_unit(together)
         if self._count + len(replies) > BATCH:
@@ -102,8 +102,8 @@ class Mean:
         replies = [(reply, float(np.float32(weight / self._unit))) for reply, weight in replies]
         if not self._sums:
             self._sums = self._zeros({name: self.dtype(name) for name in self._broadcast.arrays})
-        for name in replies[0][0]:
-            add_changes(self._sums[name], [(reply[name], weight) for reply, weight in replies])
+        for name, total in self._sums.items():
+            add_changes(total, [(reply[name], weight) for reply, weight in replies])
         for reply, weight in replies:
             if self._of_weights:
                 self._add_sent(reply, weight)
