@@ -1,4 +1,5 @@
 import logging
+import math
 import re
 
 import pytest
@@ -128,6 +129,15 @@ def test_no_noise_is_judged_without_its_metrics(flower_log: pytest.LogCaptureFix
         supervision.add(number, 4, 0, None)
         supervision.add(number, 4, 4, MetricRecord({STEP_KEPT: 1.0}))
     assert "spoils training" not in flower_log.text
+
+
+@pytest.mark.parametrize("figure", [1e300, -1e300, 1e-300, 0.0, math.inf, [1.0]])
+@pytest.mark.parametrize("name", [STEP_KEPT, STEP_NOISE, STEP_DRIFT])
+def test_a_figure_that_no_client_can_have_measured_ends_no_run(name: str, figure: float | list[float]) -> None:
+    supervision = Supervision(3)
+    for number in range(1, 9):
+        found = {STEP_KEPT: 1.0, STEP_NOISE: 0.1, STEP_DRIFT: 0.1, name: figure}
+        supervision.add(number, 4, 4, MetricRecord(found))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

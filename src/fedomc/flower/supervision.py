@@ -26,6 +26,7 @@ STEP_KEPT, STEP_NOISE, STEP_DRIFT = "fedomc.step-kept", "fedomc.step-noise", "fe
 
 _DRIFT_LIMIT, _NOISE_LIMIT = 0.35, 0.2
 _MIN_ROUNDS = 5  # over fewer rounds, stochastic rounding may seem to lose steps by chance
+_LARGEST = 1e100  # a client may send any number as a figure of its steps, and the squares of those used are finite
 
 
 class Supervision:
@@ -93,8 +94,8 @@ class Supervision:
             raise RoundsFailedError(_failure(f"in any of {self._rounds} rounds"))
 
     def _check_steps(self, number: int, metrics: MetricRecord | None) -> None:
-        kept = None if metrics is None else metrics.get(STEP_KEPT)
-        if not isinstance(kept, float | int) or self._warned:
+        kept = _figure(metrics, STEP_KEPT)
+        if kept is None or self._warned:
             return
         self._kept.append(kept)
         if len(self._kept) < _MIN_ROUNDS:
@@ -110,10 +111,10 @@ class Supervision:
             )
 
     def _check_noise(self, number: int, received: int, metrics: MetricRecord | None) -> None:
-        noise, drift = (None if metrics is None else metrics.get(name) for name in (STEP_NOISE, STEP_DRIFT))
-        if not isinstance(noise, float | int) or not isinstance(drift, float | int) or self._warned_of_noise:
+        noise, drift = _figure(metrics, STEP_NOISE), _figure(metrics, STEP_DRIFT)
+        if noise is None or drift is None or self._warned_of_noise:
             return
-        if not (noise > 0 and drift > 0):
+        if not (noise > 0 and drift**2 / noise > 0):
             return
         self._noise_energy += drift**2 / max(1, received)
         self._step_energy += drift**2 / noise
@@ -134,6 +135,12 @@ class Supervision:
                     WAY_OUT,
                 ),
             )
+
+
+def _figure(metrics: MetricRecord | None, name: str) -> float | None:
+    """Return a figure of ``step_metrics``; None if there is none, or one that is too large to be measured."""
+    value = None if metrics is None else metrics.get(name)
+    return value if isinstance(value, float | int) and abs(value) <= _LARGEST else None
 
 
 def gain_of(strategy: Any) -> float:
