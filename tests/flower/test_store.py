@@ -129,3 +129,5 @@ def test_a_round_that_ends_in_an_error_leaves_no_file(tmp_path: Path) -> None:
         wrapped.start(grid, model(), num_rounds=3, evaluate_fn=fail)  # type: ignore[arg-type]
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".lock", "round-00000000.safetensors", "round-00000001.safetensors"]
+    lock = "import sys; from fedomc.serialization import folder_lock; folder_lock.acquire(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", lock, str(tmp_path)], check=True)  # noqa: S603  (another process may go on)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
@@ -31,6 +31,8 @@ class Store:
     server optimizer of Flower reads that file and writes the next one, which takes its name when the round is
     complete. A process that is killed at any moment leaves the former checkpoint or the new one.
 
+    As a context it unlocks the folder, which a run has locked, when the run ends, also with an error.
+
     Args:
         checkpoints: the folder; None keeps the state in memory.
         inner: the wrapped strategy.
@@ -49,6 +51,13 @@ class Store:
         self._traffic = list(traffic)
         self._files: RoundFiles | None = None
         self._zeros = None if checkpoints is None else Zeros(checkpoints.folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.release()
 
     def restored(self, arrays: ArrayRecord) -> RunState:
         """Return the state of the last checkpoint, and restore that of the strategy; at first, an initial state.
@@ -101,8 +110,3 @@ class Store:
         path = self._checkpoints.save(state.round, to_checkpoint(state, self._inner, self._settings))
         if REPLACEABLE:
             state.arrays = stored_model(MappedFile.open(path), MODEL, state.arrays)
-
-    def release(self) -> None:
-        """Unlock the folder after the run."""
-        if self._checkpoints is not None:
-            self._checkpoints.release()

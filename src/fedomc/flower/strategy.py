@@ -180,44 +180,43 @@ class OMCStrategy(Strategy):
             return self._inner_in_place().start(
                 streaming, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
             )
-        store = Store(self.checkpoints, self.inner, self._settings(), self.traffic)
-        state = store.begin(initial_arrays, num_rounds)
-        del initial_arrays  # which stay in memory only if the caller keeps them
-        self.traffic, self._asked = state.traffic, state.asked
-        logger.info("Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
-        size = sum(nbytes_of(array) for array in state.arrays.values()) / 2**20
-        logger.info("%d rounds of a model of %.2f MB", num_rounds, size)
-        self.summary()
+        with Store(self.checkpoints, self.inner, self._settings(), self.traffic) as store:
+            state = store.begin(initial_arrays, num_rounds)
+            del initial_arrays  # which stay in memory only if the caller keeps them
+            self.traffic, self._asked = state.traffic, state.asked
+            logger.info("Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
+            size = sum(nbytes_of(array) for array in state.arrays.values()) / 2**20
+            logger.info("%d rounds of a model of %.2f MB", num_rounds, size)
+            self.summary()
 
-        def measure(number: int) -> None:
-            metrics = None if evaluate_fn is None else evaluate_fn(number, state.arrays)
-            if metrics is not None:
-                logger.info("round %d: metrics of the evaluation on the server: %s", number, metrics)
-                state.result.evaluate_metrics_serverapp[number] = metrics
+            def measure(number: int) -> None:
+                metrics = None if evaluate_fn is None else evaluate_fn(number, state.arrays)
+                if metrics is not None:
+                    logger.info("round %d: metrics of the evaluation on the server: %s", number, metrics)
+                    state.result.evaluate_metrics_serverapp[number] = metrics
 
-        if not state.round:
-            measure(0)
-        for number in range(state.round + 1, num_rounds + 1):
-            logger.info("[ROUND %d/%d]", number, num_rounds)
-            with store.round(state) as self._files:
-                new, metrics = self._train(number, state.arrays, train_config, streaming, timeout)
-                self._round = None  # which holds the former model
-                if new is not None:
-                    state.arrays = new
-                del new
-                if metrics is not None:
-                    logger.info("round %d: training metrics: %s", number, metrics)
-                    state.result.train_metrics_clientapp[number] = metrics
-                messages = self.configure_evaluate(number, state.arrays, evaluate_config, streaming)
-                metrics = self.aggregate_evaluate(number, streaming.send_and_receive(messages, timeout=timeout))
-                del messages
-                if metrics is not None:
-                    logger.info("round %d: evaluation metrics: %s", number, metrics)
-                    state.result.evaluate_metrics_clientapp[number] = metrics
-                measure(number)
-                state.round, state.asked = number, self._waiting_for()
-                store.save(state)
-        store.release()
+            if not state.round:
+                measure(0)
+            for number in range(state.round + 1, num_rounds + 1):
+                logger.info("[ROUND %d/%d]", number, num_rounds)
+                with store.round(state) as self._files:
+                    new, metrics = self._train(number, state.arrays, train_config, streaming, timeout)
+                    self._round = None  # which holds the former model
+                    if new is not None:
+                        state.arrays = new
+                    del new
+                    if metrics is not None:
+                        logger.info("round %d: training metrics: %s", number, metrics)
+                        state.result.train_metrics_clientapp[number] = metrics
+                    messages = self.configure_evaluate(number, state.arrays, evaluate_config, streaming)
+                    metrics = self.aggregate_evaluate(number, streaming.send_and_receive(messages, timeout=timeout))
+                    del messages
+                    if metrics is not None:
+                        logger.info("round %d: evaluation metrics: %s", number, metrics)
+                        state.result.evaluate_metrics_clientapp[number] = metrics
+                    measure(number)
+                    state.round, state.asked = number, self._waiting_for()
+                    store.save(state)
         self._supervision.finish()
         state.result.arrays = state.arrays
         return state.result
