@@ -76,6 +76,17 @@ def test_a_short_run_of_failed_rounds_alone_fails_at_its_end() -> None:
     Supervision(3).finish()  # nothing was asked of anybody
 
 
+def test_a_second_run_is_judged_by_its_own_rounds() -> None:
+    def fail(message: Message) -> Message:
+        return Message(Error(1, "no memory"), reply_to=message)
+
+    strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0), "S1E3M7")
+    strategy.start(Network(2, randomly_stepped), collect(build()), num_rounds=1)  # type: ignore[arg-type]
+    for _ in range(2):  # of the same number of rounds: three in a row do not end the second
+        with pytest.raises(RoundsFailedError, match="in any of 2 rounds"):
+            strategy.start(Network(2, fail), collect(build()), num_rounds=2)  # type: ignore[arg-type]
+
+
 def test_lost_steps_are_warned_of_once(flower_log: pytest.LogCaptureFixture) -> None:
     supervision = Supervision(3)
     with flower_log.at_level(logging.WARNING):

@@ -184,6 +184,7 @@ class OMCStrategy(Strategy):
             state = store.begin(initial_arrays, num_rounds)
             del initial_arrays  # which stay in memory only if the caller keeps them
             self.traffic, self._asked = state.traffic, state.asked
+            self._supervision.begin()
             logger.info("Starting %s around %s:", type(self).__name__, type(self.inner).__name__)
             size = sum(nbytes_of(array) for array in state.arrays.values()) / 2**20
             logger.info("%d rounds of a model of %.2f MB", num_rounds, size)

@@ -45,10 +45,14 @@ class Supervision:
         self._failures = failures
         self._gain = gain
         self._format = format
+        self._warned = self._warned_of_noise = self._warned_of_format = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a run: the rounds of a former one do not count any more; what it warned of is not repeated."""
         self._failed = self._rounds = self._used = 0
         self._kept: list[float] = []
         self._noise_energy = self._step_energy = 0.0  # relative to that of the weights
-        self._warned = self._warned_of_noise = self._warned_of_format = False
 
     def check_broadcast(self, number: int, distances: Mapping[str, Distance]) -> None:
         """Warn if the format cannot hold some of the variables that are sent.
