@@ -22,6 +22,7 @@ def state(number: int) -> Checkpoint:
         "model": {"a/b.weight": draw.standard_normal((3, 4)).astype(np.float32), "steps": np.array(number)},
         "v": {"a/b.weight": np.full((3, 4), np.inf), "flag": np.array([True, False])},
         "none": {},
+        "empty": {"rows": np.zeros((0, 4), np.float32), "one": np.zeros(0, np.float32)},
     }
     return Checkpoint({"round": number, "of": ["any", {"kind": None}]}, arrays)
 

@@ -95,6 +95,8 @@ def dense_piece(key: str, tensor: Tensor, read: Callable[[], Any] | None = None)
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """Return a dense tensor's values as little-endian bytes; a contiguous one on the CPU is not copied."""
+    if not tensor.numel():  # an empty array of numpy has strides that a view does not take
+        return memoryview(b"")
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if sys.byteorder == "big":
         raw = raw.view(-1, tensor.itemsize).flip(1).reshape(-1)
