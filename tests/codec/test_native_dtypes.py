@@ -139,7 +139,8 @@ def test_the_largest_magnitude(dtype: torch.dtype) -> None:
     for n in (0, *SIZES):
         values = randn(n, seed=5).to(dtype)
         expected = float(values.abs().max()) if n else 0.0
-        assert torch.tensor(codec.absmax_bits(values), dtype=torch.int32).view(torch.float32) == expected
+        for form in (values, values.double(), values.repeat_interleave(2)[::2]):
+            assert torch.tensor(codec.absmax_bits(form), dtype=torch.int32).view(torch.float32) == expected
     values[-1] = float("nan")
     assert codec.absmax_bits(values) > codec.INFINITY_BITS
 

@@ -80,6 +80,15 @@ def test_every_dtype_is_stored_as_it_is(path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(other.values.float(), model.values.float()) and torch.equal(stored.float(), model.values.float())
 
 
+def test_parameters_are_saved_however_they_lie_in_memory(path: Path) -> None:
+    def build() -> nn.ParameterList:
+        return nn.ParameterList([torch.arange(10.0)[::2], torch.ones(()).expand(5), torch.arange(6.0).view(2, 3).t()])
+
+    save_model(build(), path)
+    loaded = load_model(nn.ParameterList(torch.zeros_like(each) for each in build()), path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), build(), strict=True))
+
+
 def test_a_file_is_as_small_as_the_model(path: Path) -> None:
     model = nn.Linear(500, 500)
     fedomc.compress_(model, CompressionPolicy("S1E2M3", update_format="S1E2M1").select(model))

@@ -106,6 +106,8 @@ IN_PLACE = {
     "lerp_ tensor": lambda p: p.lerp_(OTHER, POSITIVE),
     "copy_": lambda p: p.copy_(OTHER),
     "copy_ row": lambda p: p.copy_(ROW),
+    "add_ expanded": lambda p: p.add_(torch.tensor(0.3).expand(40, 60), alpha=0.5),
+    "copy_ expanded": lambda p: p.copy_(torch.tensor(0.3).expand(40, 60)),
     "copy_ int": lambda p: p.copy_(torch.arange(2400).view(40, 60)),
     "copy_ compressed": lambda p: p.copy_(from_dense(OTHER, "S1E2M3")),
     "zero_": lambda p: p.zero_(),

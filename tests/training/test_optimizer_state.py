@@ -18,7 +18,7 @@ from fedomc import (
     compress_,
     step_in_backward,
 )
-from fedomc.training.optimizer_state import SMALLEST, moment_bound
+from fedomc.training.optimizer_state import SMALLEST, moment_bound, with_packed_state
 from tests.conftest import allocations, randn
 
 FINE = "S1E5M6/64"
@@ -308,6 +308,22 @@ REFUSED: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
 def test_what_cannot_be_done_is_refused(optimizer: Any, kwargs: dict[str, Any], error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         step_in_backward(model(), optimizer, **{"state_format": "S1E4M3/64", "lr": 0.1, **kwargs})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("kind", "kwargs"), [(optim.SGD, {"momentum": 0.9}), (optim.AdamW, {})])
+def test_a_gradient_of_any_float_dtype_may_be_expanded(
+    kind: type[optim.Optimizer], kwargs: dict[str, Any], dtype: torch.dtype
+) -> None:
+    modules = model(dtype=dtype), model(dtype=dtype)
+    for expands, module in zip((True, False), modules, strict=True):
+        optimizer = with_packed_state(kind)(module.parameters(), lr=0.1, state_format=FINE, **kwargs)
+        for _ in range(2):
+            for parameter in module.parameters():
+                gradient = torch.ones((), dtype=dtype).expand(parameter.shape)
+                parameter.grad = gradient if expands else gradient.contiguous()
+            optimizer.step()
+    assert same_values(*modules) and not same_values(modules[0], model(dtype=dtype))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

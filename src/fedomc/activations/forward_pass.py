@@ -162,7 +162,7 @@ class ForwardPass(TorchFunctionMode):
             raise self._not_finite(by) from None
 
     def _check_finite(self, values: Tensor, by: str) -> None:
-        if absmax_bits(values.float()) >= INFINITY_BITS:
+        if absmax_bits(values) >= INFINITY_BITS:
             raise self._not_finite(by)
 
     def _not_finite(self, by: str) -> NonFiniteError:

@@ -55,6 +55,8 @@ __all__ = [
 INFINITY_BITS = 0x7F800000
 """The bits of a float32 infinity; the magnitude bits of every finite value are smaller."""
 
+_DENSE = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of dense values that the operators take
+
 _STATUS = 2  # elements of a status tensor: the bits of the largest magnitude, and whether any value changed
 
 _REFERENCES = {"block": reference_blocks, "rotated": reference_rotation}
@@ -93,9 +95,9 @@ def backend(device: torch.device | str) -> str:
 
 
 def absmax_bits(values: Tensor) -> int:
-    """Return the float32 bits of the largest magnitude in float32, bfloat16 or float16 ``[n]``; 0 for no values."""
+    """Return the float32 bits of the largest magnitude in floats ``[n]`` of any dtype; 0 for no values."""
     out = torch.zeros(1, dtype=torch.int64, device=values.device)
-    _operators.absmax(values, out)
+    _operators.absmax((values if values.dtype in _DENSE else values.float()).contiguous(), out)
     return int(out)
 
 

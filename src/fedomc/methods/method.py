@@ -60,8 +60,8 @@ class Source:
 
     Attributes:
         numel: how many values.
-        produce: returns the values ``[start, stop)`` as a flat, contiguous float32 tensor. It may be called more than
-            once for the same range.
+        produce: returns the values ``[start, stop)`` as a flat float32 tensor. It may be called more than once for the
+            same range.
         step: how many values to produce at a time.
     """
 
@@ -75,7 +75,7 @@ class Source:
         return cls(values.numel(), lambda start, stop: values, max(1, values.numel()))
 
     def stretches(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield each stretch as the index of its first value and its values.
+        """Yield each stretch as the index of its first value and its values, contiguous.
 
         Raises:
             RuntimeError: ``produce`` returned a tensor of the wrong shape.
@@ -85,7 +85,7 @@ class Source:
             values = self.produce(start, stop)
             if values.shape != (stop - start,):
                 raise RuntimeError(f"expected {stop - start} new values from {start} on, but got {tuple(values.shape)}")
-            yield start, values
+            yield start, values.contiguous()
 
     def absmax_bits(self) -> int:
         """Return the float32 bits of the largest magnitude."""

@@ -208,7 +208,7 @@ class Packed:
         """
         state, out = self.state, self._room()
         writing = self._writing(transform, rounding, seed, name)
-        found = self.method.update(state.fields, gradient, alpha, out, writing)
+        found = self.method.update(state.fields, gradient.contiguous(), alpha, out, writing)
         if isinstance(found, Deferred):
             if accepts is None:
                 self._finish_there(out, found, name)

@@ -112,7 +112,7 @@ class PackedStateOptimizer(Optimizer, ABC):
                 "sparse=False in the embedding, or no state_format"
             )
         is_shared = storage_is_shared(gradient)  # with the gradient of another variable
-        step = gradient.reshape(-1)
+        step = gradient.reshape(-1).contiguous()
         if codec.absmax_bits(step) >= codec.INFINITY_BITS:
             raise NonFiniteError(
                 f"{_name(group, parameter)} has a gradient that is NaN or infinite; nothing was changed. Look for a "
