@@ -3,10 +3,13 @@
 import os
 import signal
 
+import numpy as np
 import pytest
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 
+from fedomc.flower import FedBuff
 from fedomc.flower.in_process import InProcess
 from fedomc.flower.simulation import stop_on_signal
 
@@ -38,3 +41,26 @@ def test_nodes_answer_for_their_parts_and_an_error_ends_that_of_one_client_alone
     replies = nodes.send_and_receive([Message(RecordDict(), node, "train") for node in nodes.get_node_ids()])
     assert [reply.content["metrics"]["part"] for reply in replies[:2]] == [0, 1]
     assert replies[2].has_error() and replies[2].error.reason.endswith("no memory")
+
+
+def test_each_node_works_once_whatever_is_pushed_before_its_reply_is_pulled() -> None:
+    nodes = InProcess(client, 2, first=10)
+    first, second = ([Message(RecordDict(), node, "train")] for node in (10, 11))
+    names = [*nodes.push_messages(first), *nodes.push_messages(second), *nodes.push_messages(first)]
+    assert len(set(names)) == 3
+    assert [reply.content["metrics"]["part"] for reply in nodes.pull_messages(names)] == [0, 1, 0]
+    assert nodes.pull_messages(names) == []
+
+
+def test_an_asynchronous_run_takes_it_too() -> None:
+    app = ClientApp()
+
+    @app.train()
+    def answer(message: Message, context: Context) -> Message:
+        content = {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(content), reply_to=message)
+
+    strategy = FedBuff(FedAvg(fraction_train=0.5, fraction_evaluate=0.0), None, buffer_size=2)
+    arrays = ArrayRecord({"x": Array(np.ones(3, np.float32))})
+    strategy.start(InProcess(app, 8), arrays, num_rounds=3)
+    assert [row.received for row in strategy.traffic] == [2, 2, 2]

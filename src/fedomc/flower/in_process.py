@@ -27,6 +27,7 @@ class InProcess(Grid):
     def __init__(self, client_app: ClientApp, clients: int, first: int = 1) -> None:
         self.client_app, self.clients, self.first = client_app, clients, first
         self._waiting: dict[str, Message] = {}
+        self._pushed = 0
         identify_process()
 
     def get_node_ids(self) -> list[int]:
@@ -39,15 +40,18 @@ class InProcess(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Store messages until their replies are pulled, and return their IDs."""
-        self._waiting = {}
+        pushed = list[str]()  # in order, as Flower promises
         for message in messages:
-            name_message(message, f"to {message.metadata.dst_node_id}")
+            self._pushed += 1
+            name_message(message, f"message {self._pushed}")
             self._waiting[message.metadata.message_id] = message
-        return list(self._waiting)  # in order, as Flower promises
+            pushed.append(message.metadata.message_id)
+        return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Run the nodes that these messages are for, and return their replies."""
-        return [reply for key in message_ids for reply in self.answers(self._waiting[key])]
+        """Run the nodes that these messages are for, unless they have done so, and return their replies."""
+        waiting = self._waiting
+        return [reply for key in message_ids if key in waiting for reply in self.answers(waiting.pop(key))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push messages and pull their replies."""
