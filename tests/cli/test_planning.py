@@ -95,6 +95,13 @@ def test_the_model_is_that_of_the_configuration(config: Any, model: str, tmp_pat
     assert any(row["state"] for row in found["considered"])
 
 
+def test_a_model_that_cannot_be_trained_as_it_is_configured_is_one_line(tmp_path: Path) -> None:
+    config = T5Config(num_layers=1, d_model=64, d_ff=96, architectures=["T5ForConditionalGeneration"])
+    line = refused(run("plan", folder_of(config, tmp_path), "--budget", "1 GB", *SMALL), 1)
+    assert str(tmp_path) in line and "T5ForConditionalGeneration cannot be trained on shapes" in line
+    assert "decoder_start_token_id" in line
+
+
 def test_the_dtype_is_that_of_the_configuration(tmp_path: Path) -> None:
     config = LlamaConfig(**SIZES, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])
     found = json.loads(run("plan", folder_of(config, tmp_path), "--budget", "1 GB", *SMALL, "--json").stdout)

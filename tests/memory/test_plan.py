@@ -42,7 +42,7 @@ def test_budgets_are_read_as_people_write_them(text: str | int, nbytes: int) -> 
     assert parse_budget(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1 GB", "1 XB", "0", 0, -5, True, "1 GB 2", "1e3", "0.1 B"])
+@pytest.mark.parametrize("text", ["", "GB", "-1 GB", "1 XB", "0", 0, -5, True, "1 GB 2", "1e3", "0.1 B", "9" * 400])
 def test_what_is_no_budget_is_refused(text: Any) -> None:
     with pytest.raises(PolicyError, match="is not an amount of memory"):
         parse_budget(text)

@@ -11,6 +11,7 @@ import typer
 from torch import nn
 
 from fedomc.cli.output import INVALID_INPUT, INVALID_USE, Json, complain, fail, print_json
+from fedomc.errors import OMCError
 from fedomc.memory.budget import parse_budget
 from fedomc.memory.plan import Combination
 from fedomc.memory.plan import plan as plan_of
@@ -52,16 +53,22 @@ def plan(
     nbytes = parse_budget(budget)
     built, inputs = read_model(model, batch, tokens)
     limit: dict[str, Any] = {} if max_step_time is None else {"max_step_time": max_step_time}
-    found = plan_of(
-        built,
-        inputs,
-        nbytes,
-        loss=_loss,
-        progress=partial(_announce, time.monotonic()),
-        **limit,
-        **optimizer.arguments(),
-    )
-    name, parameters = type(built).__name__, sum(parameter.numel() for parameter in built.parameters())
+    name = type(built).__name__
+    try:
+        found = plan_of(
+            built,
+            inputs,
+            nbytes,
+            loss=_loss,
+            progress=partial(_announce, time.monotonic()),
+            **limit,
+            **optimizer.arguments(),
+        )
+    except OMCError:
+        raise
+    except Exception as error:  # whatever a model makes of its own configuration, or does not do on shapes
+        fail(f"{model}: {name} cannot be trained on shapes: {type(error).__name__}: {error}", INVALID_INPUT)
+    parameters = sum(parameter.numel() for parameter in built.parameters())
     dtype = str(next(built.parameters()).dtype).removeprefix("torch.")
     if json:
         print_json(

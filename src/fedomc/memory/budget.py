@@ -1,6 +1,7 @@
 """Budgets of memory, as people write them."""
 
 import re
+from decimal import Decimal
 
 from fedomc.errors import PolicyError
 
@@ -19,7 +20,7 @@ def parse_budget(text: str | int) -> int:
         text: a number of bytes, or a text such as ``1 GB``, ``512 MiB`` or ``1.5gb``: units of 1000 or of 1024.
 
     Raises:
-        PolicyError: it is not a positive number of bytes.
+        PolicyError: it is not a number of bytes from 1 to below 2**63.
 
     Example:
         >>> parse_budget("1.5 GB"), parse_budget("512 MiB")
@@ -27,8 +28,8 @@ def parse_budget(text: str | int) -> int:
     """
     found = _BUDGET.fullmatch(str(text)) if not isinstance(text, bool) else None
     factor = None if found is None else _UNITS.get(found[2].lower())
-    nbytes = 0 if found is None or factor is None else int(float(found[1]) * factor)
-    if nbytes < 1:
+    nbytes = 0 if found is None or factor is None else int(Decimal(found[1]) * factor)
+    if not 1 <= nbytes < 2**63:
         raise PolicyError(
             f"budget={text!r} is not an amount of memory: pass bytes, or a number and a unit, as in '1 GB' or '512 MiB'"
         )
