@@ -1,5 +1,6 @@
 """Models in bfloat16 and float16 on their way: dense variables arrive as they are, packed ones as codes."""
 
+import io
 import math
 
 import numpy as np
@@ -102,11 +103,29 @@ def test_values_are_read_as_they_were_written(shape: tuple[int, ...]) -> None:
     )
 
 
+def written(shape: tuple[int, ...], *, columns_first: bool = False) -> Array:
+    """Return an array of 0, 1, 2, ... as numpy writes it, in any order and of any shape that multiplies up."""
+    file = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": columns_first, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    values = np.arange(math.prod(shape), dtype=np.float32)
+    return Array("float32", shape, "numpy.ndarray", file.getvalue() + values.tobytes())
+
+
+def test_values_that_are_stored_columns_first_are_in_the_order_of_rows_afterwards() -> None:
+    values = view_dense(written((2, 3), columns_first=True), "x")
+    assert values.tolist() == [[0, 2, 4], [1, 3, 5]]
+    assert values.flags.c_contiguous  # a stretch of the flat values is then none of a copy of all
+    assert not view_dense(written((2, 3)), "x").flags.owndata
+
+
 @pytest.mark.parametrize(
     ("array", "wrong"),
     [
         (Array("bfloat16", (3,), BFLOAT16, b"\0" * 5), "x: 5 bytes do not hold"),
         (Array("bfloat16", (-1,), BFLOAT16, b""), "x: 0 bytes do not hold"),
+        (Array("bfloat16", (-1, -3), BFLOAT16, b"\0" * 6), "x: 6 bytes do not hold"),
+        (written((-1, -3)), "x: the data describe float32"),
         (Array("float32", (3,), BFLOAT16, b"\0" * 6), "do not hold float32"),
         (Array("bfloat16", (1,), BFLOAT16, b"\x80\x7f"), "x has a value that is NaN or infinite"),
     ],

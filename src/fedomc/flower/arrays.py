@@ -80,7 +80,8 @@ def read_packed(array: Array, name: str, *, copy: bool, sent: Packed | None = No
 def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
     """View the values of a plain ``Array`` in its data, without a copy; they must not be modified.
 
-    Those of bfloat16 are a float32 copy.
+    Those of bfloat16 are a float32 copy, and those that are stored columns first a copy in which rows come first, as
+    variables are processed in flat stretches.
 
     Args:
         array: the array.
@@ -103,12 +104,12 @@ def view_dense(array: Array, name: str, *, check: bool = True) -> Values:
         shape, columns_first, dtype = _read_header(bytes(data[:begin]))
     except Exception as error:
         raise PayloadError(f"{name}: the data is not a numpy array: {error}") from error
-    if shape != tuple(array.shape) or dtype.kind not in "fiub" or not dtype.isnative:
+    if shape != tuple(array.shape) or min(shape, default=0) < 0 or dtype.kind not in "fiub" or not dtype.isnative:
         raise PayloadError(f"{name}: the data describe {dtype} {shape}, but the array {array.dtype} {array.shape}")
     if math.prod(shape) * dtype.itemsize != len(data) - begin:
         raise PayloadError(f"{name}: {len(data)} bytes do not hold {dtype} {shape}")
     values = np.frombuffer(data, dtype, offset=begin).reshape(shape, order="F" if columns_first else "C")
-    if not values.flags.aligned:
+    if not (values.flags.aligned and values.flags.c_contiguous):
         values = values.copy()
     if check and not _all_finite(values):
         raise PayloadError(f"{name} has a value that is NaN or infinite")
@@ -225,8 +226,8 @@ class LazyArray(Array):
 
 
 def _read_bfloat16(array: Array, name: str) -> Tensor:
-    data = data_of(array)
-    if array.dtype != "bfloat16" or math.prod(array.shape) * 2 != len(data):
+    data, negative = data_of(array), min(array.shape, default=0) < 0
+    if array.dtype != "bfloat16" or negative or math.prod(array.shape) * 2 != len(data):
         raise PayloadError(f"{name}: {len(data)} bytes do not hold {array.dtype} {tuple(array.shape)} as bfloat16")
     if not len(data):
         return torch.empty(tuple(array.shape), dtype=torch.bfloat16, device="cpu")
