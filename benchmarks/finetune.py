@@ -15,8 +15,6 @@ first values and the batches. ``BF16`` is a model in bfloat16; ``bnb-nf4`` a bas
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch import nn
 
 import fedomc
 from benchmarks.training import memory
+from benchmarks.workers import try_worker
 from fedomc._torch import processor_name
 from fedomc.flower import collect
 from fedomc.huggingface import attach_quantizer
@@ -79,12 +78,9 @@ def main() -> None:
             if (found := in_process(job)) is None:
                 continue
             found["seed"] = seed
-            fp32 = next((row for row in rows if (row["method"], row["seed"]) == (found["method"], seed)), found)
-            found["peak_ratio"] = found["peak_rss_bytes"] / fp32["peak_rss_bytes"]
-            found["speed_ratio"] = fp32["step_seconds"] / found["step_seconds"]
-            found["perplexity_ratio"] = found["perplexity"] / fp32["perplexity"]
             rows.append({"model": options.model.name if options.model else "embedded", **found, **settings})
-            print(line(name, found), flush=True)
+            rows[-1] |= ratios(rows)
+            print(line(name, rows[-1]), flush=True)
             if options.json:  # after each: a run may be stopped
                 options.json.write_text(json.dumps({"processor": processor_name(), "rows": rows}, indent=2))
 
@@ -110,24 +106,30 @@ def write_all(path: str, names: list[str], folder: Path) -> dict[str, str]:
 
 def in_process(job: dict[str, Any]) -> dict[str, Any] | None:
     """Run a variant in a process of its own; None if it fails, as it may for want of a package or of memory."""
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "benchmarks.finetune", "--worker", json.dumps(job)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        reason = (done.stderr.strip() or str(done.returncode)).splitlines()[-1]
-        print(f"{job['variant']} failed: {reason}", flush=True)
-        return None
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return try_worker(job["variant"], "benchmarks.finetune", "--worker", json.dumps(job))
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Compare the last row with FP32 by the same method and of the same seed; None if that failed."""
+    last = rows[-1]
+    alike = (last["method"], last["seed"], FP32)
+    fp32 = next((row for row in rows if (row["method"], row["seed"], row["base_format"]) == alike), None)
+    if fp32 is None:
+        return dict.fromkeys(("peak_ratio", "speed_ratio", "perplexity_ratio"))
+    return {
+        "peak_ratio": last["peak_rss_bytes"] / fp32["peak_rss_bytes"],
+        "speed_ratio": fp32["step_seconds"] / last["step_seconds"],
+        "perplexity_ratio": last["perplexity"] / fp32["perplexity"],
+    }
 
 
 def line(name: str, row: dict[str, Any]) -> str:
     """Return a row of the table."""
+    more, peak, speed = (row[f"{key}_ratio"] for key in ("perplexity", "peak", "speed"))
     return (
-        f"{name:<32} perplexity {row['perplexity']:>8.3f} {row['perplexity_ratio'] - 1:>+6.1%}  "
-        f"peak {row['peak_rss_bytes'] / 1e6:>7.0f} MB "
-        f"{row['peak_ratio']:>4.0%}  step {row['step_seconds']:>7.3f} s {row['speed_ratio']:>5.2f}x  "
+        f"{name:<32} perplexity {row['perplexity']:>8.3f} {'' if more is None else f'{more - 1:+.1%}':>6}  "
+        f"peak {row['peak_rss_bytes'] / 1e6:>7.0f} MB {'' if peak is None else f'{peak:.0%}':>4}  "
+        f"step {row['step_seconds']:>7.3f} s {'' if speed is None else f'{speed:.2f}x':>6}  "
         f"down {row['down_bytes'] / 1e6:.2f} MB  up {row['up_bytes'] / 1e6:.2f} MB"
     )
 

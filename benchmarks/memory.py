@@ -20,8 +20,6 @@ None without packed ones. The file names the processor, and grows by a row at a 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 
 import fedomc
 from benchmarks.training import LEARNING_RATE, held, memory, values
+from benchmarks.workers import try_worker
 from fedomc._torch import processor_name
 
 Job = tuple[str, str, str]
@@ -138,9 +137,9 @@ def main() -> None:
     for number in range(1, options.rounds + 1):
         for model, batch, name in jobs:
             job = {"model": model, "batch": batch, "variant": name, "steps": options.steps}
-            found = in_process(job)
+            found = trained(job)
             if found is not None and number == 1:
-                found |= in_process({**job, "steps": 0}) or {}
+                found |= trained({**job, "steps": 0}) or {}
             runs[model, batch, name].append(found)
             print(f"round {number} of {options.rounds}: {model} {batch} {name}", flush=True)
             rows = [found for job in jobs if (found := row(job, runs))]
@@ -156,17 +155,9 @@ def with_baselines(names: list[str]) -> list[str]:
     return list(dict.fromkeys([*(VARIANTS[name].baseline for name in names), *names]))
 
 
-def in_process(job: dict[str, Any]) -> dict[str, Any] | None:
-    """Run a set-up in a process of its own; None if it fails, as it may for want of memory."""
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "benchmarks.memory", "--worker", json.dumps(job)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        print(f"{job} failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}", flush=True)
-        return None
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def trained(job: dict[str, Any]) -> dict[str, Any] | None:
+    """Run a set-up in a process of its own; None if it fails."""
+    return try_worker(str(job), "benchmarks.memory", "--worker", json.dumps(job))
 
 
 def row(job: Job, runs: dict[Job, list[dict[str, Any] | None]]) -> dict[str, Any] | None:

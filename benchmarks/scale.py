@@ -14,12 +14,12 @@ own, and the least seconds and the median memory of ``--repeats`` runs count. ``
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.workers import run_worker
 
 SIDE = 256
 """The columns of the model's variables."""
@@ -120,11 +120,7 @@ def measured(nodes: int, parameters: int, format: str, strategy: str, repeats: i
     found = []
     for _ in range(repeats):
         given = json.dumps({"nodes": nodes, "parameters": parameters, "format": format, "strategy": strategy})
-        command = [sys.executable, "-m", "benchmarks.scale", "--worker", given]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            sys.exit(done.stderr)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+        found.append(run_worker("benchmarks.scale", "--worker", given))
     row = {key: statistics.median(one[key] for one in found) for key in found[0]}
     row |= {"nodes": nodes, "parameters": parameters, "cpu_seconds": min(one["cpu_seconds"] for one in found)}
     print(f"{nodes} nodes, {parameters:,} parameters: {row['cpu_seconds']:.3f} s", flush=True)

@@ -26,14 +26,13 @@ import ctypes
 import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.training import memory, values
+from benchmarks.workers import run_worker
 
 FORMATS = ("S1E2M3+S1E2M1", "S1E3M7@0.9", "FP32")
 CLIENTS = (4, 16, 64)
@@ -109,12 +108,7 @@ def write(path: Path | None, content: dict[str, Any]) -> None:
 
 def worker(mode: str, job: dict[str, Any], model: str) -> dict[str, Any]:
     """Run a row in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.server", "--model", model, mode, json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_worker("benchmarks.server", "--model", model, mode, json.dumps(job))
 
 
 def apps(jobs: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:

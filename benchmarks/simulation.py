@@ -17,14 +17,13 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.training import memory
+from benchmarks.workers import run_worker
 
 WAYS = ("flower", "FP32", "DEFAULT", "buffered")
 
@@ -53,11 +52,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
     for number in range(1, options.repeats + 1):
         for way, found in runs.items():
-            command = [sys.executable, "-m", "benchmarks.simulation", "--worker", json.dumps({"way": way, **size})]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-            if done.returncode:
-                sys.exit(done.stderr)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
+            found.append(run_worker("benchmarks.simulation", "--worker", json.dumps({"way": way, **size})))
             print(f"repeat {number}: {way} {found[-1]['seconds']:.2f} s", flush=True)
     rows: list[dict[str, Any]] = []
     for way, found in runs.items():

@@ -16,8 +16,6 @@ A second table shows how the cost grows with size: stacks of linear layers of hi
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +25,7 @@ import torch
 from torch import nn
 
 import fedomc
+from benchmarks.workers import try_worker
 from fedomc._torch import processor_name
 
 VARIANTS = {
@@ -72,15 +71,12 @@ def main() -> None:
     stacks = [{"variant": v, "hidden": h} for h in options.sizes for v in variants if v in IN_TABLE_OF_SIZES]
     jobs = large + ([] if options.no_sizes else stacks)
     print(f"{len(jobs)} set-ups x {options.rounds} rounds, 5 to 15 seconds each, up to 2.5 GB of memory", flush=True)
-    worker = [sys.executable, "-m", "benchmarks.training", "--steps", str(options.steps), "--model", options.model]
+    given = ("--steps", str(options.steps), "--model", options.model)
     runs: dict[str, list[dict[str, Any] | None]] = {json.dumps(job): [] for job in jobs}
     for number in range(1, options.rounds + 1):
         for job in jobs:
             key = json.dumps(job)
-            done = subprocess.run([*worker, "--worker", key], capture_output=True, text=True, check=False)  # noqa: S603
-            if done.returncode:
-                print(f"{key} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
-            runs[key].append(None if done.returncode else json.loads(done.stdout.splitlines()[-1]))
+            runs[key].append(try_worker(key, "benchmarks.training", *given, "--worker", key))
         print(f"round {number} of {options.rounds} done", flush=True)
         rows = [found for job in jobs if (found := row(job, runs))]
         if options.json:  # after each round: a run may be stopped

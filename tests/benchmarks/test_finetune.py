@@ -48,3 +48,19 @@ def test_a_variant_runs_in_its_own_process_and_one_that_fails_is_left_out(
     assert "full:FP32 failed: TypeError" in capsys.readouterr().out
     done = subprocess.run([sys.executable, "-m", "benchmarks.finetune", "--help"], capture_output=True, text=True)
     assert "--head-slice" in done.stdout
+
+
+def test_a_ratio_is_to_fp32_by_the_same_method_and_seed_or_to_nothing() -> None:
+    def row(method: str, base_format: str, size: int, seed: int = 0) -> dict[str, Any]:
+        figures = {"peak_rss_bytes": size, "step_seconds": 2.0 * size, "perplexity": size / 10}
+        return {"method": method, "base_format": base_format, "seed": seed, **figures}
+
+    ones = {"peak_ratio": 1.0, "speed_ratio": 1.0, "perplexity_ratio": 1.0}
+    rows = [row("full", "FP32", 100)]
+    assert finetune.ratios(rows) == ones
+    for other in (row("lora", "BF16", 30), row("full", "BF16", 30, seed=1)):  # FP32 did not fit into the memory
+        rows.append(other)
+        assert finetune.ratios(rows) == dict.fromkeys(ones)
+        assert "%" not in finetune.line("", {**other, **finetune.ratios(rows), "down_bytes": 1, "up_bytes": 1})
+    rows.append(row("full", "INT8", 50))
+    assert finetune.ratios(rows) == {"peak_ratio": 0.5, "speed_ratio": 2.0, "perplexity_ratio": 0.5}
