@@ -62,3 +62,8 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     assert "missing.safetensors" in refused(run("inspect", tmp_path / "missing.safetensors"), 2)
     refused(run("inspect", tmp_path), 2)
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        assert str(path) in refused(run("inspect", path), 2)

@@ -27,7 +27,7 @@ def open_arrays(path: str | os.PathLike[str]) -> ArrayRecord:
         path: of the file, such as ``model.safetensors``.
 
     Raises:
-        PayloadError: the file is damaged, no safetensors file, or has a dtype that torch or Flower cannot hold.
+        PayloadError: the file is damaged, no safetensors file, or has a dtype that Flower or fedomc lacks.
         OSError: it cannot be read.
 
     Example:

@@ -42,7 +42,7 @@ def compress_file(
     Raises:
         FormatError: the policy is a text that is not a format.
         PolicyError: the policy fits no variable of the file.
-        PayloadError: the source is damaged, no safetensors file, or packed already; or has a dtype that torch lacks.
+        PayloadError: the source is damaged, no safetensors file, or packed already; or has a dtype that is not stored.
         NonFiniteError: a value is NaN or infinite. As with the other errors, nothing was written.
         OSError: a file cannot be read or written.
     """

@@ -67,7 +67,7 @@ class MappedFile:
         """Map a safetensors file; if it has digests, as each file that fedomc wrote, every tensor is checked.
 
         Raises:
-            PayloadError: the file is damaged, or no safetensors file, or has a dtype that torch has not.
+            PayloadError: the file is damaged, or no safetensors file, or has a dtype that is not stored.
             OSError: it cannot be read.
         """
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))

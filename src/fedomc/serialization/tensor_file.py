@@ -212,12 +212,13 @@ class TensorFile:
             PayloadError: it is damaged, or no safetensors file.
             OSError: it cannot be read.
         """
-        try:
-            file = safe_open(path, "pt")
-        except SafetensorError as error:
-            raise PayloadError(f"{path} is damaged or not a safetensors file: {error}") from None
-        with file, open(path, "rb") as raw:
-            yield cls(file, raw, path)
+        with open(path, "rb") as raw:  # whose errors name the file
+            try:
+                file = safe_open(path, "pt")
+            except SafetensorError as error:
+                raise PayloadError(f"{path} is damaged or not a safetensors file: {error}") from None
+            with file:
+                yield cls(file, raw, path)
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor, mapped from the file into memory, after its bytes were checked.
@@ -283,7 +284,7 @@ class TensorFile:
         """
         dtype, shape, _ = self.stored_as(key)
         if dtype not in _DTYPES.values():
-            raise PayloadError(f"{key} in {self.path} is {dtype}, which torch cannot hold: leave it out of the file")
+            raise PayloadError(f"{key} in {self.path} is {dtype}, which fedomc does not store: leave it out")
         return torch.empty(shape, dtype=next(own for own, name in _DTYPES.items() if name == dtype), device="meta")
 
     @functools.cached_property
