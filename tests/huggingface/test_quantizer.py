@@ -116,6 +116,12 @@ def test_trained_variables_in_two_parts_are_not_saved_in_silence(llama: Any, tmp
         llama.save_pretrained(tmp_path / "after")
 
 
+def test_a_dtype_that_is_not_compressed_is_refused_as_by_compress(tmp_path: Path) -> None:
+    cls, _ = saved("BertModel", tmp_path, torch.float32)
+    with pytest.raises(PolicyError, match=r"is torch\.float64, but only float32, bfloat16, float16 are compressed"):
+        cls.from_pretrained(tmp_path, quantization_config=OMCConfig("S1E3M7"), dtype=torch.float64)
+
+
 def test_only_what_is_asked_for_is_packed(tmp_path: Path) -> None:
     cls, _ = saved("LlamaForCausalLM", tmp_path, torch.float32)
     config = OMCConfig("S1E3M7", exclude=["*embed_tokens*", "lm_head*"])

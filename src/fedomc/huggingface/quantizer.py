@@ -21,9 +21,8 @@ from fedomc.errors import PayloadError, PolicyError
 from fedomc.methods import Encoding
 from fedomc.serialization import frame
 from fedomc.tensor.compressed import CompressedTensor, is_compressed
-from fedomc.tensor.dtypes import DTYPES
 from fedomc.training.fidelity import Distance, warn_of_losses
-from fedomc.training.model import compress_measured, decompress_
+from fedomc.training.model import check_dtype, compress_measured, decompress_
 from fedomc.training.module_state import some
 from fedomc.training.policy import CompressionPolicy
 
@@ -75,10 +74,10 @@ class OMCQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._selected = dict(self.quantization_config.policy().select(model))
-        self._empty = {
-            name: (tuple(parameter.shape), parameter.dtype if parameter.dtype in DTYPES else torch.float32)
-            for name, parameter in model.named_parameters()
-        }
+        for name in self._selected:
+            parameter = model.get_parameter(name)
+            check_dtype(name, parameter)
+            self._empty[name] = tuple(parameter.shape), parameter.dtype
         if self.pre_quantized:  # missing ones are initialized and tied right after the last was read
             mark_tied = model.mark_tied_weights_as_initialized
 
