@@ -24,6 +24,7 @@ from fedomc import (
     parameter_bytes,
     step_in_backward,
 )
+from fedomc._torch import tree_map
 from fedomc.activations import slabs
 from fedomc.codec.workspace import Workspace
 from fedomc.flower import OMCStrategy, collect, install
@@ -117,8 +118,23 @@ def made(name: str) -> tuple[nn.Module, Any]:
     return MODELS[name]()
 
 
+def in_dtype(x: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, x)
+
+
 def sizes(model: nn.Module) -> list[int]:
     return [4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in ("linear", "conv", "transformer", "gpt2")), ("linear", torch.float16)],
+)
+def test_in_other_dtypes_a_weight_is_decoded_to_its_own(name: str, dtype: torch.dtype) -> None:
+    model, batch = made(name)
+    report = memory_report(model.to(dtype), in_dtype(batch, dtype), loss=lambda output: loss_of(output).float(), **SGD)
+    for format in FORMATS:
+        assert report.predicted[format].peak == pytest.approx(report.measured[format].peak, rel=BOUND), format
 
 
 @pytest.mark.parametrize("name", MODELS)

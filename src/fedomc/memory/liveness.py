@@ -203,6 +203,7 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__(model, batch)
         self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        self._widths = {name: parameter.itemsize for name, parameter in model.named_parameters()}  # decoded, in bytes
         self._frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self._functions: dict[str, Any] = {}  # the last that used a variable
         self._calls = 0
@@ -280,7 +281,8 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
         counted = dict(self.counted)
         for lifetime in self.lifetimes:
             if lifetime.kind in ("decoded", "panel") and lifetime.variable in encodings:
-                counted[lifetime.start] = counted.get(lifetime.start, 0) + 4 * self._sizes[lifetime.variable]
+                decoded = self._widths[lifetime.variable] * self._sizes[lifetime.variable]
+                counted[lifetime.start] = counted.get(lifetime.start, 0) + decoded
         blocks = (
             Block(bytes_of(each), each.start, self.moment if each.end is None else each.end, each.kind in _PACKED)
             for each in self.lifetimes
@@ -300,14 +302,16 @@ class VariableTracker(StorageTracker):  # type: ignore[no-untyped-call]
             encoding = encodings.get(lifetime.variable)
             if encoding is None:
                 return 0 if lifetime.kind in _USED else lifetime.nbytes
-            size = self._sizes[lifetime.variable]
+            size, width = self._sizes[lifetime.variable], self._widths[lifetime.variable]
             packed = [method.nbytes(size) for method in encoding.methods]
             if lifetime.kind == "parameters":
                 return sum(packed)
             if lifetime.kind == "decoded":
-                return 4 * size
-            if lifetime.kind in ("panel", "chunk"):
-                return min(4 * size, PANEL_BYTES if lifetime.kind == "panel" else 4 * CHUNK)
+                return width * size
+            if lifetime.kind == "panel":
+                return width * min(size, PANEL_BYTES // 4)
+            if lifetime.kind == "chunk":
+                return 4 * min(size, CHUNK)
             if lifetime.kind == "added":  # to codes that take the place of the present ones
                 return packed[-1]
             if encoding.update_format is None:  # a chunk is made while the one before is there
