@@ -11,10 +11,11 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, push_objects
 from safetensors.torch import save_file
+from torch import nn
 
 import fedomc
 from fedomc.codec.heap import heap
-from fedomc.flower import mapped, open_arrays
+from fedomc.flower import install, mapped, open_arrays
 from fedomc.flower.arrays import Bfloat16Array, dense_array, read_dense, view_dense
 from fedomc.flower.mapped import MappedArray, ViewArray, nbytes_of, parts_of
 
@@ -91,6 +92,18 @@ def test_the_values_are_those_of_the_file_whatever_becomes_of_a_copy(arrays: Arr
     if name != "bfloat16":
         with pytest.raises(ValueError, match="read-only"):
             viewed[...] = 1
+
+
+def test_a_model_is_filled_from_a_file_without_its_bytes_being_joined(
+    arrays: ArrayRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, record = nn.Module(), ArrayRecord()
+    for name, values in TENSORS.items():
+        module.register_buffer(f"the_{name}", torch.zeros_like(values))
+        record[f"the_{name}"] = arrays[name]
+    monkeypatch.delattr(mapped.ViewArray, "__getattr__")  # which joins header and values
+    install(module, RecordDict({"arrays": record}))
+    assert all(torch.equal(module.get_buffer(f"the_{name}"), values) for name, values in TENSORS.items())
 
 
 def test_the_file_may_be_removed(arrays: ArrayRecord, tmp_path: Path) -> None:

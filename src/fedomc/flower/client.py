@@ -14,6 +14,7 @@ from fedomc.flower.base_model import part_to_fill
 from fedomc.flower.chunks import ChunkedArray
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.flower.feedback import Residuals
+from fedomc.flower.mapped import nbytes_of
 from fedomc.flower.supervision import STEP_DRIFT, STEP_KEPT, STEP_NOISE
 from fedomc.serialization import frame
 from fedomc.serialization.downlink import as_held
@@ -68,7 +69,7 @@ def install(
     state = part_to_fill(state, arrays.keys(), message, check_base=check_base)
     parameters = {name for name, tensor in state.tensors.items() if isinstance(tensor, nn.Parameter)}
     items = _consumed(message, parameters, config) if consume else iter(arrays.items())
-    size = sum(len(array.data) for array in arrays.values())
+    size = sum(map(nbytes_of, arrays.values()))
     del arrays
     state.fill((name, _read(array, name, state.tensors[name], config)) for name, array in items)
     for parameter in model.parameters():
@@ -272,7 +273,7 @@ def _sent(tensor: Tensor, name: str, array: Array | None, config: UplinkConfig |
         return None
     if is_compressed(tensor) and (tensor.update is not None or not _differs_from_codes(config)):
         return None
-    if not array.data:
+    if not nbytes_of(array):
         raise PayloadError(
             f"{name} is no longer compressed, so its reply needs the received bytes, which install(consume=True) has "
             "released: install without consume, or call collect before decompressing the model"

@@ -11,7 +11,7 @@ from fedomc.flower._flower import is_legacy_content
 from fedomc.flower.arrays import STYPE, framed_array, read_dense, read_packed, records_of, view_dense
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.flower.feedback import Residuals
-from fedomc.flower.mapped import BFLOAT16
+from fedomc.flower.mapped import BFLOAT16, nbytes_of
 from fedomc.serialization import frame
 from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 
@@ -86,7 +86,7 @@ def _check_expansion(records: Iterable[ArrayRecord]) -> None:
     """Check that decoding does not expand a message too far; an entropy-coded constant could have any length."""
     arrays = [(name, array) for record in records for name, array in record.items() if array.stype == STYPE]
     sizes = [(4 * math.prod(map(abs, array.shape)), name) for name, array in arrays]
-    arrived, needed = sum(len(array.data) for _, array in arrays), sum(size for size, _ in sizes)
+    arrived, needed = sum(nbytes_of(array) for _, array in arrays), sum(size for size, _ in sizes)
     if needed > frame.MAX_EXPANSION * arrived:
         largest, name = max(sizes)
         raise PayloadError(
