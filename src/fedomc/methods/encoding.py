@@ -1,6 +1,7 @@
 """``Encoding``: how a variable is held during training, and how it travels to a client and back."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fedomc.errors import PolicyError
 from fedomc.methods.method import ROUNDINGS, Method
@@ -47,18 +48,12 @@ class Encoding:
     downlink: Method | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format", parse_method(self.format))
-        if self.update_format is not None:
-            object.__setattr__(self, "update_format", parse_method(self.update_format))
-        if self.uplink is not None:
-            object.__setattr__(self, "uplink", parse_method(self.uplink))
-        if self.downlink is not None:
-            object.__setattr__(self, "downlink", parse_method(self.downlink))
-            if self.update_format is not None:
-                raise PolicyError(
-                    f"a server sends the base {self.format} of a variable in two parts, so {self.downlink} cannot be "
-                    f"its downlink: write {self.downlink}+{self.update_format} if the base shall have that format"
-                )
+        parse_formats(self)
+        if self.downlink is not None and self.update_format is not None:
+            raise PolicyError(
+                f"a server sends the base {self.format} of a variable in two parts, so {self.downlink} cannot be "
+                f"its downlink: write {self.downlink}+{self.update_format} if the base shall have that format"
+            )
         for method in (*self.methods, *([] if self.downlink is None else [self.downlink])):
             if not method.holds:
                 raise PolicyError(
@@ -136,3 +131,15 @@ class Encoding:
     def __str__(self) -> str:
         down = "" if self.downlink is None else f"<{self.downlink}"
         return "+".join(map(str, self.methods)) + down + ("" if self.uplink is None else f">{self.uplink}")
+
+
+def parse_formats(described: Any) -> None:
+    """Replace the names of methods in an ``Encoding``, or in what describes several, by the methods.
+
+    Raises:
+        FormatError: a format does not exist.
+    """
+    for name in ("format", "update_format", "uplink", "downlink"):
+        value = getattr(described, name)
+        if value is not None or name == "format":
+            object.__setattr__(described, name, parse_method(value))  # of a frozen dataclass

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedomc.errors import PolicyError
 from fedomc.methods import Encoding, Method, parse_method
+from fedomc.methods.encoding import parse_formats
 from fedomc.training.lazy import check_initialized
 from fedomc.training.selection import Selection, check_patterns, held_bytes, matches, shapes_of
 
@@ -112,13 +113,7 @@ class CompressionPolicy:
         return formats + (f"@{self.fraction:g}" if self.fraction < 1 else "")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format", parse_method(self.format))
-        if self.update_format is not None:
-            object.__setattr__(self, "update_format", parse_method(self.update_format))
-        if self.uplink is not None:
-            object.__setattr__(self, "uplink", parse_method(self.uplink))
-        if self.downlink is not None:
-            object.__setattr__(self, "downlink", parse_method(self.downlink))
+        parse_formats(self)
         if not 0 <= self.fraction <= 1:  # also false for NaN
             raise PolicyError(f"fraction={self.fraction} is out of range: it must be from 0 to 1")
         if self.uplink_include and self.uplink is None:
