@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 
 import fedomc
 from fedomc.flower import OMCStrategy, omc_mod
-from fedomc.flower.arrays import STYPE, packed_array
+from fedomc.flower.arrays import STYPE, array_of, packed_array
 from fedomc.flower.config import to_config
 from fedomc.methods import Packed, encode
 from fedomc.serialization import frame
@@ -81,6 +81,22 @@ def test_a_plain_client_takes_part_and_only_its_messages_are_compressed(how: dic
     moved = result["weight"].numpy() - arrays["weight"].numpy()
     assert np.abs(moved - STEP).max() <= reach + 1e-6
     assert wrapped.traffic[-1].up_bytes < 0.5 * 3 * sum(len(array.data) for array in arrays.values())
+
+
+@pytest.mark.parametrize("text", ["S1E3M7", "S1E2M3+S1E2M1", "S1E3M7>S1E2M3", "S1E3M7>S1E2M3@0.5"])
+def test_a_model_in_bfloat16_is_float32_to_a_plain_client_and_returns_as_it_came(text: str) -> None:
+    arrays = ArrayRecord()
+    for name, array in model().items():
+        arrays[name] = array if array.dtype == "int64" else array_of(array.numpy(), "bfloat16")
+    wrapped = OMCStrategy(FedAvg(), text)
+    messages = list(wrapped.configure_train(1, arrays, ConfigRecord(), Nodes(3)))  # type: ignore[arg-type]
+    app = plain_client()
+    replies = [app(message, context(message.metadata.dst_node_id)) for message in messages]
+    result, _ = wrapped.aggregate_train(1, replies)
+    assert result is not None and wrapped.traffic[-1].received == 3
+    assert {name: array.dtype for name, array in result.items()} == {name: a.dtype for name, a in arrays.items()}
+    moved = result["weight"].numpy() - arrays["weight"].numpy()
+    assert np.abs(moved - STEP).max() < 2e-3 and np.array_equal(result["bias"].numpy(), arrays["bias"].numpy())
 
 
 def test_fp32_messages_evaluation_and_errors_pass_through() -> None:

@@ -8,14 +8,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 
 from fedomc.errors import PayloadError, PolicyError
 from fedomc.flower._flower import is_legacy_content
-from fedomc.flower.arrays import STYPE, framed_array, read_dense, read_packed, records_of, view_dense
+from fedomc.flower.arrays import STYPE, array_of, framed_array, read_dense, read_packed, records_of, view_dense
 from fedomc.flower.config import CONFIG, from_config
 from fedomc.flower.feedback import Residuals
 from fedomc.flower.mapped import BFLOAT16, nbytes_of
 from fedomc.serialization import frame
 from fedomc.serialization.uplink import Sent, UplinkConfig, reply_frame
 
-Received = dict[str, Sent]
+Received = dict[str, Sent | None]
+"""The variables of a record that go back in another form than the client returns: as a change of what is here or in its
+format; or, where there is None, as bfloat16."""
 
 
 def omc_mod(
@@ -35,8 +37,9 @@ def omc_mod(
     message as the wrapped strategy made it.
 
     Variables that were received compressed are compressed in the reply, see ``reply_frame``; with an uplink method in
-    the policy, so are those that partial quantization left in FP32. They are looked up in the record of the reply that
-    has the same name as the received one; other records are not changed.
+    the policy, so are those that partial quantization left in FP32. Variables of bfloat16, which numpy has not, are
+    float32 to the client and go back as bfloat16. All are looked up in the record of the reply that has the same name
+    as the received one; other records are not changed.
 
     ``ClientApp(mods=[functools.partial(omc_mod, error_feedback=True)])`` keeps in the context's state what the receiver
     still lacks of the changes so far, and adds it to the next one; see ``flower.feedback`` for when it helps.
@@ -97,7 +100,7 @@ def _check_expansion(records: Iterable[ArrayRecord]) -> None:
 
 
 def _decoded(record: ArrayRecord, uplink: UplinkConfig) -> tuple[ArrayRecord, Received]:
-    """Return a record with plain arrays, and the received variables to which the reply contains differences."""
+    """Return a record with arrays that numpy can read, and the variables that must not go back as such."""
     decoded, received = ArrayRecord(), Received()
     for name, array in record.items():
         if array.stype == STYPE:
@@ -110,6 +113,7 @@ def _decoded(record: ArrayRecord, uplink: UplinkConfig) -> tuple[ArrayRecord, Re
         elif uplink.asks_for_change(name):
             received[name] = read_dense(array, name)
         if array.stype == BFLOAT16:
+            received.setdefault(name, None)
             array = Array(view_dense(array, name))
         decoded[name] = array
     return decoded, received
@@ -128,10 +132,13 @@ def _encoded(record: ArrayRecord, received: Received, uplink: UplinkConfig, resi
     for name, array in record.items():
         shape = tuple(array.shape)
         feedback = None if residuals is None else residuals.feedback(name, shape)
-        if name in received:
-            data = reply_frame(torch.from_numpy(array.numpy()), received[name], uplink, name, feedback)
+        sent = received.get(name)
+        if sent is not None:
+            data = reply_frame(torch.from_numpy(array.numpy()), sent, uplink, name, feedback)
             assert data is not None
             array = framed_array(data, shape)
+        elif name in received:
+            array = array_of(array.numpy(), "bfloat16")
         if residuals is not None and feedback is not None:
             residuals.add(name, shape, feedback)
         encoded[name] = array
