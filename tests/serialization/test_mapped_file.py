@@ -113,6 +113,22 @@ def test_bytes_that_are_put_aside_stay(tmp_path_factory: pytest.TempPathFactory,
     assert [bytes(view) for view in views] == wanted
 
 
+def test_what_is_mapped_is_the_file_that_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be replaced by another one, with its tensors in other places, while it is opened."""
+    path, other, own = tmp_path / "x", tmp_path / "y", TensorFile.open
+    Checkpoint({}, {"m": {"a": np.full(3, 1.0), "b": np.full(5, 2.0)}}).write(path)
+    Checkpoint({}, {"m": {"a": np.full(7, 3.0), "b": np.full(2, 4.0), "c": np.full(9, 5.0)}}).write(other)
+
+    def replaced_before(name: Path) -> object:
+        os.replace(other, path)
+        return own(name)
+
+    monkeypatch.setattr(TensorFile, "open", replaced_before)
+    mapped = MappedFile.open(path)
+    found = {key: mapped.values(key).tolist() for key in mapped.places}
+    assert found == {"m/a": [3.0] * 7, "m/b": [4.0] * 2, "m/c": [5.0] * 9}
+
+
 def test_zeros_are_given_again_from_the_same_file_only_if_the_size_is_the_same(tmp_path: Path) -> None:
     zeros = Zeros(tmp_path)
     first, other = zeros.take(1000, torch.float32), zeros.take(1000, torch.float32)

@@ -70,17 +70,11 @@ class MappedFile:
             PayloadError: the file is damaged, or no safetensors file, or has a dtype that is not stored.
             OSError: it cannot be read.
         """
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        try:
-            with TensorFile.open(path) as file:
-                places = {}
-                for key in sorted(file.keys):
-                    places[key] = file.place(key)
-                    file.tensor(key)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return cls(descriptor, places)
+        with TensorFile.open(path) as file:
+            places = {key: file.place(key) for key in sorted(file.keys)}
+            for key in places:
+                file.tensor(key)
+            return cls(os.dup(file.fileno()), places)  # of the file that was checked, which may have been replaced
 
     def data(self, key: str) -> Values:
         """Return the bytes of a tensor, uint8 ``[nbytes]``, which cannot be modified."""

@@ -220,6 +220,10 @@ class TensorFile:
             with file:
                 yield cls(file, raw, path)
 
+    def fileno(self) -> int:
+        """Return the descriptor of the open file."""
+        return self._raw.fileno()
+
     def tensor(self, key: str) -> Tensor:
         """Return a tensor, mapped from the file into memory, after its bytes were checked.
 
