@@ -83,8 +83,8 @@ def test_a_plain_client_takes_part_and_only_its_messages_are_compressed(how: dic
     assert wrapped.traffic[-1].up_bytes < 0.5 * 3 * sum(len(array.data) for array in arrays.values())
 
 
-@pytest.mark.parametrize("text", ["S1E3M7", "S1E2M3+S1E2M1", "S1E3M7>S1E2M3", "S1E3M7>S1E2M3@0.5"])
-def test_a_model_in_bfloat16_is_float32_to_a_plain_client_and_returns_as_it_came(text: str) -> None:
+@pytest.mark.parametrize("text", [None, "S1E3M7", "S1E2M3+S1E2M1", "S1E3M7>S1E2M3", "S1E3M7>S1E2M3@0.5"])
+def test_a_model_in_bfloat16_is_float32_to_a_plain_client_and_returns_as_it_came(text: str | None) -> None:
     arrays = ArrayRecord()
     for name, array in model().items():
         arrays[name] = array if array.dtype == "int64" else array_of(array.numpy(), "bfloat16")

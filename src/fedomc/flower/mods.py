@@ -61,11 +61,11 @@ def omc_mod(
             "OMCStrategy, or remove omc_mod"
         )
     config = records_of(message.content, ConfigRecord).get(CONFIG)
-    if config is None:
+    if config is None and not _has_bfloat16(message.content):
         return call_next(message, context)
     records = records_of(message.content, ArrayRecord)
     _check_expansion(records.values())
-    uplink, sent = from_config(config), dict[str, Received]()
+    uplink, sent = None if config is None else from_config(config), dict[str, Received]()
     content = RecordDict({key: record for key, record in message.content.items() if key != CONFIG})
     for key, record in records.items():
         content[key], received = _decoded(record, uplink)
@@ -79,10 +79,15 @@ def omc_mod(
     content = RecordDict(dict(reply.content.items()))
     records = records_of(reply.content, ArrayRecord)
     for key, (sent_as, received) in _answers(sent, records).items():
-        residuals = Residuals(context, sent_as, uplink) if error_feedback else None
+        residuals = Residuals(context, sent_as, uplink) if error_feedback and uplink is not None else None
         content[key] = _encoded(records[key], received, uplink, residuals)
     reply.content = content
     return reply
+
+
+def _has_bfloat16(content: RecordDict) -> bool:
+    records = records_of(content, ArrayRecord).values()
+    return any(array.stype == BFLOAT16 for record in records for array in record.values())
 
 
 def _check_expansion(records: Iterable[ArrayRecord]) -> None:
@@ -99,18 +104,18 @@ def _check_expansion(records: Iterable[ArrayRecord]) -> None:
         )
 
 
-def _decoded(record: ArrayRecord, uplink: UplinkConfig) -> tuple[ArrayRecord, Received]:
+def _decoded(record: ArrayRecord, uplink: UplinkConfig | None) -> tuple[ArrayRecord, Received]:
     """Return a record with arrays that numpy can read, and the variables that must not go back as such."""
     decoded, received = ArrayRecord(), Received()
     for name, array in record.items():
-        if array.stype == STYPE:
+        if array.stype == STYPE and uplink is not None:
             received[name] = parsed = read_packed(array, name, copy=False)
             array = Array(
                 parsed.packed.decode(torch.empty(parsed.packed.numel, dtype=torch.float32, device="cpu"))
                 .view(parsed.shape)
                 .numpy()
             )
-        elif uplink.asks_for_change(name):
+        elif uplink is not None and uplink.asks_for_change(name):
             received[name] = read_dense(array, name)
         if array.stype == BFLOAT16:
             received.setdefault(name, None)
@@ -127,7 +132,9 @@ def _answers(sent: Mapping[str, Received], records: Mapping[str, ArrayRecord]) -
     return answers
 
 
-def _encoded(record: ArrayRecord, received: Received, uplink: UplinkConfig, residuals: Residuals | None) -> ArrayRecord:
+def _encoded(
+    record: ArrayRecord, received: Received, uplink: UplinkConfig | None, residuals: Residuals | None
+) -> ArrayRecord:
     encoded = ArrayRecord()
     for name, array in record.items():
         shape = tuple(array.shape)
