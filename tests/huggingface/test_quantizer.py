@@ -122,6 +122,13 @@ def test_a_dtype_that_is_not_compressed_is_refused_as_by_compress(tmp_path: Path
         cls.from_pretrained(tmp_path, quantization_config=OMCConfig("S1E3M7"), dtype=torch.float64)
 
 
+def test_a_misspelt_argument_is_an_error_and_a_further_entry_of_a_file_is_none() -> None:
+    with pytest.raises(TypeError, match="exlude"):
+        OMCConfig("S1E3M7", exlude=["lm_head*"])  # type: ignore[call-arg]
+    stored = {**OMCConfig("S1E3M7", exclude=["lm_head*"]).to_dict(), "of_a_later_version": 1}
+    assert OMCConfig.from_dict(stored).to_dict() == OMCConfig("S1E3M7", exclude=["lm_head*"]).to_dict()
+
+
 def test_only_what_is_asked_for_is_packed(tmp_path: Path) -> None:
     cls, _ = saved("LlamaForCausalLM", tmp_path, torch.float32)
     config = OMCConfig("S1E3M7", exclude=["*embed_tokens*", "lm_head*"])

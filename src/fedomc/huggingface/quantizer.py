@@ -44,12 +44,17 @@ class OMCConfig(QuantizationConfigMixin):
         PolicyError: a pattern is not in a list.
     """
 
-    def __init__(self, format: str, include: Sequence[str] = (), exclude: Sequence[str] = (), **_: Any) -> None:
-        """Check the format; further entries of a ``config.json`` are ignored."""
+    def __init__(self, format: str, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # those of transformers are an enumeration
         self.format = format
         self.include, self.exclude = list(include), list(exclude)
         self.policy()
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read what a ``config.json`` says; entries that are not known are ignored."""
+        known = {name: config_dict[name] for name in ("format", "include", "exclude") if name in config_dict}
+        return super().from_dict(known, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
     def policy(self) -> CompressionPolicy:
         """Return the policy."""
