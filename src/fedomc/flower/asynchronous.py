@@ -88,7 +88,7 @@ class FedBuff(OMCStrategy):
                 f"FedAvg, FedAvgM, FedProx, FedAdam, FedYogi or FedAdagrad, or use OMCStrategy({name}(...), "
                 "over_selection=1.3), which does not wait for the last clients either"
             )
-        if buffer_size < 1 or (max_staleness is not None and max_staleness < 0):
+        if not isinstance(buffer_size, int) or buffer_size < 1 or (max_staleness is not None and max_staleness < 0):
             raise PolicyError(
                 f"buffer_size={buffer_size}, max_staleness={max_staleness}: use a buffer of 1 or more replies, and a "
                 "staleness of 0 or more, or None"

@@ -17,7 +17,7 @@ from fedomc.flower.checkpointing import settings_of
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.grid import StreamingGrid
 from fedomc.flower.mapped import nbytes_of
-from fedomc.flower.options import check_options
+from fedomc.flower.options import check_options, read_unquantized
 from fedomc.flower.replies import checked_evaluations
 from fedomc.flower.server_optimizers import RoundFiles, release_current
 from fedomc.flower.store import Store
@@ -26,7 +26,7 @@ from fedomc.flower.tiers import NodeCapabilities
 from fedomc.flower.traffic import Observer, RoundReport, Traffic
 from fedomc.flower.training_round import Result as RoundResult
 from fedomc.flower.training_round import TrainingRound
-from fedomc.methods import Encoding, Method
+from fedomc.methods import Method
 from fedomc.serialization.checkpointing import Checkpoints
 from fedomc.training.policy import DEFAULT, CompressionPolicy, TieredPolicy
 
@@ -86,9 +86,9 @@ class OMCStrategy(Strategy):
 
     Raises:
         FormatError: a format does not exist.
-        PolicyError: ``aggregate`` or ``entropy_coding`` is unknown, the cap or the over-selection is below 1,
-            zstandard is not installed but entropy coding is requested, ``weights`` is used with a strategy that clips,
-            the unquantized format is only for an uplink, or a text is not a digest.
+        PolicyError: an argument is of the wrong kind, unknown or out of range, zstandard is not installed but entropy
+            coding is requested, ``weights`` is used with a strategy that clips, the unquantized format is only for an
+            uplink or has several parts, or a text is not a digest.
     """
 
     def __init__(
@@ -108,14 +108,15 @@ class OMCStrategy(Strategy):
         over_selection: float = 1.0,
     ) -> None:
         check_options(
-            aggregate=aggregate, entropy_coding=entropy_coding, weight_cap=weight_cap, over_selection=over_selection
-        )
+            inner=inner, aggregate=aggregate, entropy_coding=entropy_coding, weight_cap=weight_cap,
+            over_selection=over_selection, failed_rounds=failed_rounds, checkpoints=checkpoints, observers=observers,
+        )  # fmt: skip
         defences.check_aggregate(inner, aggregate)
         self.inner = inner
         self.policy = policy = CompressionPolicy.parse(policy) if isinstance(policy, str) else policy
         self.aggregate = aggregate
         self.entropy_coding = entropy_coding
-        self.unquantized_format = None if unquantized_format is None else Encoding.parse(str(unquantized_format)).format
+        self.unquantized_format = read_unquantized(unquantized_format)
         self.client_name = client_name
         self.weight_cap = weight_cap
         self.checkpoints = checkpoints
