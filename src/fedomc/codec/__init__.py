@@ -56,9 +56,7 @@ INFINITY_BITS = 0x7F800000
 """The bits of a float32 infinity; the magnitude bits of every finite value are smaller."""
 
 _DENSE = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of dense values that the operators take
-
 _STATUS = 2  # elements of a status tensor: the bits of the largest magnitude, and whether any value changed
-
 _REFERENCES = {"block": reference_blocks, "rotated": reference_rotation}
 
 _library = torch.library.Library("fedomc", "DEF")  # type: ignore[no-untyped-call]
