@@ -1,6 +1,7 @@
 import ctypes
 import json
 import random
+import statistics
 import subprocess
 import sys
 
@@ -96,20 +97,24 @@ print(peak)
 @pytest.mark.skipif(
     not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's allocator"
 )
-@pytest.mark.parametrize("seed", range(3))
-def test_the_allocator_is_that_of_the_c_library(seed: int) -> None:
-    draw = random.Random(seed)  # noqa: S311
-    process, held, steps = ResidentHeap(), {}, []
-    sizes = [int(2 ** draw.uniform(12, 24)) for _ in range(12)]  # few, as in a model: the same ones come again
-    for number in range(600):
-        nbytes = draw.choice(sizes)
-        steps.append((number, nbytes))
-        held[number] = process.allocate(nbytes)
-        while len(held) > 60 or (held and draw.random() < 0.3):
-            gone = draw.choice(list(held))
-            steps.append((gone, 0))
-            process.free(held.pop(gone))
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", PLAYED], input=json.dumps(steps), capture_output=True, text=True, check=True
-    )
-    assert process.peak == pytest.approx(int(done.stdout), rel=0.1)
+def test_the_allocator_is_that_of_the_c_library() -> None:
+    ratios = []
+    for seed in range(12):
+        draw = random.Random(seed)  # noqa: S311
+        process, held, steps = ResidentHeap(), {}, []
+        sizes = [int(2 ** draw.uniform(12, 24)) for _ in range(12)]  # few, as in a model: the same ones come again
+        for number in range(600):
+            nbytes = draw.choice(sizes)
+            steps.append((number, nbytes))
+            held[number] = process.allocate(nbytes)
+            while len(held) > 60 or (held and draw.random() < 0.3):
+                gone = draw.choice(list(held))
+                steps.append((gone, 0))
+                process.free(held.pop(gone))
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-c", PLAYED], input=json.dumps(steps), capture_output=True, text=True, check=True
+        )
+        ratios.append(process.peak / int(done.stdout))
+    # What the interpreter has on its heap before the first step differs and moves one sequence by up to 15%.
+    assert ratios == pytest.approx([1.0] * len(ratios), rel=0.25)
+    assert statistics.mean(ratios) == pytest.approx(1.0, rel=0.06)
