@@ -47,7 +47,7 @@ test-docs: $(INSTALLED)
 
 # Flower's engines: apps/llm with flwr run; a real deployment of apps/speech on this machine, and everything that can happen to it; about a quarter of an hour.
 test-deployment: $(INSTALLED)
-	$(BIN)/pytest -m deployment -v apps/speech/tests/deployment apps/llm/tests/deployment
+	$(BIN)/pytest -m deployment -v apps/speech/tests/deployment apps/llm/tests/deployment tests/docs/test_flower_app.py
 
 # What needs a CUDA device; without one, it fails and says so.
 test-gpu: $(INSTALLED)

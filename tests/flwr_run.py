@@ -12,21 +12,25 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 
 
-def run_as_page_says(page: str, run_config: str, nodes: int, folder: Path) -> str:
+def run_as_page_says(
+    page: str, folder: Path, *, nodes: int, run_config: str = "", app_folder: Path = REPOSITORY
+) -> str:
     """Run the one ``flwr run`` of a page to its end.
 
     Args:
         page: relative to the repository.
-        run_config: in the place of that of the page.
-        nodes: in the place of the page's number.
         folder: where Flower keeps what it needs.
+        nodes: in the place of the page's number.
+        run_config: in the place of that of the page, if it has one.
+        app_folder: where the command is run.
 
     Returns:
         What was printed.
     """
     (line,) = re.findall(r"^flwr run .*$", (REPOSITORY / page).read_text(encoding="utf-8"), re.MULTILINE)
     command = shlex.split(line)
-    command[command.index("--run-config") + 1] = run_config
+    if run_config:
+        command[command.index("--run-config") + 1] = run_config
     command[command.index("--federation-config") + 1] = f"num-supernodes={nodes}"
     environment = {
         **os.environ, "FLWR_HOME": str(folder / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
@@ -35,7 +39,7 @@ def run_as_page_says(page: str, run_config: str, nodes: int, folder: Path) -> st
     }  # fmt: skip
     try:
         done = subprocess.run(  # noqa: S603
-            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400
+            command, cwd=app_folder, env=environment, capture_output=True, text=True, timeout=400
         )
     finally:
         _stop_superlink(environment["FLWR_HOME"])

@@ -59,6 +59,8 @@ def execute(page: str, text: str) -> Outcome:
         elif block.language == "console":
             for line in commands(block.code):
                 check_command(line, where)
+        elif block.language == "toml":
+            tomllib.loads(block.code)
         elif block.language == "text":
             if block.follows != "python":
                 outcome.unchecked.append(block)
@@ -115,6 +117,9 @@ def check_command(words: list[str], where: str) -> None:
         case ["fedomc", *arguments]:
             result = run_command(*arguments)
             assert result.exit_code == 0 and result.stdout and not result.stderr, f"{where}: {words}: {result.output}"
+        case ["pip", "install", "--constraint", file, *arguments]:
+            assert (REPOSITORY / file).is_file(), f"{where}: {file} does not exist"
+            check_command(["pip", "install", *arguments], where)
         case ["pip", "install", *arguments]:
             for argument in arguments:
                 _check_installable(argument, where)

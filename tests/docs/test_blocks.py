@@ -16,7 +16,7 @@ from tests.docs.pages import PAGES, blocks, prose
 from tests.flower.conftest import flower_log, identity  # noqa: F401  (fixtures)
 
 WITH_BLOCKS = [page for page, text in PAGES.items() if blocks(text)]
-MOST_NOT_RUN = 3
+MOST_NOT_RUN = 4
 
 
 def check_training(outcome: Outcome) -> None:
@@ -32,7 +32,7 @@ def check_advice(outcome: Outcome) -> None:
 
 def check_budget(outcome: Outcome) -> None:
     fitting = re.search(r"^\[(.*)\]$", outcome.output, re.MULTILINE)
-    assert fitting is not None and "S1E2M3+S1E2M1" in fitting[1] and "FP32" not in fitting[1]
+    assert fitting is not None and "S1E2M3/64+S1E2M1/64" in fitting[1] and "FP32" not in fitting[1]
 
 
 def check_files(outcome: Outcome) -> None:
