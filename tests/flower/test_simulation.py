@@ -9,7 +9,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedomc.flower import FedBuff
+from fedomc import OMCError
+from fedomc.flower import FedBuff, OMCStrategy
 from fedomc.flower.in_process import InProcess
 from fedomc.flower.simulation import stop_on_signal
 
@@ -50,6 +51,14 @@ def test_each_node_works_once_whatever_is_pushed_before_its_reply_is_pulled() ->
     assert len(set(names)) == 3
     assert [reply.content["metrics"]["part"] for reply in nodes.pull_messages(names)] == [0, 1, 0]
     assert nodes.pull_messages(names) == []
+
+
+def test_a_strategy_that_waits_for_nodes_that_will_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda seconds: None)
+    strategy = OMCStrategy(FedAvg(fraction_evaluate=0.0))  # which waits for two
+    arrays = ArrayRecord({"x": Array(np.ones(3, np.float32))})
+    with pytest.raises(OMCError, match=r"waits for more than the 1 nodes of InProcess.*min_available_nodes"):
+        strategy.start(InProcess(ClientApp(), 1), arrays, num_rounds=1)
 
 
 def test_an_asynchronous_run_takes_it_too() -> None:

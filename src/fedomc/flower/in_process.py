@@ -12,7 +12,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedomc.errors import OMCError
 from fedomc.flower._flower import client_failure, identify_process, name_message
+
+_PATIENCE = 10
+"""How often a strategy may ask for the nodes, and send nothing, before it is told that there will be no more."""
 
 
 class InProcess(Grid):
@@ -28,10 +32,22 @@ class InProcess(Grid):
         self.client_app, self.clients, self.first = client_app, clients, first
         self._waiting: dict[str, Message] = {}
         self._pushed = 0
+        self._asked = 0
         identify_process()
 
     def get_node_ids(self) -> list[int]:
-        """Return the IDs of all nodes."""
+        """Return the IDs of all nodes.
+
+        Raises:
+            OMCError: it was called ten times in a row without a message being sent; Flower's strategies do so, once a
+                second, while they wait for more nodes.
+        """
+        self._asked += 1
+        if self._asked > _PATIENCE:
+            raise OMCError(
+                f"the strategy waits for more than the {self.clients} nodes of InProcess: make more of them, or lower"
+                " the strategy's min_available_nodes, min_train_nodes and min_evaluate_nodes (Flower's default is 2)"
+            )
         return list(range(self.first, self.first + self.clients))
 
     def part_of(self, node: int) -> int:
@@ -40,6 +56,7 @@ class InProcess(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Store messages until their replies are pulled, and return their IDs."""
+        self._asked = 0
         pushed = list[str]()  # in order, as Flower promises
         for message in messages:
             self._pushed += 1
