@@ -20,11 +20,11 @@ from fedomc.methods import Method, parse_method
 from fedomc.tensor.compressed import is_compressed
 from fedomc.training.lazy import check_initialized
 from fedomc.training.optimizer_state import checked_state_format
-from fedomc.training.policy import CompressionPolicy
+from fedomc.training.policy import DEFAULT, CompressionPolicy
 from fedomc.training.selection import arrived_bytes
 from fedomc.training.trial import arguments_of, own_loss
 
-FORMATS = ("FP32", "S1E4M14", "S1E3M7", "S1E2M3+S1E2M1")
+FORMATS = ("FP32", "S1E4M14", "S1E3M7", DEFAULT)
 FP32, AS_IS = "FP32", "as is"
 
 

@@ -84,7 +84,8 @@ class ModuleState:
         unknown = [name for name in given if name not in self.tensors and name not in self.aliases]
         if missing or unknown:
             raise PayloadError(
-                f"the state does not belong to this model: {some(missing)} missing, {some(sorted(unknown))} unknown"
+                f"the state does not belong to this model: {some(missing)} missing, {some(sorted(unknown))} unknown. "
+                "Build the model with the class and the arguments that the state was made with"
             )
 
     def fill(
