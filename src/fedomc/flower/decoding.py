@@ -8,6 +8,7 @@ results are joined: the values are the same, and only a stretch of all replies i
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ Variables = Mapping[str, ReplyVariable]
 def decoded(broadcast: Broadcast, reply: Variables, *, of_weights: bool) -> ArrayRecord:
     """Return the arrays of a reply in the order of the model; each is decoded when its values are read.
 
-    Until then, a reply takes no more memory than its bytes. Strategies that stack models (``Krum``, ``MultiKrum``,
-    ``Bulyan``) hold several FP32 copies of all models.
+    Until then, a reply takes no more memory than its bytes. Strategies that stack models, such as ``Bulyan``, hold
+    several FP32 copies of all models.
     """
     record = ArrayRecord()
     for name in broadcast.arrays:
@@ -61,6 +62,15 @@ class Stretches:
                 record[key] = _array(self._broadcast, name, reply[name], of_weights, part)
         return record
 
+    def server(self) -> ArrayRecord:
+        """Return the stretches of the server's model."""
+        record = ArrayRecord()
+        for name, keys in self._keys.items():
+            for key, (start, stop) in zip(keys, self._ranges(name), strict=True):
+                server = self._broadcast.dense(name)
+                record[key] = LazyArray(server.dtype, (stop - start,), partial(_part, server, start, stop))
+        return record
+
     def joined(self, stretches: ArrayRecord) -> ArrayRecord:
         """Return the variables of a model, given its stretches, which are taken from the record."""
         record = ArrayRecord()
@@ -88,6 +98,10 @@ def _array(
         return _values(variable, broadcast.dense(name).reshape(-1), of_weights, start, stop).reshape(shape)
 
     return LazyArray(server.dtype, shape, values)
+
+
+def _part(values: Values, start: int, stop: int) -> Values:
+    return values.reshape(-1)[start:stop]
 
 
 def _values(variable: ReplyVariable, server: Values, of_weights: bool, start: int, stop: int) -> Values:

@@ -49,8 +49,8 @@ class OMCStrategy(Strategy):
     The server's memory does not grow with the number of clients for strategies that need only a mean (``FedAvg``,
     ``FedAvgM``, ``FedProx``, ``FedAdam``, ``FedYogi``, ``FedAdagrad``, and subclasses that do not override
     ``aggregate_train``), because ``start`` fetches replies one by one. Any other strategy holds all packed replies and
-    the values that it decodes from them: 2 to 4 MB of each reply in FP32 with ``FedMedian`` and ``FedTrimmedAvg``;
-    several copies of all variables of all replies with ``Krum``, ``MultiKrum``, ``Bulyan`` and the strategies of
+    the values that it decodes from them: 2 to 4 MB of each reply in FP32 with ``FedMedian``, ``FedTrimmedAvg``,
+    ``Krum`` and ``MultiKrum``; several copies of all variables of all replies with ``Bulyan`` and the strategies of
     differential privacy that clip on the server; one variable of one reply with those that clip on the clients.
 
     Strategies of differential privacy must be wrapped, as in

@@ -9,14 +9,14 @@ from flwr.app import ArrayRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum, Strategy
 
 from fedomc.errors import NonFiniteError, PayloadError
-from fedomc.flower import defences
+from fedomc.flower import defences, krum
 from fedomc.flower._flower import logger
 from fedomc.flower.aggregation import Mean, averages
 from fedomc.flower.arrays import array_of, view_dense
 from fedomc.flower.decoding import VALUE_BY_VALUE, Stretches, decoded
 from fedomc.flower.downlink import Broadcast
 from fedomc.flower.mapped import nbytes_of, set_aside
-from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, with_weight
+from fedomc.flower.metrics import ReplyMetrics, WeightCap, common_metrics, named, with_weight
 from fedomc.flower.replies import Reply, checked_replies, like_most, log_left_out, without_others
 from fedomc.flower.server_optimizers import RoundFiles, ServerOptimizer, has_optimizer, owner_of
 from fedomc.flower.traffic import RoundReport
@@ -246,15 +246,33 @@ class TrainingRound:
             received = []  # their weighted mean is undefined
         if not received and not errors:
             return None, None
-        messages = self._sorted([reply.message for reply in received])
+        received.sort(key=lambda reply: str(self._name_of(reply.message.metadata.src_node_id)))
+        chosen = self._krum(inner, received) if owner is MultiKrum and received else None
+        messages = [reply.message for reply in received]
         for reply in received:
             reply.variables = {}
         own_metrics = (
             nullcontext() if contents is None or not isinstance(inner, FedAvg) else _metrics_of(inner, contents)
         )
         with self.report.timed("aggregate"), own_metrics:
-            arrays, metrics = inner.aggregate_train(self.number, [*errors, *messages])
+            if chosen is None:
+                arrays, metrics = inner.aggregate_train(self.number, [*errors, *messages])
+            else:  # what Flower's method does with those that it has selected
+                assert isinstance(inner, FedAvg)
+                selected = [*errors, *(messages[index] for index in chosen)]
+                arrays, metrics = FedAvg.aggregate_train(inner, self.number, selected)
         return arrays if arrays is None or stretches is None else stretches.joined(arrays), metrics
+
+    def _krum(self, inner: Strategy, replies: Sequence[Reply]) -> list[int]:
+        """Return the indices of the replies that Flower's strategy would select; see the note in ``krum``."""
+        assert isinstance(inner, MultiKrum)
+        variables = [reply.variables for reply in replies]
+        with self.report.timed("decode"):
+            squares = krum.distances(Stretches(self.broadcast, variables), variables, of_weights=self._of_weights)
+        chosen = krum.selected(squares, inner.num_malicious_nodes, inner.num_nodes_to_select)
+        nodes = named([replies[index].metrics.node for index in chosen])
+        logger.info("round %d: %s selected %s of %d", self.number, type(inner).__name__, nodes, len(replies))
+        return chosen
 
     def _decode(
         self, inner: Strategy, reply: Reply, metrics: MetricRecord, custom: bool, stretches: Stretches | None
