@@ -65,7 +65,8 @@ def test_large_blocks_are_unmapped_and_trims_empty_the_holes() -> None:
 
 def test_peaks_follow_lifetimes() -> None:
     blocks = [Block(50 * MB, 0, 9), Block(10 * MB, 2, 3), Block(10 * MB, 4, 5, True), Block(0, 1, 9), Block(MB, 3, 2)]
-    assert peak_resident(blocks, {}, 9) == pytest.approx(PROGRAM + 61 * MB * 4 / 3, rel=0.01)
+    # What was 11 MB of the heap is there still when 10 MB are mapped.
+    assert peak_resident(blocks, {}, 9) == pytest.approx(PROGRAM + 71 * MB * 4 / 3, rel=0.01)
     assert peak_resident([], {}, 9) == PROGRAM
     large = peak_resident([Block(1000 * MB, 0, 9)], {}, 9)
     assert large == pytest.approx(PROGRAM + 1000 * MB + heap.growth + workspace.keep, rel=0.01)

@@ -10,7 +10,7 @@ turns out to be a gradient was one from the beginning.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -40,8 +40,7 @@ _aten = torch.ops.aten
 _IN_ONE_PASS = {_aten.add_.Tensor, _aten.sub_.Tensor}
 """In-place operators that a compressed variable executes without dense values."""
 
-_CONVOLUTIONS = {_aten.convolution.default, _aten.convolution_backward.default}
-"""Operators that copy their largest tensor into a layout of their own."""
+_CONVOLUTION, _CONVOLUTION_BACKWARD = _aten.convolution.default, _aten.convolution_backward.default
 
 _BY_PANELS = {F.linear, F.embedding, *CONVOLUTIONS}
 """Functions that decode no more than a panel of a variable at a time."""
@@ -127,9 +126,9 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._observe(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         self._register(result)
-        if func in _CONVOLUTIONS:
-            largest = max(storage.nbytes() for storage in _storages((args, result)))
-            self.lifetimes.append(Lifetime(largest, self.moment, self.moment, "scratch"))
+        if func in (_CONVOLUTION, _CONVOLUTION_BACKWARD):
+            copies = _copies_in(func, args, result)
+            self.lifetimes += [Lifetime(nbytes, self.moment, self.moment, "scratch") for nbytes in copies]
         return result
 
     def count(self, nbytes: int) -> None:
@@ -345,6 +344,20 @@ class FunctionTracker(TorchFunctionMode):
             return func(*args, **kwargs)
         with self._tracker.call(func, (args, kwargs)):
             return func(*args, **kwargs)
+
+
+def _copies_in(convolution: Any, args: Sequence[Any], result: Any) -> list[int]:
+    """Return the bytes of the copies in oneDNN's layout that are alive together in a convolution, beside its results.
+
+    A product, which a kernel of one value without strides and groups is, makes none.
+    """
+    if convolution is _CONVOLUTION:
+        inputs, weight, _, stride, *_, groups = args
+        copies = [max(inputs.nbytes, result.nbytes)]  # of inputs and results; then of results, as they are copied back
+    else:
+        gradient, inputs, weight, _, stride, *_, groups, needed = args
+        copies = [gradient.nbytes, inputs.nbytes] if needed[0] else [gradient.nbytes]
+    return [] if {*weight.shape[2:], *stride, groups} == {1} else copies
 
 
 def _storages(x: Any) -> list[torch.UntypedStorage]:

@@ -38,15 +38,18 @@ glibc looks for a block that has one wherever it begins. What was freed between 
 class ResidentHeap:
     """The bytes of a process that are in memory, as blocks are allocated and freed.
 
+    Args:
+        mapped_from: bytes from which on a block is mapped, until a larger one that was mapped is freed.
+
     Attributes:
         resident: the bytes now.
         peak: their maximum.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mapped_from: int = _SMALLEST_THRESHOLD) -> None:
         self.resident = self.peak = 0
         self._end = self._smallest = self._counted = 0
-        self._threshold = _SMALLEST_THRESHOLD  # from which on blocks are mapped
+        self._threshold = mapped_from
         self._holes: list[tuple[int, int]] = []  # size and start, sorted
         self._by_start: dict[int, tuple[int, int]] = {}  # size, and how much of it is in memory
         self._by_end: dict[int, int] = {}
@@ -152,7 +155,7 @@ def peak_resident(blocks: Iterable[Block], counted: Mapping[int, int], moments: 
     for block in blocks:
         if block.nbytes:
             started.setdefault(block.start, []).append(block)
-    process = ResidentHeap()
+    process = ResidentHeap(_LARGEST_THRESHOLD)  # large values were freed before: those that were packed, if no others
     ended: dict[int, list[tuple[int, int]]] = {}
     for moment in range(moments + 1):
         for block in started.get(moment, ()):
