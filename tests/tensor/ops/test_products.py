@@ -53,33 +53,36 @@ def test_blas_is_torch_itself(backend: str) -> None:
 
 
 RULE = [
-    # rows, inner, columns, across, Intel, AMD
-    (1, 4096, 4096, True, False, False),
-    (4, 1024, 1024, True, False, False),
-    (4, 4096, 4096, True, True, False),
-    (8, 1024, 1024, True, True, True),
-    (16, 512, 2048, True, True, True),
-    (32, 512, 2048, True, False, True),
-    (32, 1024, 1024, True, False, True),
-    (32, 512, 512, True, False, True),
-    (32, 1024, 64, True, True, True),
-    (8, 1024, 64, True, False, False),
-    (50, 2048, 512, True, False, True),
-    (50, 2048, 1024, True, True, True),
-    (1024, 4096, 64, True, True, True),
-    (1024, 1024, 1024, True, False, True),
-    (50, 512, 2048, False, False, True),
-    (128, 4096, 1024, False, True, True),
-    (8, 128, 128, False, False, False),
+    # rows, inner, columns, across, Intel, AVX2, other
+    (1, 4096, 4096, True, False, False, False),
+    (4, 1024, 1024, True, False, False, False),
+    (4, 4096, 4096, True, True, False, False),
+    (8, 1024, 1024, True, True, False, True),
+    (16, 512, 2048, True, True, False, True),
+    (32, 512, 2048, True, False, False, True),
+    (32, 1024, 1024, True, False, False, True),
+    (32, 512, 512, True, False, False, True),
+    (32, 1024, 64, True, True, False, True),
+    (8, 1024, 64, True, False, False, False),
+    (50, 2048, 512, True, False, False, True),
+    (50, 2048, 1024, True, True, True, True),
+    (1024, 4096, 64, True, True, False, True),
+    (1024, 1024, 1024, True, False, False, True),
+    (50, 512, 2048, False, False, False, True),
+    (128, 4096, 1024, False, True, False, True),
+    (8, 128, 128, False, False, False, False),
+    (2048, 16, 1024, False, False, True, True),
+    (64, 1024, 4096, False, False, True, True),
+    (512, 1024, 4096, False, False, False, True),
 ]
 
 
-@pytest.mark.parametrize(("rows", "inner", "columns", "across", "intel", "amd"), RULE)
+@pytest.mark.parametrize(("rows", "inner", "columns", "across", "intel", "avx2", "other"), RULE)
 def test_the_rule_knows_processor_and_shape(
-    rows: int, inner: int, columns: int, across: bool, intel: bool, amd: bool
+    rows: int, inner: int, columns: int, across: bool, intel: bool, avx2: bool, other: bool
 ) -> None:
-    assert onednn_is_faster(rows, inner, columns, across=across, intel=True) is intel
-    assert onednn_is_faster(rows, inner, columns, across=across, intel=False) is amd
+    for processor, faster in {"Intel": intel, "AVX2": avx2, "other": other}.items():
+        assert onednn_is_faster(rows, inner, columns, across=across, processor=processor) is faster
 
 
 def test_a_backend_that_does_not_exist() -> None:

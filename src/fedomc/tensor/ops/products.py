@@ -1,12 +1,17 @@
 """Matrix products on the faster of torch's two CPU backends, chosen by processor and shape.
 
 [Note: which backend]
-torch computes products with its BLAS, which on x86 is Intel's MKL, and also ships oneDNN. Outside Intel's processors
-MKL uses half the vector width or less, so that oneDNN is twice as fast on AMD processors above a certain size (measured
-on AMD with AVX-512). On Intel's processors MKL is the faster one (measured on a Xeon with AVX-512), except where it
-copies one operand for few rows of the other: for ``x W^T``, which reads W across its rows, with 4 to 200 rows x and a
-large or narrow W, and for the other layouts with 64 to 200 rows and a very large matrix. ``python -m
-benchmarks.products`` compares both with what the rule picks.
+torch computes products with its BLAS, which on x86 is Intel's MKL, and also ships oneDNN. Which is faster depends on
+the processor and on the shape; ``python -m benchmarks.products`` compares both with what the rule picks.
+
+- Intel's processors (measured on a Xeon with AVX-512): MKL, except where it copies one operand for few rows of the
+  other: for ``x W^T``, which reads W across its rows, with 4 to 200 rows x and a large or narrow W, and for the other
+  layouts with 64 to 200 rows and a very large matrix.
+- Others with AVX2 and without AVX-512 (measured on an AMD EPYC of the third generation): both have vectors of the same
+  width. MKL is faster for small and middle sizes, by up to 2.8 times; oneDNN for ``x W^T`` with a large W, for sums of
+  few terms, and for few rows of a very wide result.
+- All others (measured on AMD with AVX-512): MKL uses half the vector width or less there, so that oneDNN is twice as
+  fast above a certain size.
 
 The rule depends on nothing but processor and shape, so that a run gives the same bits twice. The two backends sum in
 different orders. ``FEDOMC_PRODUCTS`` (``auto``, ``blas`` or ``onednn``), or ``use``, fixes the choice: with ``blas``
@@ -23,7 +28,7 @@ from fedomc._torch import linear_of_onednn, processor_name
 
 BACKENDS = ("auto", "blas", "onednn")
 
-_LEAST_SIZE, _LEAST_PRODUCTS = 8, 2**20  # thresholds above which oneDNN is faster on processors that are not Intel's
+_LEAST_SIZE, _LEAST_PRODUCTS = 8, 2**20  # thresholds above which oneDNN is faster where MKL's vectors are narrow
 
 
 _backend = "auto"
@@ -66,7 +71,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _onednn(a, b.t()) if _by_onednn(a, b.shape[1], b.stride(1) > 1) else torch.mm(a, b)
 
 
-def onednn_is_faster(rows: int, inner: int, columns: int, *, across: bool, intel: bool | None = None) -> bool:
+def onednn_is_faster(rows: int, inner: int, columns: int, *, across: bool, processor: str | None = None) -> bool:
     """Tell for which float32 products ``[rows, inner] [inner, columns]`` the rule picks oneDNN.
 
     Args:
@@ -74,10 +79,16 @@ def onednn_is_faster(rows: int, inner: int, columns: int, *, across: bool, intel
         inner: its columns.
         columns: the columns of the right operand.
         across: whether the right operand is the transpose of a contiguous matrix, as W in ``x W^T``.
-        intel: whether the processor is Intel's; None asks for this one.
+        processor: ``Intel``, ``AVX2`` or ``other``, as in the note; None asks for this one.
     """
-    if not (INTEL if intel is None else intel):
+    kind = PROCESSOR if processor is None else processor
+    if kind == "other":
         return rows * inner * columns >= _LEAST_PRODUCTS and min(rows, inner, columns) >= _LEAST_SIZE
+    if kind == "AVX2":
+        if across:
+            return rows >= 8 and inner * columns >= 2**21
+        few_terms = 8 <= inner <= 32 and rows * columns >= 2**21
+        return few_terms or (8 <= rows <= 256 and inner >= 512 and columns >= 4096)
     values, narrow = inner * columns, inner >= 1024 and columns <= 128
     if not across:
         return 64 < rows < 200 and values >= 2**22
@@ -110,8 +121,14 @@ def _ordered(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
+def _kind_of_processor() -> str:
+    if processor_name().startswith("Intel"):
+        return "Intel"
+    return "AVX2" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "other"
+
+
 _LINEAR = linear_of_onednn()
-INTEL = processor_name().startswith("Intel")
-"""Whether this processor is Intel's."""
+PROCESSOR = _kind_of_processor()
+"""The kind of this processor: ``Intel``, ``AVX2`` (another one, without AVX-512) or ``other``."""
 
 use(os.environ.get("FEDOMC_PRODUCTS", "auto"))
