@@ -20,22 +20,17 @@ INNER = {
 }
 
 
-class InDoubles:
-    """Gives Flower's own strategy the models of the replies in float64."""
-
-    def __init__(self, inner: Strategy) -> None:
-        self._inner = inner
-
-    def result(self, models: list[ArrayRecord]) -> dict[str, np.ndarray]:
-        contents = []
-        nodes = sorted(range(1, CLIENTS + 1), key=str)  # the order of replies; a node's number is its weight
-        for number, arrays in zip(nodes, models, strict=True):
-            doubles = {name: Array(np.asarray(array.numpy(), np.float64)) for name, array in arrays.items()}
-            metrics = MetricRecord({"num-examples": number})
-            contents.append(RecordDict({"arrays": ArrayRecord(doubles), "metrics": metrics}))
-        result, _ = self._inner.aggregate_train(1, [Message(content, 1, "train") for content in contents])
-        assert result is not None
-        return {name: array.numpy() for name, array in result.items()}
+def in_doubles(inner: Strategy, models: list[ArrayRecord]) -> dict[str, np.ndarray]:
+    """Return what Flower's own strategy makes of the models of the replies in float64."""
+    contents = []
+    nodes = sorted(range(1, CLIENTS + 1), key=str)  # the order of replies; a node's number is its weight
+    for number, arrays in zip(nodes, models, strict=True):
+        doubles = {name: Array(np.asarray(array.numpy(), np.float64)) for name, array in arrays.items()}
+        metrics = MetricRecord({"num-examples": number})
+        contents.append(RecordDict({"arrays": ArrayRecord(doubles), "metrics": metrics}))
+    result, _ = inner.aggregate_train(1, [Message(content, 1, "train") for content in contents])
+    assert result is not None
+    return {name: array.numpy() for name, array in result.items()}
 
 
 @pytest.mark.parametrize("stretch", [BLOCK, 2**20])
@@ -59,12 +54,12 @@ def test_the_result_is_that_of_flower(
     messages = list(strategy.configure_train(1, model(SHAPES), ConfigRecord(), Nodes(CLIENTS)))  # type: ignore[arg-type]
     result, metrics = strategy.aggregate_train(1, replies_to(messages, lossless))
     assert result is not None and metrics is not None
-    for name, expected in InDoubles(inner()).result(models).items():
+    for name, expected in in_doubles(inner(), models).items():
         np.testing.assert_allclose(result[name].numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def of_values(values: list[np.ndarray]) -> list[Message]:
-    """Run a round with plain replies, of which Krum assumes one to be malicious; return what was selected."""
+def selected_of(values: list[np.ndarray]) -> np.ndarray:
+    """Return which of the clients' values Krum selects if it assumes one client to be malicious."""
     strategy = OMCStrategy(Krum(num_malicious_nodes=1), None)
     start = ArrayRecord({"weight": Array(np.full(1000, 1000, np.float32))})
     messages = list(strategy.configure_train(1, start, ConfigRecord(), Nodes(len(values))))  # type: ignore[arg-type]
@@ -86,19 +81,18 @@ def test_small_changes_of_large_values_are_told_apart(malicious: int, size: floa
     values[malicious] = np.full(1000, 1000 + size, np.float32)
     honest = [each.mean(dtype=np.float64) for index, each in enumerate(values) if index != malicious]
     scores = [sum(sorted((a - b) ** 2 for b in honest)[: len(steps) - 3 + 1]) for a in honest]
-    assert of_values(values).mean(dtype=np.float64) == honest[int(np.argmin(scores))]
+    assert selected_of(values).mean(dtype=np.float64) == honest[int(np.argmin(scores))]
 
 
 def test_one_reply_is_selected_and_none_is_nothing() -> None:
     assert krum.selected(np.zeros((1, 1)), 0, 1) == [0]
     strategy = OMCStrategy(Krum(), None)
-    messages = list(strategy.configure_train(1, model(SHAPES), ConfigRecord(), Nodes(2)))  # type: ignore[arg-type]
+    list(strategy.configure_train(1, model(SHAPES), ConfigRecord(), Nodes(2)))  # type: ignore[arg-type]
     assert strategy.aggregate_train(1, []) == (None, None)
-    del messages
 
 
 def test_a_stretch_of_all_replies_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes, replies = {"embedding": (2**11, 2**10)}, 16  # 8 MB, and 128 MB of all replies
+    shapes, size, replies = {"embedding": (2**11, 2**10)}, 4 * 2**21, 16  # 8 MB, and 128 MB of all replies
     monkeypatch.setattr(decoding, "STRETCH", 2**16)
     strategy = OMCStrategy(Krum(num_malicious_nodes=1), fedomc.CompressionPolicy(format="S1E3M7"))
     messages = list(strategy.configure_train(1, model(shapes), ConfigRecord(), Nodes(replies)))  # type: ignore[arg-type]
@@ -109,4 +103,4 @@ def test_a_stretch_of_all_replies_is_in_memory_at_a_time(monkeypatch: pytest.Mon
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 6 * 4 * 2**21
+    assert peak < 6 * size

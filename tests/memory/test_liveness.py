@@ -168,3 +168,27 @@ def test_a_copy_of_shapes_shares_nothing() -> None:
     assert torch.equal(copied, tokens) and copied.data_ptr() != tokens.data_ptr()
     assert isinstance(faked, nn.Parameter) and not faked.requires_grad and faked.shape == (2, 3)
     assert str(shapes.copy(weight.to("meta")).device) == "cpu" and shapes.copy("text") == "text"
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes", "forward", "backward"),
+    [
+        (nn.Conv2d(4, 8, 3, padding=1, bias=False), (2, 4, 5, 5), [1600], [1600, 800]),
+        (nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False), (2, 8, 6, 6), [2304], [576, 2304]),
+        (nn.Conv2d(4, 8, 1, bias=False), (2, 4, 5, 5), [], []),
+        (nn.Conv2d(4, 8, 1, 2, bias=False), (2, 4, 5, 5), [800], [576, 800]),
+        (nn.Conv1d(4, 4, 1, groups=4, bias=False), (2, 4, 9), [288], [288, 288]),
+    ],
+    ids=["kernel", "depthwise", "product", "strides", "groups"],
+)
+@pytest.mark.parametrize("of_inputs", [True, False])
+def test_convolutions_copy_what_is_not_a_product(
+    layer: nn.Module, sizes: tuple[int, ...], forward: list[int], backward: list[int], of_inputs: bool
+) -> None:
+    """Backward, the gradient is copied, and the inputs for their own gradient."""
+    x = randn(*sizes).requires_grad_(of_inputs)
+    tracker = StorageTracker(layer, x)
+    with tracker:
+        layer(x).sum().backward()
+    found = [lifetime.nbytes for lifetime in tracker.lifetimes if lifetime.kind == "scratch"]
+    assert found == forward + (backward if of_inputs else backward[:1])

@@ -57,7 +57,7 @@ def collect() -> dict[str, Any]:
         "codec": codec.backend("cpu"),
         "instruction set": "none" if extension is None else str(extension.level()),
         "instruction sets": [] if extension is None else list(extension.levels()),
-        "products": f"{products.backend()} ({products.PROCESSOR})",
+        "products": f"{products.backend()} (rule for processor: {products.PROCESSOR})",
         "threads": torch.get_num_threads(),
         "devices": ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))],
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},

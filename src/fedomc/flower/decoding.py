@@ -8,7 +8,6 @@ results are joined: the values are the same, and only a stretch of all replies i
 """
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 
 import numpy as np
 import torch
@@ -62,14 +61,13 @@ class Stretches:
                 record[key] = _array(self._broadcast, name, reply[name], of_weights, part)
         return record
 
-    def server(self) -> ArrayRecord:
-        """Return the stretches of the server's model."""
-        record = ArrayRecord()
-        for name, keys in self._keys.items():
-            for key, (start, stop) in zip(keys, self._ranges(name), strict=True):
-                server = self._broadcast.dense(name)
-                record[key] = LazyArray(server.dtype, (stop - start,), partial(_part, server, start, stop))
-        return record
+    def server(self) -> dict[str, Values]:
+        """Return the stretches of the server's model, as views."""
+        return {
+            key: self._broadcast.dense(name).reshape(-1)[start:stop]
+            for name, keys in self._keys.items()
+            for key, (start, stop) in zip(keys, self._ranges(name), strict=True)
+        }
 
     def joined(self, stretches: ArrayRecord) -> ArrayRecord:
         """Return the variables of a model, given its stretches, which are taken from the record."""
@@ -98,10 +96,6 @@ def _array(
         return _values(variable, broadcast.dense(name).reshape(-1), of_weights, start, stop).reshape(shape)
 
     return LazyArray(server.dtype, shape, values)
-
-
-def _part(values: Values, start: int, stop: int) -> Values:
-    return values.reshape(-1)[start:stop]
 
 
 def _values(variable: ReplyVariable, server: Values, of_weights: bool, start: int, stop: int) -> Values:

@@ -19,16 +19,14 @@ from fedomc.flower.decoding import Stretches, Variables
 
 def distances(stretches: Stretches, replies: Sequence[Variables], *, of_weights: bool) -> Values:
     """Return the squared distances between the models of the replies, float64 ``[replies, replies]``."""
-    server = stretches.server()
     models = [stretches.decoded(reply, of_weights=of_weights) for reply in replies]
     products = np.zeros((len(replies), len(replies)))
-    for key, own in server.items():
-        middle = own.numpy().reshape(-1)
+    for key, server in stretches.server().items():
         parts = [model[key].numpy().reshape(-1) for model in models]
-        for start in range(0, middle.size, CHUNK):
+        for start in range(0, server.size, CHUNK):
             chunk = slice(start, start + CHUNK)
-            differences = np.stack([part[chunk] for part in parts]).astype(np.float64)  # [replies, CHUNK]
-            differences -= middle[chunk]
+            differences = np.stack([part[chunk] for part in parts], dtype=np.float64)  # [replies, CHUNK]
+            differences -= server[chunk]
             products += differences @ differences.T
     norms = products.diagonal()
     squares: Values = np.maximum(norms[:, None] + norms[None, :] - 2 * products, 0)

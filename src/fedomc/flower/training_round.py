@@ -135,7 +135,7 @@ class TrainingRound:
         mean, kept = self._streamed_mean(replies, streaming)
         if not mean.weight:
             return inner.aggregate_train(self.number, errors)
-        kept.sort(key=lambda pair: str(self._name_of(pair[1].node)))
+        kept.sort(key=lambda pair: self._place(pair[1].node))
         contents = self._metric_contents(kept)
         logger.info("round %d: averaged %d replies; %d clients reported errors", self.number, len(kept), len(errors))
         if has_optimizer(inner):
@@ -246,31 +246,27 @@ class TrainingRound:
             received = []  # their weighted mean is undefined
         if not received and not errors:
             return None, None
-        received.sort(key=lambda reply: str(self._name_of(reply.message.metadata.src_node_id)))
-        chosen = self._krum(inner, received) if owner is MultiKrum and received else None
-        messages = [reply.message for reply in received]
+        received.sort(key=lambda reply: self._place(reply.metrics.node))
+        aggregate, used = inner.aggregate_train, received
+        if owner is MultiKrum and isinstance(inner, MultiKrum) and received:
+            # After its selection, Flower's method does what that of its base class does.
+            aggregate, used = functools.partial(FedAvg.aggregate_train, inner), self._krum(inner, received)
         for reply in received:
             reply.variables = {}
         own_metrics = (
             nullcontext() if contents is None or not isinstance(inner, FedAvg) else _metrics_of(inner, contents)
         )
         with self.report.timed("aggregate"), own_metrics:
-            if chosen is None:
-                arrays, metrics = inner.aggregate_train(self.number, [*errors, *messages])
-            else:  # what Flower's method does with those that it has selected
-                assert isinstance(inner, FedAvg)
-                selected = [*errors, *(messages[index] for index in chosen)]
-                arrays, metrics = FedAvg.aggregate_train(inner, self.number, selected)
+            arrays, metrics = aggregate(self.number, [*errors, *(reply.message for reply in used)])
         return arrays if arrays is None or stretches is None else stretches.joined(arrays), metrics
 
-    def _krum(self, inner: Strategy, replies: Sequence[Reply]) -> list[int]:
-        """Return the indices of the replies that Flower's strategy would select; see the note in ``krum``."""
-        assert isinstance(inner, MultiKrum)
+    def _krum(self, inner: MultiKrum, replies: Sequence[Reply]) -> list[Reply]:
+        """Return the replies that Krum selects, the best first; see the note in ``krum``."""
         variables = [reply.variables for reply in replies]
         with self.report.timed("decode"):
             squares = krum.distances(Stretches(self.broadcast, variables), variables, of_weights=self._of_weights)
-        chosen = krum.selected(squares, inner.num_malicious_nodes, inner.num_nodes_to_select)
-        nodes = named([replies[index].metrics.node for index in chosen])
+        chosen = [replies[i] for i in krum.selected(squares, inner.num_malicious_nodes, inner.num_nodes_to_select)]
+        nodes = named([reply.metrics.node for reply in chosen])
         logger.info("round %d: %s selected %s of %d", self.number, type(inner).__name__, nodes, len(replies))
         return chosen
 
@@ -305,8 +301,11 @@ class TrainingRound:
         self.received += 1
 
     def _sorted(self, messages: Iterable[Message]) -> list[Message]:
-        """Sort by the clients' names, so that the result does not depend on the order of arrival."""
-        return sorted(messages, key=lambda message: str(self._name_of(message.metadata.src_node_id)))
+        return sorted(messages, key=lambda message: self._place(message.metadata.src_node_id))
+
+    def _place(self, node: int) -> str:
+        """Return by what replies are sorted, so that the result does not depend on the order of arrival."""
+        return str(self._name_of(node))
 
 
 def _owner(strategy: Strategy) -> type:

@@ -347,13 +347,13 @@ class FunctionTracker(TorchFunctionMode):
 
 
 def _copies_in(convolution: Any, args: Sequence[Any], result: Any) -> list[int]:
-    """Return the bytes of the copies in oneDNN's layout that are alive together in a convolution, beside its results.
+    """Return the bytes of each copy in oneDNN's layout at the peak of a convolution, beside its results.
 
-    A product, which a kernel of one value without strides and groups is, makes none.
+    A convolution with a kernel of one value, stride 1 and one group is a matrix product and copies nothing.
     """
     if convolution is _CONVOLUTION:
         inputs, weight, _, stride, *_, groups = args
-        copies = [max(inputs.nbytes, result.nbytes)]  # of inputs and results; then of results, as they are copied back
+        copies = [max(inputs.nbytes, result.nbytes)]  # first the inputs are copied, then the results are copied back
     else:
         gradient, inputs, weight, _, stride, *_, groups, needed = args
         copies = [gradient.nbytes, inputs.nbytes] if needed[0] else [gradient.nbytes]

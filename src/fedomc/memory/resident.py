@@ -155,7 +155,7 @@ def peak_resident(blocks: Iterable[Block], counted: Mapping[int, int], moments: 
     for block in blocks:
         if block.nbytes:
             started.setdefault(block.start, []).append(block)
-    process = ResidentHeap(_LARGEST_THRESHOLD)  # large values were freed before: those that were packed, if no others
+    process = ResidentHeap(_LARGEST_THRESHOLD)  # building and packing a model has freed large values before
     ended: dict[int, list[tuple[int, int]]] = {}
     for moment in range(moments + 1):
         for block in started.get(moment, ()):

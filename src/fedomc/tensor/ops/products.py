@@ -8,7 +8,7 @@ the processor and on the shape; ``python -m benchmarks.products`` compares both 
   other: for ``x W^T``, which reads W across its rows, with 4 to 200 rows x and a large or narrow W, and for the other
   layouts with 64 to 200 rows and a very large matrix.
 - Others with AVX2 and without AVX-512 (measured on an AMD EPYC of the third generation): both have vectors of the same
-  width. MKL is faster for small and middle sizes, by up to 2.8 times; oneDNN for ``x W^T`` with a large W, for sums of
+  width. MKL is faster for small and medium sizes, by up to 2.8 times; oneDNN for ``x W^T`` with a large W, for sums of
   few terms, and for few rows of a very wide result.
 - All others (measured on AMD with AVX-512): MKL uses half the vector width or less there, so that oneDNN is twice as
   fast above a certain size.
@@ -81,10 +81,10 @@ def onednn_is_faster(rows: int, inner: int, columns: int, *, across: bool, proce
         across: whether the right operand is the transpose of a contiguous matrix, as W in ``x W^T``.
         processor: ``Intel``, ``AVX2`` or ``other``, as in the note; None asks for this one.
     """
-    kind = PROCESSOR if processor is None else processor
-    if kind == "other":
+    processor = processor or PROCESSOR
+    if processor == "other":
         return rows * inner * columns >= _LEAST_PRODUCTS and min(rows, inner, columns) >= _LEAST_SIZE
-    if kind == "AVX2":
+    if processor == "AVX2":
         if across:
             return rows >= 8 and inner * columns >= 2**21
         few_terms = 8 <= inner <= 32 and rows * columns >= 2**21
